@@ -1,0 +1,191 @@
+"""The `llamakit` command: options -> dataclass -> verb -> rendering, and one way out for every error.
+
+The modules of the commands hold signatures and import what computes inside their function bodies, so that
+`llamakit --help` loads neither torch nor numpy.
+"""
+
+from __future__ import annotations
+
+import errno
+import importlib
+import importlib.util
+import os
+import sys
+import traceback
+import warnings
+from typing import Annotated, Any, NoReturn
+
+import typer
+from typer.main import get_command
+
+import llamakit
+from llamakit.cli import compat, render
+from llamakit.cli.help import CONTEXT_SETTINGS, MAIN, MORE, Command, Group
+from llamakit.errors import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_MEMORY, EXIT_OK, LlamakitError
+
+_DEBUG = "LLAMAKIT_DEBUG"
+_MEMORY_HINT = "a smaller --batch or --ctx, --use-checkpointing or --weight-cache none need less"
+
+_OVERVIEW = """\
+llamakit: fine-tune, run and inspect quantized GGUF models, on the file that you already have
+
+{commands}
+Start with:  llamakit inspect MODEL.gguf
+Then:        llamakit generate -m MODEL.gguf -p "Once upon a time"
+Options:     llamakit COMMAND --help"""
+
+#: command -> group in the help; the function of this name in llamakit/cli/NAME.py
+_COMMANDS = {"finetune": MAIN, "generate": MAIN, "tokenize": MORE, "inspect": MORE}
+
+
+def _root(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+) -> None:
+    """Fine-tune, run and inspect quantized GGUF models, on the file that you already have."""
+    if version:
+        render.say(f"llamakit {llamakit.__version__}")
+        raise typer.Exit()
+    if context.invoked_subcommand is None:
+        _print_overview(context)
+
+
+def _print_overview(context: typer.Context) -> None:
+    group: Any = context.command
+    lines: list[str] = []
+    for title in (MAIN, MORE):
+        commands = [c for c in group.commands.values() if c.rich_help_panel == title]
+        if commands:
+            lines += [render.bold(title)]
+            lines += [f"  {c.name:<10} {c.get_short_help_str(limit=90)}" for c in commands]
+            lines += [""]
+    print(_OVERVIEW.format(commands="\n".join(lines)))
+
+
+def build_app() -> typer.Typer:
+    """The Typer application with every command, none of which has computed or imported anything heavy yet."""
+    app = typer.Typer(
+        cls=Group,
+        context_settings=CONTEXT_SETTINGS,
+        invoke_without_command=True,
+        rich_markup_mode=None,
+        pretty_exceptions_enable=False,
+    )
+    app.callback()(_root)
+    for name, panel in _COMMANDS.items():
+        if importlib.util.find_spec(f"llamakit.cli.{name}") is None:
+            continue
+        module = importlib.import_module(f"llamakit.cli.{name}")
+        app.command(name, cls=Command, context_settings=CONTEXT_SETTINGS, rich_help_panel=panel)(getattr(module, name))
+    return app
+
+
+def main() -> NoReturn:
+    """Run the command line of this process and exit with its code."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(argv: list[str]) -> int:
+    """Run one command line (without the program's name) and return its exit code; never shows a traceback.
+
+    LLAMAKIT_DEBUG=1 in the environment adds the traceback of an error, and lets libraries' warnings through.
+    """
+    debug = bool(os.environ.get(_DEBUG))
+    for output in (sys.stdout, sys.stderr):
+        if hasattr(output, "reconfigure"):
+            output.reconfigure(errors="backslashreplace")
+    if not debug and not sys.warnoptions:
+        warnings.simplefilter("ignore")
+    try:
+        argv, notes = compat.rewrite(argv)
+        for kind, text in notes:
+            (render.warn if kind == "warning" else render.note)(text)
+        code = _invoke(argv)
+        sys.stdout.flush()
+        return code if isinstance(code, int) else EXIT_OK
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    except SystemExit:  # shell completion and a closed pipe, both handled inside typer
+        raise
+    except BaseException as error:  # tokenizers raises a PanicException, which is no Exception
+        if debug:
+            traceback.print_exception(error)
+        return _report(error, f"llamakit {argv[0]}" if argv and argv[0] in _COMMANDS else "llamakit")
+
+
+def _invoke(argv: list[str]) -> object:
+    """Parse and run a command line. A command is called without the root: its options would cost 0.1 s to process."""
+    root: Any = get_command(build_app())
+    command = root.commands.get(argv[0]) if argv else None
+    if command is None:
+        return root.main(args=argv, prog_name="llamakit", standalone_mode=False)
+    return command.main(args=argv[1:], prog_name=f"llamakit {argv[0]}", standalone_mode=False)
+
+
+def _report(error: BaseException, command: str) -> int:
+    """Say in one line what went wrong, hint at the next step, and return the exit code."""
+    if isinstance(error, LlamakitError):
+        return _fail(str(error), error.hint, error.exit_code)
+    if isinstance(error, typer.TyperException):
+        message, hint = _explain_usage(error, command)
+        return _fail(message, hint, error.exit_code)
+    if isinstance(error, OSError) and error.errno == errno.EPIPE:
+        return _closed_pipe()
+    if _is_out_of_memory(error):
+        return _fail("out of memory", _MEMORY_HINT, EXIT_MEMORY)
+    if isinstance(error, typer.Abort):
+        return _fail("aborted", None, EXIT_FAILURE)
+    text = " ".join(str(error).split())[:300]
+    message = f"internal error: {type(error).__name__}: {text}" if text else f"internal error: {type(error).__name__}"
+    return _fail(message, f"this is a bug in llamakit; {_DEBUG}=1 shows where it happened", EXIT_FAILURE)
+
+
+def _fail(message: str, hint: str | None, code: int) -> int:
+    try:
+        render.error(message)
+        if hint:
+            render.hint(hint)
+    except BrokenPipeError:
+        return _closed_pipe()
+    return code
+
+
+def _closed_pipe() -> int:
+    """The reader of our output has gone: leave without a word, and without Python's own complaint at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return EXIT_FAILURE
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    # torch is not imported here: its error is known by name, the CPU allocator's by its text.
+    by_name = type(error).__name__ == "OutOfMemoryError" and type(error).__module__.startswith("torch")
+    return isinstance(error, MemoryError) or by_name or "DefaultCPUAllocator: can't allocate" in str(error)
+
+
+def _explain_usage(error: typer.TyperException, command: str) -> tuple[str, str | None]:
+    """What Typer says about the command line, as one line, and the hint that goes with it."""
+    context: Any = getattr(error, "ctx", None)
+    message, _, suggestion = " ".join(error.message.split()).partition(" Did you mean ")
+    option = getattr(error, "option_name", None)
+    if type(error).__name__ == "NoSuchOption" and context is not None:
+        message = f"no such option: {option}"
+        known = [name for param in context.command.params for name in (*param.opts, *param.secondary_opts)]
+        suggestion = compat.closest(str(option), known) or ""
+    elif hasattr(error, "param"):
+        message = _explain_value(error)
+    message = message[:1].lower() + message[1:].removesuffix(".")
+    if suggestion:
+        return message, f"did you mean {suggestion.replace(chr(39), '').rstrip('?')}?"
+    return message, f"{command} --help lists what there is"
+
+
+def _explain_value(error: typer.TyperException) -> str:
+    """An option's bad value in one line: `invalid value for '--batch': expected a valid integer, got 'x'`."""
+    message = " ".join(error.format_message().split()).replace(": Value error, ", ": ")
+    before, expected, rest = message.partition("Input should be ")
+    if not expected:
+        return message
+    # The validation error underneath knows the value; Typer's message has only what was expected.
+    details: Any = getattr(error.__cause__ or error.__context__, "errors", list)()
+    got = f", got {str(details[0].get('input'))!r}" if details else ""
+    return f"{before}expected {rest.partition(', unable')[0]}{got}"

@@ -1,0 +1,237 @@
+"""Old spellings: one table that rewrites a command line before Typer sees it, and never shows in the help.
+
+Sources: llama.cpp's `finetune` of 2024 (common/train.cpp), llama.cpp's common/arg.cpp, llama2.c's run.c.
+`rewrite` is a pure function of the arguments: it opens no file and prints nothing.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from typing import Literal
+
+from llamakit.errors import UsageError
+
+Note = tuple[Literal["note", "warning"], str]
+
+#: command -> old spelling -> ours. A spelling that is ours already is absent.
+ALIASES: dict[str, dict[str, str]] = {
+    "finetune": {
+        "-t": "--threads",
+        "-s": "--seed",
+        "-c": "--ctx",
+        "--ctx-size": "--ctx",
+        "-b": "--batch",
+        "--batch-size": "--batch",
+        "-ngl": "--n-gpu-layers",
+        "--gpu-layers": "--n-gpu-layers",
+        "-m": "--model-base",
+        "--model": "--model-base",
+        "-f": "--train-data",
+        "--file": "--train-data",
+        "-epochs": "--epochs",
+        "-lr": "--adam-alpha",
+        "-wd": "--adam-decay",
+        "-val-split": "--val-split",
+    },
+    "generate": {
+        "--model": "-m",
+        "--prompt": "-p",
+        "--file": "-f",
+        "--temp": "-t",
+        "--temperature": "-t",
+        "--predict": "-n",
+        "--n-predict": "-n",
+        "-c": "--ctx",
+        "--ctx-size": "--ctx",
+        "-s": "--seed",
+        "-i": "-p",
+        "--tokenizer": "-z",
+        "--conversation": "-cnv",
+        "-no-display-prompt": "--no-display-prompt",
+    },
+    "tokenize": {"--model": "-m", "--prompt": "-p", "--file": "-f"},
+    "inspect": {"-m": "", "--model": ""},
+}
+
+#: command -> spelling -> (number of values, what the note says). Accepted, without effect on the result.
+_MEMORY = "the file is read once and its weights stay packed in memory"
+_CPU = "llamakit decides this by itself"
+NO_OPS: dict[str, dict[str, tuple[int, str]]] = {
+    "finetune": {
+        "--use-flash": (0, "the fastest exact attention is always used"),
+        "--no-flash": (0, "the fastest exact attention is always used"),
+        "--mlock": (0, _MEMORY),
+        "--no-mmap": (0, _MEMORY),
+        "--mmap": (0, _MEMORY),
+    },
+    "generate": {
+        "--mlock": (0, _MEMORY),
+        "--mmap": (0, _MEMORY),
+        "--no-mmap": (0, _MEMORY),
+        "--numa": (1, _CPU),
+        "-b": (1, _CPU),
+        "--batch-size": (1, _CPU),
+        "-ub": (1, _CPU),
+        "--ubatch-size": (1, _CPU),
+        "-tb": (1, "--threads sets the threads of everything"),
+        "--threads-batch": (1, "--threads sets the threads of everything"),
+        "-no-cnv": (0, "the text is completed as it is unless -cnv is given"),
+        "--no-conversation": (0, "the text is completed as it is unless -cnv is given"),
+        "--display-prompt": (0, "the prompt is shown unless --no-display-prompt is given"),
+        "--color": (0, "the text is never coloured"),
+        "--simple-io": (0, "input and output are always simple"),
+        "--log-disable": (0, "what is no text goes to stderr: 2>/dev/null silences it"),
+        "--no-perf": (0, "what is no text goes to stderr: 2>/dev/null silences it"),
+        "--perf": (0, "timings are always on stderr"),
+        "--warmup": (0, _CPU),
+        "--no-warmup": (0, _CPU),
+        "--no-context-shift": (0, "generation always ends when the context is full"),
+        "-nkvo": (0, _CPU),
+        "--no-kv-offload": (0, _CPU),
+    },
+    "tokenize": {"--log-disable": (0, "what is no token goes to stderr: 2>/dev/null silences it")},
+    "inspect": {},
+}
+
+# Options whose value is a text or a name, which may itself begin with a dash and is never rewritten.
+_TEXT_VALUES = frozenset(
+    "-p -f -m -z -i --prompt --file --model --tokenizer --config --lora --log-file --train-data --sample-start "
+    "--model-base --checkpoint-in --checkpoint-out --lora-out --pattern-fn-it --fn-latest".split()
+)
+_FLASH_WORDS = frozenset({"on", "off", "auto", "0", "1"})
+
+
+def closest(word: str, known: Iterable[str]) -> str | None:
+    """The known word that a misspelt one most likely means, None where nothing is near; dashes count for nothing."""
+    bare = {name.lstrip("-").replace("_", "-"): name for name in known}
+    matches = difflib.get_close_matches(word.lstrip("-").replace("_", "-"), list(bare), n=1, cutoff=0.6)
+    return bare[matches[0]] if matches else None
+
+
+def rewrite(argv: list[str]) -> tuple[list[str], list[Note]]:
+    """The command line in our spellings, and what to tell the user about it.
+
+    argv: arguments after the program's name. A command without a table, and everything after `--`, stays as
+    it is. Raises UsageError for an old option whose value is missing.
+    """
+    at = next((i for i, word in enumerate(argv) if not word.startswith("-")), None)
+    if at is None or argv[at] not in ALIASES:
+        return argv, []
+    words = argv[at + 1 :]
+    notes: list[Note] = []
+    words, rest = _split_at_double_dash(words)
+    if argv[at] == "generate":
+        words = _positional_model(words)
+    return [*argv[: at + 1], *_rewrite_words(argv[at], words, notes), *rest], notes
+
+
+def _split_at_double_dash(words: list[str]) -> tuple[list[str], list[str]]:
+    end = words.index("--") if "--" in words else len(words)
+    return words[:end], words[end:]
+
+
+def _rewrite_words(command: str, words: list[str], notes: list[Note]) -> list[str]:
+    out: list[str] = []
+    queue = list(words)
+    while queue:
+        word = queue.pop(0)
+        name, equals, value = word.partition("=") if word.startswith("--") else (word, "", "")
+        if equals:
+            queue.insert(0, value)
+        if word.startswith("-") and word != "-":
+            name = name.replace("_", "-") if name.startswith("--") else name
+            _rewrite_option(command, name, bool(equals), queue, out, notes)
+        else:
+            out.append(word)
+    return out
+
+
+def _rewrite_option(
+    command: str, name: str, attached: bool, queue: list[str], out: list[str], notes: list[Note]
+) -> None:
+    """Move one option from the queue to `out`, with its value where that is a text or came as NAME=VALUE."""
+    if name in NO_OPS[command]:
+        n_values, reason = NO_OPS[command][name]
+        _take(name, n_values, queue)
+        notes.append(("note", f"{name} has no effect: {reason}"))
+        return
+    if command == "generate" and _rewrite_generate(name, queue, out, notes):
+        return
+    canonical = ALIASES[command].get(name, name)
+    if attached and canonical.startswith("--"):
+        out.append(f"{canonical}={queue.pop(0)}")
+        return
+    if canonical:
+        out.append(canonical)
+    if queue and (attached or name in _TEXT_VALUES or canonical in _TEXT_VALUES):
+        out.append(queue.pop(0))
+
+
+def _take(name: str, n_values: int, queue: list[str]) -> list[str]:
+    """Remove the values of an option from the queue. Raises UsageError when they are not there."""
+    if len(queue) < n_values:
+        raise UsageError(f"option {name} requires {'an argument' if n_values == 1 else f'{n_values} arguments'}")
+    taken, queue[:n_values] = queue[:n_values], []
+    return taken
+
+
+def _rewrite_generate(name: str, queue: list[str], out: list[str], notes: list[Note]) -> bool:
+    """The spellings of llama.cpp's and llama2.c's generators that need more than another name; True when done."""
+    if name in ("-t", "-p"):
+        _warn_about_letter(name, queue, notes)
+        return False
+    if name in ("-fa", "--flash-attn"):
+        if queue and queue[0] in _FLASH_WORDS:
+            queue.pop(0)
+        notes.append(("note", f"{name} has no effect: the fastest exact attention is always used"))
+        return True
+    if name in ("-ngl", "--gpu-layers", "--n-gpu-layers"):
+        layers = _take(name, 1, queue)[0]
+        device = "cpu" if layers == "0" else "auto"
+        out += ["--device", device]
+        notes.append(("note", f"{name} {layers} means --device {device} here: all layers are in one place"))
+        return True
+    if name == "--lora-scaled":
+        adapter = _take(name, 1, queue)[0]
+        if not _is_float(adapter.rpartition(":")[2]) and queue and _is_float(queue[0]):
+            adapter = f"{adapter}:{queue.pop(0)}"
+        out += [name, adapter]
+        return True
+    return False
+
+
+def _warn_about_letter(name: str, queue: list[str], notes: list[Note]) -> None:
+    """-t is threads in llama.cpp, -p is top-p in llama2.c: say so when the value looks like theirs."""
+    value = queue[0] if queue else ""
+    if name == "-t" and value.isascii() and value.isdigit() and int(value) >= 2:
+        notes.append(("warning", f"-t is the temperature: {value} is very high; threads is --threads {value}"))
+    if name == "-p" and _is_float(value) and 0 < float(value) <= 1:
+        notes.append(("warning", f"-p is the prompt; did you mean --top-p {value}?"))
+
+
+def _is_float(word: str) -> bool:
+    try:
+        float(word)
+    except ValueError:
+        return False
+    return True
+
+
+def _positional_model(words: list[str]) -> list[str]:
+    """`generate model.bin -z ...`, llama2.c's form: a model file in the first place is -m; its own -m is a mode."""
+    if not words or not words[0].endswith((".bin", ".gguf")):
+        return words
+    rest: list[str] = []
+    queue = words[1:]
+    while queue:
+        word = queue.pop(0)
+        mode = queue[0] if word == "-m" and queue else None
+        if mode in ("generate", "chat"):
+            queue.pop(0)
+            rest += ["-cnv"] if mode == "chat" else []
+        elif word in ("-m", "--model") and mode is not None:
+            return words
+        else:
+            rest.append(word)
+    return ["-m", words[0], *rest]

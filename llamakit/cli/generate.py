@@ -1,0 +1,313 @@
+"""`llamakit generate`: continue a prompt, streaming it to stdout."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from llamakit.cli import render
+from llamakit.cli.options import (
+    FILES,
+    LORA,
+    OUTPUT,
+    SAMPLING,
+    ConfigOption,
+    DeviceOption,
+    DtypeOption,
+    JsonOption,
+    ThreadsOption,
+)
+from llamakit.cli.prompt import read_prompt
+from llamakit.errors import EXIT_INTERRUPTED, EXIT_OK, UnsupportedError, UsageError
+from llamakit.inference.config import GenerateConfig
+
+if TYPE_CHECKING:
+    import torch
+
+    from llamakit.formats.base import ModelFile
+    from llamakit.inference.completion import Done, Token
+    from llamakit.model import Llama
+    from llamakit.tokenizer import Tokenizer
+
+_PROMPT = "Prompt"
+
+
+def generate(
+    prompt: Annotated[
+        str | None, typer.Argument(metavar="PROMPT", help="Text to continue.", show_default=False)
+    ] = None,
+    *,
+    model: Annotated[
+        Path,
+        typer.Option("-m", metavar="FILE", help="Model: GGUF, or llama2.c .bin with -z.", rich_help_panel=FILES),
+    ],
+    vocabulary: Annotated[
+        Path | None,
+        typer.Option(
+            "-z", metavar="FILE", help="Vocabulary (tokenizer.bin) of a llama2.c model.", rich_help_panel=FILES
+        ),
+    ] = None,
+    prompt_option: Annotated[
+        str | None, typer.Option("-p", metavar="TEXT", help="Text to continue.", rich_help_panel=_PROMPT)
+    ] = None,
+    prompt_file: Annotated[
+        Path | None,
+        typer.Option("-f", metavar="FILE", help="File with the text to continue.", rich_help_panel=_PROMPT),
+    ] = None,
+    no_escape: Annotated[
+        bool,
+        typer.Option(
+            "--no-escape", help=r"Leave \n, \t, \xNN ... in PROMPT and -p as they are.", rich_help_panel=_PROMPT
+        ),
+    ] = False,
+    conversation: Annotated[bool, typer.Option("-cnv", hidden=True)] = False,
+    n_predict: Annotated[
+        int,
+        typer.Option("-n", help="Tokens to generate at most; -1: until an end token.", rich_help_panel=SAMPLING),
+    ] = GenerateConfig.n_predict,
+    temperature: Annotated[
+        float, typer.Option("-t", help="Temperature; 0 takes the likeliest token.", rich_help_panel=SAMPLING)
+    ] = GenerateConfig.temperature,
+    top_k: Annotated[
+        int, typer.Option("--top-k", help="Sample among the k likeliest; 0: off.", rich_help_panel=SAMPLING)
+    ] = GenerateConfig.top_k,
+    top_p: Annotated[
+        float,
+        typer.Option("--top-p", help="Sample among the likeliest that reach this; 1: off.", rich_help_panel=SAMPLING),
+    ] = GenerateConfig.top_p,
+    min_p: Annotated[
+        float,
+        typer.Option("--min-p", help="Drop below this share of the likeliest; 0: off.", rich_help_panel=SAMPLING),
+    ] = GenerateConfig.min_p,
+    repeat_penalty: Annotated[
+        float, typer.Option("--repeat-penalty", help="Penalty of recent tokens; 1: off.", rich_help_panel=SAMPLING)
+    ] = GenerateConfig.repeat_penalty,
+    repeat_last_n: Annotated[
+        int, typer.Option("--repeat-last-n", help="How many tokens are recent; 0: off.", rich_help_panel=SAMPLING)
+    ] = GenerateConfig.repeat_last_n,
+    seed: Annotated[
+        int, typer.Option("--seed", help="Seed; -1: a random one, which is reported.", rich_help_panel=SAMPLING)
+    ] = GenerateConfig.seed,
+    ctx: Annotated[
+        int, typer.Option("--ctx", help="Context in tokens; 0: the model's.", rich_help_panel=SAMPLING)
+    ] = GenerateConfig.ctx,
+    lora: Annotated[
+        list[Path] | None,
+        typer.Option("--lora", metavar="FILE", help="Adapter to put on; repeatable.", rich_help_panel=LORA),
+    ] = None,
+    lora_scaled: Annotated[
+        list[str] | None,
+        typer.Option("--lora-scaled", metavar="FILE:S", help="Adapter times S; repeatable.", rich_help_panel=LORA),
+    ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Take an adapter of another model.", rich_help_panel=LORA)
+    ] = False,
+    threads: ThreadsOption = None,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
+    no_display_prompt: Annotated[
+        bool, typer.Option("--no-display-prompt", help="Print the continuation alone.", rich_help_panel=OUTPUT)
+    ] = False,
+    json: JsonOption = False,
+    config: ConfigOption = None,
+) -> int:
+    """Continue a prompt, from the command line, a file or standard input; without one, from the start of a text."""
+    if conversation:
+        raise UsageError("-cnv: conversations are not supported, a prompt is completed as it is")
+    wanted = GenerateConfig(
+        n_predict=n_predict, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
+        repeat_penalty=repeat_penalty, repeat_last_n=repeat_last_n, seed=seed, ctx=ctx,
+    )  # fmt: skip
+    adapters = [(path, 1.0) for path in lora or ()] + [_scaled(item) for item in lora_scaled or ()]
+    text = read_prompt(prompt, prompt_option, prompt_file, escape=not no_escape, use_stdin=vocabulary is None) or ""
+    loaded = _load(model, vocabulary, adapters, force, threads, device, dtype)
+    return _run(loaded, text, wanted, display_prompt=not no_display_prompt, json=json)
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    """A model that is ready, and what the user gets told about it."""
+
+    file: ModelFile
+    model: Llama
+    tokenizer: Tokenizer
+    load_s: float
+    is_llama2c: bool
+
+
+def _scaled(item: str) -> tuple[Path, float]:
+    """FILE:S -> (FILE, S)."""
+    path, _, scale = item.rpartition(":")
+    try:
+        return Path(path or "?"), float(scale)
+    except ValueError as error:
+        raise UsageError(f"--lora-scaled is {item!r} (expected FILE:SCALE, such as lora.gguf:0.5)") from error
+
+
+def _load(
+    path: Path,
+    vocabulary: Path | None,
+    adapters: list[tuple[Path, float]],
+    force: bool,
+    threads: int | None,
+    device: str,
+    dtype: str,
+) -> _Loaded:
+    """Read the vocabulary, the adapters and the model, cheapest first, so that a mistake shows early."""
+    started = time.perf_counter()
+    from llamakit.formats.adapter import check_adapter, read_adapter
+    from llamakit.formats.llama2c import Llama2cFile
+    from llamakit.formats.open import open_model
+    from llamakit.model import attach, load_model
+
+    file = open_model(path)
+    is_llama2c = isinstance(file, Llama2cFile)
+    _check_is_model(file)
+    _check_vocabulary_option(file, vocabulary, is_llama2c)
+    tokenizer = _tokenizer(file, vocabulary)
+    read = [(read_adapter(adapter), scale) for adapter, scale in adapters]
+    for adapter, _ in read:
+        for note in check_adapter(adapter, file, force=force):
+            render.note(f"{adapter.path}: {note}")
+    render.loading(path)
+    where, number = _device_and_dtype(file, device, dtype, threads)
+    model = load_model(file, device=where, dtype=number)
+    for adapter, scale in read:
+        attach(model, adapter, scale)
+    return _Loaded(file, model, tokenizer, time.perf_counter() - started, is_llama2c)
+
+
+def _check_is_model(file: ModelFile) -> None:
+    """Say what a GGUF file is that is no model, and where it belongs."""
+    metadata = file.metadata
+    kind = metadata.get("general.type")
+    if "training.type" in metadata:
+        reason, hint = "is a training checkpoint, not a model", "generate with the adapter that was saved beside it"
+    elif kind == "adapter":
+        reason, hint = "is an adapter, not a model", "give it with --lora, and the model with -m"
+    elif isinstance(kind, str) and kind != "model":
+        reason, hint = f"is not a model (general.type is {kind!r})", None
+    elif not file.tensors:
+        reason, hint = "is a vocabulary without a model: it holds no tensors", None
+    else:
+        return
+    raise UnsupportedError(reason, path=file.path, hint=hint)
+
+
+def _check_vocabulary_option(file: ModelFile, vocabulary: Path | None, is_llama2c: bool) -> None:
+    if is_llama2c and vocabulary is None:
+        raise UsageError("a llama2.c model holds no vocabulary", path=file.path, hint="name its tokenizer.bin: -z FILE")
+    if not is_llama2c and vocabulary is not None:
+        raise UsageError("-z is for llama2.c models: a GGUF file holds its own vocabulary", path=file.path)
+
+
+def _tokenizer(file: ModelFile, vocabulary: Path | None) -> Tokenizer:
+    from llamakit.tokenizer import load_llama2c_tokenizer, load_tokenizer
+
+    if vocabulary is None:
+        return load_tokenizer(file)
+    return load_llama2c_tokenizer(vocabulary, n_vocab=file.tensors["token_embd.weight"].shape[0])
+
+
+def _device_and_dtype(
+    file: ModelFile, device: str, dtype: str, threads: int | None
+) -> tuple[torch.device, torch.dtype]:
+    import torch
+
+    from llamakit.files import available_memory_bytes
+    from llamakit.model import load_config
+    from llamakit.model.device import inference_dtype, resolve_device
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    where = resolve_device(device)
+    n_weights = load_config(file).n_matmul
+    return where, inference_dtype(dtype, where, n_weights=n_weights, free_bytes=available_memory_bytes())
+
+
+def _run(loaded: _Loaded, text: str, config: GenerateConfig, *, display_prompt: bool, json: bool) -> int:
+    from llamakit.inference.completion import Done, encode_prompt
+    from llamakit.inference.completion import generate as continue_prompt
+
+    ids = encode_prompt(loaded.tokenizer, text)
+    config = _for_file(loaded, ids, config)
+    _remarks(loaded, config)
+    tokens: list[Token] = []
+    pieces: list[str] = []
+    done: Done | None = None
+    reports = continue_prompt(loaded.model, loaded.tokenizer, ids, config)
+    if display_prompt and not json:
+        render.stream(text)
+    try:
+        for report in reports:
+            if isinstance(report, Done):
+                done = report
+            else:
+                tokens.append(report)
+            pieces.append(report.text)
+            if not json:
+                render.stream(report.text)
+    except KeyboardInterrupt:
+        pass  # what there is so far counts
+    if json:
+        render.print_json(_as_json(loaded, text, ids, tokens, "".join(pieces), done))
+    else:
+        render.stream("\n")
+        _timings(loaded, done)
+    return EXIT_INTERRUPTED if done is None else EXIT_OK
+
+
+def _for_file(loaded: _Loaded, ids: list[int], config: GenerateConfig) -> GenerateConfig:
+    """run.c's rules for its own models: -n counts the prompt's tokens after BOS too, and a BOS ends the text."""
+    if not loaded.is_llama2c:
+        return config
+    n_predict = config.n_predict if config.n_predict < 0 else max(0, config.n_predict - (len(ids) - 1))
+    bos = loaded.tokenizer.bos_id
+    return replace(config, n_predict=n_predict, stop_ids=() if bos is None else (bos,))
+
+
+def _remarks(loaded: _Loaded, config: GenerateConfig) -> None:
+    n_ctx = loaded.model.config.n_ctx
+    if config.ctx > n_ctx:
+        render.warn(f"--ctx {config.ctx} is more than the {n_ctx} tokens that the model was trained for")
+    if loaded.tokenizer.chat_template:
+        render.hint("this model has a chat template; plain completion does not apply it (the chat command will)")
+
+
+def _timings(loaded: _Loaded, done: Done | None) -> None:
+    render.log(f"load: {loaded.load_s:.2f} s")
+    if done is None:
+        render.note("interrupted")
+        return
+    render.log(f"prompt: {done.n_prompt} tokens in {done.prefill_s:.2f} s, {done.prefill_tok_per_s:.1f} tok/s")
+    render.log(f"generation: {done.n_generated} tokens in {done.decode_s:.2f} s, {done.decode_tok_per_s:.1f} tok/s")
+    endings = {"end": "an end token", "length": "-n", "context": "a full context"}
+    render.log(f"ended by {endings[done.reason]}, seed {done.seed}")
+
+
+def _as_json(
+    loaded: _Loaded, prompt: str, ids: list[int], tokens: list[Token], text: str, done: Done | None
+) -> dict[str, Any]:
+    """What `--json` prints; an interrupted generation has no timings."""
+    value: dict[str, Any] = {
+        "model": str(loaded.file.path),
+        "prompt": prompt,
+        "text": text,
+        "prompt_tokens": ids,
+        "tokens": [token.id for token in tokens],
+        "stop_reason": done.reason if done else "interrupted",
+        "load_s": loaded.load_s,
+    }
+    if done:
+        value |= {
+            "seed": done.seed,
+            "prefill_s": done.prefill_s,
+            "decode_s": done.decode_s,
+            "prefill_tok_per_s": done.prefill_tok_per_s,
+            "decode_tok_per_s": done.decode_tok_per_s,
+        }
+    return value

@@ -1,0 +1,62 @@
+"""Where a prompt comes from: the command line, a file, or standard input when something was piped in."""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+import sys
+from pathlib import Path
+
+from llamakit.errors import UsageError
+from llamakit.files import read_text
+
+_ESCAPE = re.compile(rb"\\(?:([nrt'\"\\])|x([0-9a-fA-F]{2}))")
+_PLAIN = {b"n": b"\n", b"r": b"\r", b"t": b"\t"}
+
+
+def process_escapes(text: str) -> str:
+    r"""Text with \n \r \t \' \" \\ and \xNN (a byte of UTF-8) as what they stand for; anything else stays as it is.
+
+    Raises UsageError for bytes that are not UTF-8.
+    """
+    try:
+        data = text.encode()
+        return _ESCAPE.sub(lambda m: bytes([int(m[2], 16)]) if m[2] else _PLAIN.get(m[1], m[1]), data).decode()
+    except UnicodeError as error:
+        raise UsageError(f"the prompt is not UTF-8 text: {error.reason}") from error
+
+
+def read_prompt(
+    positional: str | None, option: str | None, file: Path | None, *, escape: bool, use_stdin: bool
+) -> str | None:
+    """The prompt, None where there is none.
+
+    A prompt on the command line has its escapes processed unless `escape` is False; a file's or standard input's is
+    verbatim, without one trailing newline. Standard input is read when there is nothing else and it is a regular
+    file or a pipe; an empty one counts as none. Raises UsageError for more than one prompt, for unreadable files
+    and for what is not UTF-8.
+    """
+    given = [name for name, value in (("PROMPT", positional), ("-p", option), ("-f", file)) if value is not None]
+    if len(given) > 1:
+        raise UsageError(f"the prompt is given more than once ({' and '.join(given)})", hint="give only one of them")
+    text = positional if option is None else option
+    if text is not None:
+        return process_escapes(text) if escape else text
+    if file is not None:
+        return read_text(file).removesuffix("\n")
+    return (_read_stdin() or None) if use_stdin else None
+
+
+def _read_stdin() -> str:
+    """What was redirected or piped in; nothing from a terminal, a device or a closed stream."""
+    try:
+        mode = os.fstat(0).st_mode
+    except OSError:
+        return ""
+    if not (stat.S_ISREG(mode) or stat.S_ISFIFO(mode)) or sys.stdin is None:
+        return ""
+    try:
+        return sys.stdin.buffer.read().decode().removesuffix("\n")
+    except UnicodeDecodeError as error:
+        raise UsageError(f"is not UTF-8 text (at byte {error.start})", path="<stdin>") from error

@@ -1,0 +1,1 @@
+"""Whole-file transforms and reports: no model is ever built here."""

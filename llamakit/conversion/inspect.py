@@ -1,0 +1,347 @@
+"""What a file is, what is in it, and which command it is for; no tensor of a model is read.
+
+The metadata and type lines have the form in which llama.cpp's loader dumps them (src/llama-model-loader.cpp).
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from llamakit.errors import FormatError
+from llamakit.formats import llama2c
+from llamakit.formats.base import ModelFile, TensorInfo
+from llamakit.formats.ggla import read_ggla
+from llamakit.formats.gguf import GGUFFile
+from llamakit.formats.open import sniff
+from llamakit.ggml import FILE_TYPES, GGMLType
+
+#: llama.cpp cuts values off after this many bytes
+_MAX_VALUE_BYTES = 40
+#: an array longer than this is given by its first elements
+_MAX_ELEMENTS = 32
+_TYPE_NAMES = {
+    "UINT8": "u8", "INT8": "i8", "UINT16": "u16", "INT16": "i16", "UINT32": "u32", "INT32": "i32",
+    "UINT64": "u64", "INT64": "i64", "FLOAT32": "f32", "FLOAT64": "f64", "BOOL": "bool", "STRING": "str",
+}  # fmt: skip
+_TOKENIZERS = {"llama": "SPM", "gpt2": "BPE", "bert": "WPM", "t5": "UGM", "rwkv": "RWKV", "none": "none"}
+
+#: kind of a file that is not GGUF -> what it is in words
+_OTHERS = {
+    "llama2c-tokenizer": "llama2.c vocabulary",
+    "sentencepiece": "SentencePiece vocabulary",
+    "safetensors": "safetensors weights",
+    "huggingface": "folder with a Hugging Face model, to be converted with llama.cpp's script",
+    "peft": "folder with a PEFT adapter, to be converted with llama.cpp's script",
+    "zip": "zip archive, perhaps a PyTorch checkpoint",
+    "pickle": "Python pickle, perhaps an old PyTorch checkpoint; never loaded, it could run any code",
+    "ggml": "GGML model from before GGUF",
+    "gzip": "gzip archive",
+    "text": "text",
+    "directory": "folder",
+}
+
+
+@dataclass(frozen=True)
+class KeyValue:
+    """One metadata entry: its key, its type in llama.cpp's notation (`u32`, `arr[str,512]`), its value.
+
+    value: int, float, bool, str, or a list, of which the first 32 elements are kept; n: elements of an array.
+    """
+
+    key: str
+    type: str
+    value: Any
+    n: int | None = None
+
+    @property
+    def text(self) -> str:
+        """The value as llama.cpp dumps it: at most 40 bytes, newlines as \\n."""
+        raw = _text(self.value).encode("utf-8", "surrogateescape")
+        if len(raw) > _MAX_VALUE_BYTES:
+            raw = raw[: _MAX_VALUE_BYTES - 3] + b"..."
+        return raw.decode("utf-8", "replace").replace("\n", "\\n")
+
+
+@dataclass(frozen=True)
+class TensorRow:
+    """One tensor: shape rows first (numpy's order), the type's name, packed bytes."""
+
+    name: str
+    shape: tuple[int, ...]
+    type: str
+    n_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileReport:
+    """What `inspect` found out about a file.
+
+    kind: model, adapter, checkpoint, old-checkpoint, imatrix, vocabulary, ggla, llama2c, or what formats.open.sniff
+    calls a file that is none of these; what: the same in words; format: the container ("GGUF V3"), "" where unknown.
+    facts: label -> value, in the order to be shown; n_bytes: of the file; bits_per_weight: of all tensors together.
+    next_commands: command lines, as lists of arguments.
+    """
+
+    path: Path
+    kind: str
+    what: str
+    format: str = ""
+    n_bytes: int
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    metadata: tuple[KeyValue, ...] = ()
+    tensors: tuple[TensorRow, ...] = ()
+    n_parameters: int = 0
+    bits_per_weight: float = 0.0
+    next_commands: tuple[tuple[str, ...], ...] = ()
+
+    def metadata_lines(self) -> list[str]:
+        """llama.cpp's `- kv N:` lines."""
+        return [f"- kv {i:3d}: {kv.key:>42} {kv.type:<16} = {kv.text}" for i, kv in enumerate(self.metadata)]
+
+    def type_lines(self) -> list[str]:
+        """llama.cpp's `- type` lines, in the order of its types."""
+        counts = Counter(GGMLType[tensor.type] for tensor in self.tensors)
+        return [f"- type {_ggml_name(t):>4}: {n:4d} tensors" for t, n in sorted(counts.items())]
+
+
+def inspect(path: str | os.PathLike[str]) -> FileReport:
+    """Find out what a file or folder is, by its content.
+
+    Raises UsageError when it cannot be read, FormatError when it is broken or empty, UnsupportedError for a GGUF
+    file of an unknown version, byte order, or in several parts.
+    """
+    path = Path(path)
+    kind = sniff(path)
+    if kind == "empty":
+        raise FormatError("is empty (0 bytes)", path=path, offset=0)
+    if kind == "gguf":
+        with GGUFFile(path) as file:
+            return _inspect_gguf(file)
+    if kind == "llama2c":
+        with llama2c.Llama2cFile(path) as file:
+            return _inspect_llama2c(file)
+    if kind == "ggla":
+        return _inspect_ggla(path)
+    return _inspect_other(path, kind)
+
+
+def _inspect_gguf(file: GGUFFile) -> FileReport:
+    kind, what = _gguf_kind(file)
+    facts = _general_facts(file.metadata)
+    if kind in ("adapter", "checkpoint", "old-checkpoint"):
+        facts |= _adapter_facts(file)
+    if kind in ("model", "vocabulary"):
+        facts |= _model_facts(file.metadata)
+    metadata = tuple(_key_value(key, value, *file.metadata_types[key]) for key, value in file.metadata.items())
+    return FileReport(
+        path=file.path,
+        kind=kind,
+        what=what,
+        format=f"GGUF V{file.version}",
+        n_bytes=file.n_bytes,
+        facts=facts,
+        metadata=metadata,
+        next_commands=_next_commands(kind, file),
+        **_tensor_fields(file.tensors),
+    )
+
+
+def _gguf_kind(file: GGUFFile) -> tuple[str, str]:
+    """The kind of a GGUF file, and the same in words."""
+    metadata = file.metadata
+    general, training = metadata.get("general.type"), metadata.get("training.type")
+    if "llamakit.checkpoint.version" in metadata:
+        return "checkpoint", "llamakit training checkpoint"
+    if training == "finetune_lora":
+        return "old-checkpoint", "training checkpoint of the old llama.cpp finetune"
+    if training is not None:
+        return "old-checkpoint", f"training checkpoint of llama.cpp ({training})"
+    if general == "adapter":
+        return "adapter", "LoRA adapter" if metadata.get("adapter.type") == "lora" else "adapter"
+    if general == "imatrix":
+        return "imatrix", "importance matrix"
+    if not file.tensors:
+        return ("vocabulary", "vocabulary without a model") if _n_tokens(metadata) else ("unknown", "GGUF without tensors")
+    return "model", "model"
+
+
+def _general_facts(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    facts = {"name": metadata.get("general.name"), "architecture": metadata.get("general.architecture")}
+    return {label: value for label, value in facts.items() if isinstance(value, str)}
+
+
+def _model_facts(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """Hyper-parameters as far as the file states them; a value of the wrong type is left out, not guessed."""
+    architecture = metadata.get("general.architecture")
+    keys = {
+        "context": "context_length", "layers": "block_count", "embedding": "embedding_length",
+        "feed forward": "feed_forward_length", "heads": "attention.head_count", "kv heads": "attention.head_count_kv",
+    }  # fmt: skip
+    facts: dict[str, Any] = {label: _integer(metadata, f"{architecture}.{key}") for label, key in keys.items()}
+    file_type = _integer(metadata, "general.file_type")
+    facts["file type"] = None if file_type is None else FILE_TYPES.get(file_type, str(file_type))
+    facts["vocabulary"] = _n_tokens(metadata) or _integer(metadata, f"{architecture}.vocab_size")
+    model, pre = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre")
+    if isinstance(model, str):
+        kind = _TOKENIZERS.get(model, model)
+        facts["tokenizer"] = f"{kind} ({pre})" if isinstance(pre, str) and pre else kind
+        facts["chat template"] = isinstance(metadata.get("tokenizer.chat_template"), str)
+    return {label: value for label, value in facts.items() if value is not None}
+
+
+def _adapter_facts(file: GGUFFile) -> dict[str, Any]:
+    metadata = file.metadata
+    facts: dict[str, Any] = {}
+    alpha = metadata.get("adapter.lora.alpha")
+    if isinstance(alpha, (int, float)):
+        facts["alpha"] = alpha
+    ranks = Counter(t.shape[-1] for name, t in file.tensors.items() if name.endswith(".lora_b") and t.shape)
+    if ranks:
+        facts["rank"] = ", ".join(str(rank) for rank in sorted(ranks))
+        facts["adapted tensors"] = sum(ranks.values())
+    iterations = _integer(metadata, "training.iteration_count")
+    if iterations is not None:
+        facts["iterations"] = iterations
+    stamp = metadata.get("llamakit.base.model")
+    if isinstance(stamp, str):
+        facts["base stamp"] = stamp[:16]
+    return facts
+
+
+def _inspect_llama2c(file: llama2c.Llama2cFile) -> FileReport:
+    return FileReport(
+        path=file.path,
+        kind="llama2c",
+        what="llama2.c model",
+        format=f"llama2.c version {file.version}",
+        n_bytes=file.path.stat().st_size,
+        facts=_general_facts(file.metadata) | _model_facts(file.metadata),
+        metadata=tuple(_key_value(key, value) for key, value in file.metadata.items()),
+        next_commands=_next_commands("llama2c", file),
+        **_tensor_fields(file.tensors),
+    )
+
+
+def _inspect_ggla(path: Path) -> FileReport:
+    # An adapter of a few MB whose headers stand between its tensors: its reader checks them all.
+    rank, alpha, matrices = read_ggla(path)
+    tensors = tuple(TensorRow(name, m.shape, "F32", m.nbytes) for name, m in matrices.items())
+    return FileReport(
+        path=path,
+        kind="ggla",
+        what="LoRA adapter of the old llama.cpp finetune",
+        format="ggla version 1",
+        n_bytes=path.stat().st_size,
+        facts={"alpha": alpha, "rank": rank, "adapted tensors": len(matrices) // 2},
+        tensors=tensors,
+        n_parameters=sum(m.size for m in matrices.values()),
+        bits_per_weight=32.0,
+        next_commands=_next_commands("ggla", None, path),
+    )
+
+
+def _inspect_other(path: Path, kind: str) -> FileReport:
+    if path.is_dir():
+        kind = "peft" if (path / "adapter_config.json").is_file() else kind
+        n_bytes = sum(entry.stat().st_size for entry in os.scandir(path) if entry.is_file())
+    else:
+        n_bytes = path.stat().st_size
+    what = _OTHERS.get(kind, "file of an unknown kind")
+    return FileReport(
+        path=path, kind=kind, what=what, n_bytes=n_bytes, next_commands=_next_commands(kind, None, path)
+    )
+
+
+def _tensor_fields(tensors: Mapping[str, TensorInfo]) -> dict[str, Any]:
+    n_parameters = sum(t.n_elements for t in tensors.values())
+    n_bytes = sum(t.n_bytes for t in tensors.values())
+    return {
+        "tensors": tuple(TensorRow(t.name, t.shape, t.type.name, t.n_bytes) for t in tensors.values()),
+        "n_parameters": n_parameters,
+        "bits_per_weight": 8 * n_bytes / n_parameters if n_parameters else 0.0,
+    }
+
+
+def _next_commands(kind: str, file: ModelFile | None, path: Path | None = None) -> tuple[tuple[str, ...], ...]:
+    """What a user most likely wants to do with such a file."""
+    name = _as_argument(file.path if file is not None else path or Path())
+    finetune = ("llamakit", "finetune", "--model-base")
+    if kind == "model" and file is not None:
+        return _next_for_model(file.metadata, name)
+    return {
+        "vocabulary": (("llamakit", "tokenize", "-m", name, "-p", "Hello world"),),
+        "adapter": (("llamakit", "generate", "-m", "BASE.gguf", "--lora", name, "-p", "Once upon a time"),),
+        "ggla": (("llamakit", "generate", "-m", "BASE.gguf", "--lora", name, "-p", "Once upon a time"),),
+        "checkpoint": ((*finetune, "BASE.gguf", "--checkpoint-in", name, "--train-data", "TEXT.txt"),),
+        "old-checkpoint": ((*finetune, "BASE.gguf", "--checkpoint-in", name, "--train-data", "TEXT.txt"),),
+        "llama2c": (("llamakit", "generate", "-m", name, "-z", "tokenizer.bin"),),
+        "llama2c-tokenizer": (("llamakit", "generate", "-m", "MODEL.bin", "-z", name),),
+        "text": ((*finetune, "BASE.gguf", "--train-data", name),),
+        "huggingface": (("python", "convert_hf_to_gguf.py", name),),
+        "peft": (("python", "convert_lora_to_gguf.py", name),),
+    }.get(kind, ())
+
+
+def _next_for_model(metadata: Mapping[str, Any], name: str) -> tuple[tuple[str, ...], ...]:
+    commands: list[tuple[str, ...]] = []
+    can_tokenize = metadata.get("tokenizer.ggml.model") in ("llama", "gpt2")
+    if metadata.get("general.architecture") == "llama" and can_tokenize:
+        commands.append(("llamakit", "generate", "-m", name, "-p", "Once upon a time"))
+        commands.append(("llamakit", "finetune", "--model-base", name, "--train-data", "TEXT.txt"))
+    elif can_tokenize:
+        commands.append(("llamakit", "tokenize", "-m", name, "-p", "Hello world"))
+    return tuple(commands)
+
+
+def _as_argument(path: Path) -> str:
+    """A path that no command takes for an option."""
+    return f"./{path}" if str(path).startswith("-") else str(path)
+
+
+def _key_value(key: str, value: Any, value_type: Any = None, element_type: Any = None) -> KeyValue:
+    """A metadata entry; types are the reader's, or follow from the Python value where a format has none."""
+    if hasattr(value, "__len__") and not isinstance(value, str):
+        n = len(value)
+        first = value[:_MAX_ELEMENTS]
+        kept = first.tolist() if hasattr(first, "tolist") else list(first)
+        element = _TYPE_NAMES.get(getattr(element_type, "name", ""), "?")
+        return KeyValue(key, f"arr[{element},{n}]", kept, n)
+    if value_type is not None:
+        return KeyValue(key, _TYPE_NAMES[value_type.name], value)
+    guessed = {bool: "bool", int: "u32", float: "f32"}.get(type(value), "str")
+    return KeyValue(key, guessed, value)
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, float):
+        return f"{value:f}"
+    if isinstance(value, list):
+        return "[" + ", ".join(_quoted(v) if isinstance(v, str) else _text(v) for v in value) + "]"
+    return str(value)
+
+
+def _quoted(text: str) -> str:
+    return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
+
+
+def _ggml_name(ggml_type: GGMLType) -> str:
+    """ggml's own spelling of a type: q4_0, but q4_K."""
+    name = ggml_type.name.lower()
+    return name[:-2] + "_K" if name.endswith("_k") else name
+
+
+def _integer(metadata: Mapping[str, Any], key: str) -> int | None:
+    value = metadata.get(key)
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+
+def _n_tokens(metadata: Mapping[str, Any]) -> int | None:
+    tokens = metadata.get("tokenizer.ggml.tokens")
+    return None if tokens is None or isinstance(tokens, (str, int, float)) else len(tokens)

@@ -1,0 +1,206 @@
+"""Writing files so that nothing good is ever lost: atomic replacement, a run lock, printable names."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+
+from llamakit.errors import LlamakitError, SaveError, UsageError
+
+# C0, DEL, C1, and the marks that reorder text on a terminal: none may reach it from a file's metadata.
+_UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def escape_control(text: str) -> str:
+    """Text as it may be printed: control and direction characters become \\xNN or \\uNNNN."""
+    return _UNPRINTABLE.sub(lambda m: f"\\x{ord(m[0]):02x}" if ord(m[0]) < 256 else f"\\u{ord(m[0]):04x}", text)
+
+
+def _fsync_directory(directory: Path) -> None:
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.tmp-{os.getpid()}")
+
+
+def _save_error(path: Path, error: OSError) -> SaveError:
+    hint = "free some space, or write to another disk" if error.errno in (errno.ENOSPC, errno.EDQUOT) else None
+    return SaveError(f"cannot save: {error.strerror or error}; what was there before is intact", path=path, hint=hint)
+
+
+@contextlib.contextmanager
+def atomic_path(path: str | os.PathLike[str], verify: Callable[[Path], None] | None = None) -> Iterator[Path]:
+    """A temporary path beside `path`, to be written by the caller; it replaces `path` only once it is whole.
+
+    On leaving: fsync, `verify(temporary)`, rename over `path`, fsync of the directory. On any error the
+    temporary file is removed and `path` stays as it was. Raises SaveError for what the disk refuses.
+    """
+    path = Path(path)
+    temporary = _temporary(path)
+    try:
+        yield temporary
+        fd = os.open(temporary, os.O_RDONLY)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+        if verify is not None:
+            verify(temporary)
+        os.replace(temporary, path)
+        _fsync_directory(path.parent)
+    except OSError as error:
+        raise _save_error(path, error) from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def replace_with_link(source: Path, target: Path) -> None:
+    """Make `target` another name of `source`'s content, replacing it atomically; a copy where links cannot be.
+
+    Raises SaveError.
+    """
+    temporary = _temporary(target)
+    try:
+        temporary.unlink(missing_ok=True)
+        try:
+            os.link(source, temporary)
+        except OSError:
+            shutil.copyfile(source, temporary)
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())
+        os.replace(temporary, target)
+        _fsync_directory(target.parent)
+    except OSError as error:
+        raise _save_error(target, error) from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def remove_stale_temporaries(path: Path) -> None:
+    """Remove what killed runs left beside `path`: temporary files of processes that no longer exist."""
+    for stale in path.parent.glob(f".{path.name}.tmp-*"):
+        pid = stale.name.rpartition("-")[2]
+        if pid.isdigit() and not Path(f"/proc/{pid}").exists():
+            with contextlib.suppress(OSError):
+                stale.unlink()
+
+
+def check_writable(path: str | os.PathLike[str]) -> None:
+    """Raise UsageError now if `path` could not be written later: no such directory, no permission, full disk."""
+    path = Path(path)
+    if path.is_dir():
+        raise UsageError("is a directory, a file name is needed", path=path)
+    probe = path.with_name(f".{path.name}.probe-{os.getpid()}")
+    try:
+        with probe.open("wb") as file:
+            file.write(b"\0")
+        probe.unlink()
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            probe.unlink(missing_ok=True)
+        hint = f"create it with: mkdir -p {path.parent}" if isinstance(error, FileNotFoundError) else None
+        raise UsageError(
+            f"the output directory cannot be written: {error.strerror}", path=path.parent, hint=hint
+        ) from error
+
+
+class RunLock:
+    """Keeps a second run off the same outputs: one advisory lock file beside each, held while the process lives.
+
+    The kernel drops the lock of a killed process, so a stale lock file is taken over without a question.
+    """
+
+    def __init__(self, outputs: Sequence[str | os.PathLike[str]]) -> None:
+        self._paths = sorted({Path(o).with_name(f".{Path(o).name}.lock") for o in outputs})
+        self._fds: list[tuple[Path, int]] = []
+
+    def __enter__(self) -> RunLock:
+        for path in self._paths:
+            self._fds.append((path, self._acquire(path)))
+        return self
+
+    def _acquire(self, path: Path) -> int:
+        while True:
+            try:
+                fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            except OSError as error:
+                self._release()
+                raise UsageError(f"cannot create the run lock: {error.strerror}", path=path) from error
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                holder = os.read(fd, 32).decode("ascii", "replace").strip()
+                os.close(fd)
+                self._release()
+                raise UsageError(
+                    f"another run (process {holder or 'unknown'}) is writing the same outputs",
+                    path=path,
+                    hint="wait for it to end, or give this run other output names",
+                ) from error
+            # The holder may have unlinked the file between our open and our lock: then the name is free again.
+            if path.exists() and os.stat(path).st_ino == os.fstat(fd).st_ino:
+                os.truncate(fd, 0)
+                os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
+                return fd
+            os.close(fd)
+
+    def _release(self) -> None:
+        for path, fd in self._fds:
+            with contextlib.suppress(OSError):
+                path.unlink()
+            os.close(fd)
+        self._fds = []
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._release()
+
+
+def available_memory_bytes() -> int | None:
+    """Memory that could be taken without swapping (MemAvailable, and the cgroup's limit), None where unknown."""
+    available: list[int] = []
+    with contextlib.suppress(OSError, ValueError, StopIteration):
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        available.append(int(next(line for line in lines if line.startswith("MemAvailable:")).split()[1]) * 1024)
+    with contextlib.suppress(OSError, ValueError):
+        limit = int(Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii"))
+        used = int(Path("/sys/fs/cgroup/memory.current").read_text(encoding="ascii"))
+        available.append(max(0, limit - used))
+    return min(available, default=None)
+
+
+def read_text(path: str | os.PathLike[str]) -> str:
+    """A whole UTF-8 text. Raises LlamakitError naming the byte at fault, or what the system said."""
+    try:
+        data = Path(path).read_bytes()
+    except OSError as error:
+        raise UsageError(f"cannot be read: {error.strerror}", path=path) from error
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise _not_utf8(path, data, error) from error
+
+
+def _not_utf8(path: str | os.PathLike[str], data: bytes, error: UnicodeDecodeError) -> LlamakitError:
+    line = data.count(b"\n", 0, error.start) + 1
+    return UsageError(
+        f"is not UTF-8 text (byte 0x{data[error.start]:02x} at offset {error.start})",
+        path=path,
+        line=line,
+        hint="convert it first, for example: iconv -f ISO-8859-1 -t UTF-8",
+    )

@@ -1,0 +1,122 @@
+"""Which file is this? By its content, never by its name."""
+
+from __future__ import annotations
+
+import os
+import struct
+from pathlib import Path
+
+from llamakit.errors import FormatError, LlamakitError, UnsupportedError, UsageError
+from llamakit.formats import llama2c
+from llamakit.formats.base import ModelFile
+from llamakit.formats.ggla import MAGIC as GGLA_MAGIC
+from llamakit.formats.gguf_reader import MAGIC as GGUF_MAGIC
+from llamakit.formats.gguf_reader import GGUFFile
+from llamakit.formats.source import FileSource
+
+_HEAD_BYTES = 4096
+_OLD_GGML = {b"lmgg": "ggml", b"fmgg": "ggmf", b"tjgg": "ggjt"}
+_TEXT_CONTROLS = frozenset(range(32)) - {*b"\t\n\r\f\x1b"}
+
+#: kind -> (what it is, what to do); the kinds that no model can be opened from
+_UNSUPPORTED: dict[str, tuple[str, str | None]] = {
+    "ggla": ("is an old LoRA adapter (ggla), not a model", "give it with --lora, and the model with -m"),
+    "ggml": (
+        "is a GGML file from before GGUF, which is no longer supported",
+        "convert the original model again, or get a GGUF file",
+    ),
+    "zip": (
+        "is a zip archive (a PyTorch checkpoint?); models in this format are not supported yet",
+        "convert it to GGUF with llama.cpp's convert_hf_to_gguf.py",
+    ),
+    "pickle": (
+        "is a Python pickle (an old PyTorch checkpoint?), which is never loaded: it could run any code",
+        "convert it to GGUF with llama.cpp's convert_hf_to_gguf.py",
+    ),
+    "safetensors": (
+        "is a safetensors file; models in this format are not supported yet",
+        "convert its directory to GGUF with llama.cpp's convert_hf_to_gguf.py",
+    ),
+    "huggingface": (
+        "is a directory with a Hugging Face model; models in this format are not supported yet",
+        "convert it to GGUF with llama.cpp's convert_hf_to_gguf.py",
+    ),
+    "sentencepiece": ("is a SentencePiece vocabulary, not a model", None),
+    "llama2c-tokenizer": ("is a llama2.c vocabulary, not a model", "give it with -z, and the model with -m"),
+    "gzip": ("is compressed", "unpack it first: gunzip"),
+}
+
+
+def sniff(path: str | os.PathLike[str]) -> str:
+    """The kind of a file or directory, from its first bytes.
+
+    One of: gguf, llama2c, llama2c-tokenizer, ggla, ggml, zip, pickle, safetensors, sentencepiece, gzip,
+    huggingface, directory, empty, text, unknown. Nothing is promised about the rest of the file. Raises
+    UsageError when it cannot be read.
+    """
+    if os.path.isdir(path):
+        return "huggingface" if (Path(path) / "config.json").is_file() else "directory"
+    with FileSource(path) as source:
+        head = source.read(0, min(_HEAD_BYTES, source.size)).tobytes()
+        return _kind(head, source.size) if head else "empty"
+
+
+def _kind(head: bytes, size: int) -> str:
+    magics = {GGUF_MAGIC: "gguf", GGLA_MAGIC: "ggla", llama2c.MAGIC: "llama2c", b"PK\x03\x04": "zip"}
+    if head[:4] in magics:
+        return magics[head[:4]]
+    if head[:4] in _OLD_GGML:
+        return "ggml"
+    if head[:2] == b"\x1f\x8b":
+        return "gzip"
+    if head[:1] == b"\x80" and head[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"):
+        return "pickle"
+    if head[8:9] == b"{" and 2 <= struct.unpack_from("<Q", head)[0] <= size - 8:
+        return "safetensors"
+    if llama2c.parse_header(head) is not None:
+        return "llama2c"
+    if head[:1] == b"\n" and b"<unk>" in head[:64] and b"\0" in head:
+        return "sentencepiece"
+    if head[12:17] == b"<unk>":  # u32 longest token, f32 score, u32 length, token 0
+        return "llama2c-tokenizer"
+    return "text" if _is_text(head) else "unknown"
+
+
+def _is_text(head: bytes) -> bool:
+    if _TEXT_CONTROLS.intersection(head):
+        return False
+    try:
+        head.decode("utf-8")
+    except UnicodeDecodeError as error:
+        return (
+            error.start > len(head) - 4 and len(head) == _HEAD_BYTES
+        )  # a character cut by the end of the head
+    return True
+
+
+def open_model(path: str | os.PathLike[str]) -> ModelFile:
+    """Open a model file of any known format.
+
+    A GGUF file may as well be an adapter, a vocabulary, a checkpoint or an importance matrix: what its
+    metadata says is for the caller to check. Raises UsageError when the path cannot be read, UnsupportedError
+    for what is known but no model here, FormatError for the rest and for broken files.
+    """
+    kind = sniff(path)
+    if kind == "gguf":
+        return GGUFFile(path)
+    if kind == "llama2c":
+        return llama2c.Llama2cFile(path)
+    raise _refusal(path, kind)
+
+
+def _refusal(path: str | os.PathLike[str], kind: str) -> LlamakitError:
+    if kind in _UNSUPPORTED:
+        what, hint = _UNSUPPORTED[kind]
+        return UnsupportedError(what, path=path, hint=hint)
+    if kind == "directory":
+        return UsageError("is a directory, a model file is needed", path=path)
+    if kind == "empty":
+        return FormatError("is empty (expected a model file, got 0 bytes)", path=path, offset=0)
+    if kind == "text":
+        return FormatError("is a text, not a model (expected GGUF or a llama2.c model)", path=path, offset=0)
+    return FormatError("is of an unknown format (expected GGUF or a llama2.c model)", path=path, offset=0)

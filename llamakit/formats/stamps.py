@@ -1,0 +1,101 @@
+"""Two fingerprints of a model file, by which an adapter knows the model that it was trained on.
+
+The first says which model it is, whatever its quantization, name or file type; the second, which quantization
+of it. Both read the header and a few KiB of each tensor, never the whole file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from llamakit.formats.base import ModelFile, TensorInfo
+from llamakit.formats.gguf_values import StringArray
+
+_SAMPLE_BYTES = 4096
+_SEED = b"llamakit.base.file"
+
+
+@dataclass(frozen=True)
+class BaseStamps:
+    """model: sha256 (hex) of architecture, hyper-parameters, tensor names and shapes, vocabulary.
+
+    file: sha256 (hex) of tensor types and of 4 KiB of each tensor, at places drawn from its name and shape.
+    """
+
+    model: str
+    file: str
+
+
+def base_stamps(file: ModelFile) -> BaseStamps:
+    """The stamps of an opened model. Raises FormatError when its data cannot be read."""
+    return BaseStamps(_model_stamp(file), _file_stamp(file))
+
+
+def _add(digest: Any, *fields: bytes | str) -> None:
+    """Each field with its length before it: no two different lists of fields look alike."""
+    for field in fields:
+        raw = field.encode("utf-8", "surrogateescape") if isinstance(field, str) else field
+        digest.update(struct.pack("<Q", len(raw)))
+        digest.update(raw)
+
+
+def _model_stamp(file: ModelFile) -> str:
+    digest = hashlib.sha256()
+    metadata = file.metadata
+    architecture = str(metadata.get("general.architecture", ""))
+    _add(digest, architecture)
+    for key in sorted(k for k in metadata if k.startswith(f"{architecture}.")):
+        _add(digest, key, _canonical(metadata[key]))
+    for name, info in sorted(file.tensors.items()):
+        _add(digest, name, str(_trimmed(info.shape)))
+    _add(digest, _packed_tokens(metadata))
+    return digest.hexdigest()
+
+
+def _canonical(value: Any) -> str:
+    """A value without the type under which its file stores it: u32 or u64, f32 or f64."""
+    if isinstance(value, float):
+        return repr(float(np.float32(value)))
+    if isinstance(value, np.ndarray):
+        return str([_canonical(v) for v in value.tolist()])
+    if isinstance(value, (bool, int, str)):
+        return repr(value)
+    return str([_canonical(v) for v in value])
+
+
+def _trimmed(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Without outer axes of size 1, which some writers drop and some keep."""
+    while len(shape) > 1 and shape[0] == 1:
+        shape = shape[1:]
+    return shape
+
+
+def _packed_tokens(metadata: Mapping[str, Any]) -> bytes:
+    tokens = metadata.get("tokenizer.ggml.tokens", ())
+    if isinstance(tokens, StringArray):
+        return tokens.packed  # as they stand in the file: nothing to decode
+    raws = [str(t).encode("utf-8", "surrogateescape") for t in tokens]
+    return b"".join(struct.pack("<Q", len(raw)) + raw for raw in raws)
+
+
+def _file_stamp(file: ModelFile) -> str:
+    digest = hashlib.sha256()
+    for name, info in sorted(file.tensors.items()):
+        _add(digest, name, info.type.name, str(_trimmed(info.shape)), _sample(file, info))
+    return digest.hexdigest()
+
+
+def _sample(file: ModelFile, info: TensorInfo) -> bytes:
+    """The first 4 KiB of a run of rows that starts at a place drawn from the tensor's name and size."""
+    if not info.n_bytes:
+        return b""
+    rows = min(info.n_rows, -(-_SAMPLE_BYTES // info.row_bytes))
+    draw = hashlib.sha256(_SEED + info.name.encode("utf-8") + struct.pack("<Q", info.n_bytes)).digest()
+    start = int.from_bytes(draw[:8], "little") % (info.n_rows - rows + 1)
+    return file.read(info.name, start, start + rows).reshape(-1)[:_SAMPLE_BYTES].tobytes()

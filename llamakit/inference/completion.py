@@ -1,0 +1,166 @@
+"""A prompt and its continuation: prefill in chunks, then one token at a time over a key-value cache.
+
+Shapes: V n_vocab, C n_embd.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+
+from llamakit.errors import MismatchError, UsageError
+from llamakit.inference.config import GenerateConfig
+from llamakit.inference.sampling import Logits, Sampler, log_probability
+from llamakit.model import KVCache, Llama
+from llamakit.tokenizer import Tokenizer
+
+StopReason = Literal["end", "length", "context"]
+
+
+@dataclass(frozen=True)
+class Token:
+    """One generated token.
+
+    text: what it adds to the text; empty while a UTF-8 character is still open.
+    logprob: its natural log-probability before any sampler, where the configuration asks for it.
+    """
+
+    id: int
+    text: str
+    logprob: float | None = None
+
+
+@dataclass(frozen=True)
+class Done:
+    """The last report of a generation.
+
+    reason: "end" for an end-of-generation token (which is not reported as a Token), "length" for n_predict,
+    "context" for a full context. text: what was still open, an unfinished UTF-8 character as U+FFFD; else empty.
+    seed: of the sampler, also where a random one was asked for. decode_s: computing and sampling after the
+    prompt; the time that the caller takes between two tokens does not count. n_decoded: tokens computed in it.
+    """
+
+    reason: StopReason
+    text: str
+    seed: int
+    n_prompt: int
+    n_generated: int
+    n_decoded: int
+    prefill_s: float
+    decode_s: float
+
+    @property
+    def prefill_tok_per_s(self) -> float:
+        """Prompt tokens per second."""
+        return self.n_prompt / self.prefill_s if self.prefill_s else 0.0
+
+    @property
+    def decode_tok_per_s(self) -> float:
+        """Tokens per second after the prompt."""
+        return self.n_decoded / self.decode_s if self.decode_s else 0.0
+
+
+def encode_prompt(tokenizer: Tokenizer, prompt: str | Sequence[int]) -> list[int]:
+    """Token ids (at least one) of a prompt: text with BOS and special tokens as llama.cpp reads them, or ids as given.
+
+    Nothing at all starts from BOS. Raises UsageError for an empty prompt where the model has no BOS, and for an
+    id outside the vocabulary.
+    """
+    ids = tokenizer.encode(prompt, add_special=True, parse_special=True) if isinstance(prompt, str) else list(prompt)
+    if not ids and tokenizer.bos_id is not None:
+        return [tokenizer.bos_id]
+    if not ids:
+        raise UsageError("the prompt is empty, and this model has no BOS token to start from", hint="give a prompt: -p")
+    bad = next((i for i in ids if not 0 <= i < tokenizer.n_vocab), None)
+    if bad is not None:
+        raise UsageError(f"the prompt has the token id {bad} (expected 0 to {tokenizer.n_vocab - 1})")
+    return ids
+
+
+class _Context:
+    """A model with one cache: feeds tokens, gives the logits that follow the last one."""
+
+    def __init__(self, model: Llama, n_ctx: int) -> None:
+        self._model = model
+        self._device = next(model.parameters()).device
+        self._one = torch.empty(1, 1, dtype=torch.int64, device=self._device)
+        # A LoRA on the embedding wraps it.
+        embedding = getattr(model.token_embd, "base", model.token_embd)
+        self.cache = KVCache(model.config, n_ctx=n_ctx, dtype=embedding.dtype, device=self._device)
+
+    @torch.inference_mode()
+    def prefill(self, ids: Sequence[int], chunk: int) -> Logits:
+        """Logits (V,) float32 after all ids, which are computed `chunk` at a time."""
+        tokens = torch.tensor([ids], dtype=torch.int64, device=self._device)
+        hidden = tokens
+        for part in tokens.split(chunk, dim=1):
+            hidden = self._model(part, cache=self.cache)
+        return self._logits(hidden)
+
+    @torch.inference_mode()
+    def decode(self, token: int) -> Logits:
+        """Logits (V,) float32 after one more token."""
+        return self._logits(self._model(self._one.fill_(token), cache=self.cache))
+
+    def _logits(self, hidden: torch.Tensor) -> Logits:
+        """Only the last position (1, T, C) -> (V,): the output matrix is the largest of all."""
+        logits: np.ndarray = self._model.logits(hidden[0, -1]).cpu().numpy()
+        return logits
+
+
+def generate(
+    model: Llama, tokenizer: Tokenizer, prompt: str | Sequence[int] = "", config: GenerateConfig | None = None
+) -> Iterator[Token | Done]:
+    """The continuation of a prompt, token by token, then one Done; the text is all reports' `text` joined.
+
+    prompt: text, or token ids taken as they are; an empty one starts from BOS. Ends at an end-of-generation token,
+    after n_predict tokens, or when the context (config.ctx, by default the model's) is full. Raises at once
+    UsageError for a prompt that cannot be (see `encode_prompt`) or is longer than the context, and MismatchError for
+    another model's tokenizer; later, LlamakitError for logits that are not finite.
+    """
+    config = config or GenerateConfig()
+    ids = encode_prompt(tokenizer, prompt)
+    if tokenizer.n_vocab != model.config.n_vocab:
+        raise MismatchError(f"the vocabulary has {tokenizer.n_vocab} tokens, the model {model.config.n_vocab}")
+    n_ctx = config.ctx or model.config.n_ctx
+    if len(ids) > n_ctx:
+        raise UsageError(
+            f"the prompt has {len(ids)} tokens, the context holds {n_ctx}", hint="a larger --ctx, or less text"
+        )
+    return _generate(model, tokenizer, ids, n_ctx, config)
+
+
+def _generate(
+    model: Llama, tokenizer: Tokenizer, ids: list[int], n_ctx: int, config: GenerateConfig
+) -> Iterator[Token | Done]:
+    sampler, stream = Sampler(config, ids), tokenizer.stream()
+    stop_ids = tokenizer.eog_ids | frozenset(config.stop_ids)
+    limit = config.n_predict if config.n_predict >= 0 else n_ctx + 1
+    context = _Context(model, min(n_ctx, len(ids) + limit))
+    for token in ids:  # so that the first piece is what follows this prompt, its leading space included
+        stream.push(token)
+    started = time.perf_counter()
+    logits = context.prefill(ids, config.prefill_chunk)
+    prefill_s, decode_s, n_generated = time.perf_counter() - started, 0.0, 0
+    reason: StopReason = "length"
+    while n_generated < limit:
+        if n_generated and context.cache.n_past == n_ctx:
+            reason = "context"
+            break
+        started = time.perf_counter()
+        if n_generated:
+            logits = context.decode(token)
+        token = sampler.sample(logits)
+        decode_s += time.perf_counter() - started
+        if token in stop_ids:
+            reason = "end"
+            break
+        n_generated += 1
+        yield Token(token, stream.push(token), log_probability(logits, token) if config.logprobs else None)
+    n_decoded = context.cache.n_past - len(ids)
+    yield Done(reason, stream.finish(), sampler.seed, len(ids), n_generated, n_decoded, prefill_s, decode_s)

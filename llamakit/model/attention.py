@@ -1,0 +1,99 @@
+"""Causal self-attention over whole sequences, written out for the CPU, and attention over a cache.
+
+Shapes: B batch, T tokens, K key/value heads, G query heads per key/value head (H = G * K), D head dimension.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from llamakit.model.cache import KVCache
+
+# Queries per tile: large enough for efficient products, small enough that the tile's scores stay in the L2 cache.
+_TILE = 128
+# Up to this context the softmax is kept for the backward pass; beyond, recomputing it costs less than its memory.
+_KEEP_SOFTMAX_CTX = 1024
+
+
+def _tile_softmax(q: Tensor, k: Tensor, start: int, stop: int, scale: float) -> Tensor:
+    """Attention weights of the queries [start, stop) over keys [0, stop).
+
+    q (B*K, G, T, D), k (B*K, T, D) -> (B*K, G*(stop-start), stop), in q's dtype; the softmax itself runs in float32.
+    """
+    n, g, _, d = q.shape
+    tile = q[:, :, start:stop].reshape(n, g * (stop - start), d)
+    scores = torch.bmm(tile, k[:, :stop].transpose(1, 2)).mul_(scale)
+    future = torch.ones(stop - start, stop - start, dtype=torch.bool, device=q.device).triu_(1)
+    scores.view(n, g, stop - start, stop)[..., start:].masked_fill_(future, -math.inf)
+    return torch.softmax(scores, dim=-1)
+
+
+class _CausalAttention(torch.autograd.Function):
+    """softmax(q k^T / sqrt(D)) v in query tiles; only keys that a tile may see are multiplied.
+
+    torch's flash kernel spends on CPU, at (4, 9, 3, 512, 64) bf16, three times as long (docs/benchmarks.md).
+    """
+
+    @staticmethod
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        n, g, t, d = q.shape
+        scale = 1 / math.sqrt(d)
+        out = torch.empty_like(q)
+        keep = [] if t <= _KEEP_SOFTMAX_CTX else None
+        for start in range(0, t, _TILE):
+            stop = min(start + _TILE, t)
+            weights = _tile_softmax(q, k, start, stop, scale)
+            out[:, :, start:stop] = torch.bmm(weights, v[:, :stop]).view(n, g, stop - start, d)
+            if keep is not None:
+                keep.append(weights)
+        ctx.save_for_backward(q, k, v, *(keep or ()))
+        return out
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
+        q, k, v, *kept = ctx.saved_tensors
+        n, g, t, d = q.shape
+        scale = 1 / math.sqrt(d)
+        dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        for i, start in enumerate(range(0, t, _TILE)):
+            stop = min(start + _TILE, t)
+            weights = kept[i] if kept else _tile_softmax(q, k, start, stop, scale)
+            grad_tile = grad[:, :, start:stop].reshape(n, g * (stop - start), d)
+            q_tile = q[:, :, start:stop].reshape(n, g * (stop - start), d)
+            dv[:, :stop].baddbmm_(weights.transpose(1, 2), grad_tile)
+            d_weights = torch.bmm(grad_tile, v[:, :stop].transpose(1, 2))
+            # The tiles' mask needs no care here: a masked weight is 0, and so is its gradient.
+            d_scores = torch._softmax_backward_data(d_weights, weights, -1, weights.dtype).mul_(scale)
+            dq[:, :, start:stop] = torch.bmm(d_scores, k[:, :stop]).view(n, g, stop - start, d)
+            dk[:, :stop].baddbmm_(d_scores.transpose(1, 2), q_tile)
+        return dq, dk, dv
+
+
+def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """q (B, T, H, D), k and v (B, T, K, D) -> (B, T, H*D); query head h reads key/value head h // G."""
+    b, t, h, d = q.shape
+    n_kv = k.shape[2]
+    if q.device.type == "cpu":
+        grouped = q.transpose(1, 2).reshape(b * n_kv, h // n_kv, t, d)
+        flat_k, flat_v = (x.transpose(1, 2).reshape(b * n_kv, t, d) for x in (k, v))
+        out = _CausalAttention.apply(grouped, flat_k, flat_v)
+        return out.view(b, h, t, d).transpose(1, 2).reshape(b, t, h * d)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    return out.transpose(1, 2).reshape(b, t, h * d)
+
+
+def cached_attention(q: Tensor, k: Tensor, v: Tensor, cache: KVCache, layer: int) -> Tensor:
+    """Attention of the T newest tokens over everything in the cache, which k and v (B, T, K, D) join; (B, T, H*D)."""
+    b, t, h, d = q.shape
+    keys, values = cache.extend(layer, k, v)
+    mask = None
+    if t > 1:
+        positions = torch.arange(cache.n_past, cache.n_past + t, device=q.device)
+        mask = torch.arange(cache.n_past + t, device=q.device) <= positions[:, None]
+    out = F.scaled_dot_product_attention(q.transpose(1, 2), keys, values, attn_mask=mask, enable_gqa=True)
+    return out.transpose(1, 2).reshape(b, t, h * d)

@@ -1,0 +1,47 @@
+"""Where and in what precision to compute: decided by what the machine can do, never by its name."""
+
+from __future__ import annotations
+
+import torch
+
+from llamakit.errors import UsageError
+
+
+def resolve_device(requested: str) -> torch.device:
+    """`auto`, `cpu` or `cuda` -> a device that is there. Raises UsageError for cuda where there is none."""
+    has_cuda = torch.cuda.is_available()
+    if requested == "cuda" and not has_cuda:
+        raise UsageError("--device cuda: this machine has no usable CUDA device", hint="give --device cpu or auto")
+    return torch.device("cuda" if has_cuda and requested != "cpu" else "cpu")
+
+
+def has_fast_bf16(device: torch.device) -> bool:
+    """Whether the device multiplies bf16 in hardware; elsewhere it is emulated, and float32 is faster."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def training_dtype(requested: str, device: torch.device) -> torch.dtype:
+    """`f32` or `bf16` as asked; `auto`: bf16 where it is fast (float16 never: its backward crawls on a CPU)."""
+    if requested == "auto":
+        return torch.bfloat16 if has_fast_bf16(device) else torch.float32
+    return torch.bfloat16 if requested == "bf16" else torch.float32
+
+
+def inference_dtype(requested: str, device: torch.device, *, n_weights: int, free_bytes: int | None) -> torch.dtype:
+    """`f32` or `bf16` as asked; `auto`: float32 on a CPU while the decoded weights take half the memory at most.
+
+    A CPU reads decoded weights at one speed in both, so precision is free there until memory runs short.
+    """
+    if requested != "auto":
+        return torch.float32 if requested == "f32" else torch.bfloat16
+    if device.type == "cuda":
+        return torch.bfloat16 if has_fast_bf16(device) else torch.float32
+    fits = free_bytes is None or 4 * n_weights <= free_bytes / 2
+    return torch.float32 if fits or not has_fast_bf16(device) else torch.bfloat16
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """`f32` or `bf16`, as the option spells it."""
+    return "bf16" if dtype == torch.bfloat16 else "f32"

@@ -1,0 +1,278 @@
+"""The leaves that a Llama is made of: frozen packed matrices, LoRA beside them, norms, the gated unit.
+
+Shapes: N tokens (any leading axes), I = n_in, O = n_out, R rank.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from llamakit.ggml import GGMLType
+from llamakit.quant import QTensor, dequantize
+
+_VIEWS = {GGMLType.F32: torch.float32, GGMLType.F16: torch.float16, GGMLType.BF16: torch.bfloat16}
+
+
+class PackedWeight(nn.Module):
+    """A frozen matrix in the file's own blocks; decoded when asked for, or once if `keep_dense` was called."""
+
+    def __init__(self, weight: QTensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight.data, requires_grad=False)
+        self.type, self.shape = weight.type, weight.shape
+        self._dense: Tensor | None = None
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """The matrix (O, I) in dtype; a view where the file's type is that dtype already."""
+        if self._dense is not None and self._dense.dtype == dtype:
+            return self._dense
+        if _VIEWS.get(self.type) == dtype:
+            return self.weight.view(dtype)
+        return dequantize(self.weight, self.type, dtype)
+
+    def keep_dense(self, dtype: torch.dtype) -> None:
+        """Decode now and keep the result: 2 bytes per weight in bf16 buy every later decode."""
+        self._dense = self.dense(dtype)
+
+    def is_packed(self, dtype: torch.dtype) -> bool:
+        """Whether `dense` has to decode."""
+        return _VIEWS.get(self.type) != dtype and (self._dense is None or self._dense.dtype != dtype)
+
+    def dense_bytes(self, dtype: torch.dtype) -> int:
+        """Bytes that `keep_dense` takes beyond the packed ones."""
+        if _VIEWS.get(self.type) == dtype:
+            return 0
+        return self.shape[0] * self.shape[-1] * dtype.itemsize
+
+
+class Embedding(PackedWeight):
+    """Rows of a packed matrix, decoded after the look-up: only what a batch uses."""
+
+    def __init__(self, weight: QTensor, dtype: torch.dtype) -> None:
+        super().__init__(weight)
+        self.dtype = dtype
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """int64 (B, T) -> (B, T, I)."""
+        rows = self.weight[tokens.reshape(-1)]
+        return dequantize(rows, self.type, self.dtype).view(*tokens.shape, self.shape[-1])
+
+
+class _FrozenLinear(torch.autograd.Function):
+    """x W^T + bias with a frozen W: nothing is saved, the backward pass decodes W again."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, layer: QuantizedLinear) -> Tensor:
+        ctx.layer = layer
+        return F.linear(x, layer.dense(x.dtype), layer.bias_in(x.dtype))
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
+        return grad @ ctx.layer.dense(grad.dtype), None
+
+
+class QuantizedLinear(PackedWeight):
+    """y = x W^T + bias, W frozen and packed."""
+
+    def __init__(self, weight: QTensor, bias: Tensor | None = None) -> None:
+        super().__init__(weight)
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+
+    def bias_in(self, dtype: torch.dtype) -> Tensor | None:
+        """The bias in dtype."""
+        return None if self.bias is None else self.bias.to(dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., I) -> (..., O), in x's dtype."""
+        if torch.is_grad_enabled() and x.requires_grad:
+            return _FrozenLinear.apply(x, self)
+        return F.linear(x, self.dense(x.dtype), self.bias_in(x.dtype))
+
+
+class Dropout:
+    """Dropout whose masks are a function of a key, so that a resumed or recomputed pass draws the same ones."""
+
+    def __init__(self, rate: float) -> None:
+        self.rate, self.key = rate, 0
+
+    def mask(self, like: Tensor, layer: int) -> Tensor:
+        """0 or 1/(1 - rate) in like's shape and dtype, drawn for (key, layer)."""
+        generator = torch.Generator(like.device).manual_seed((self.key * 1_000_003 + layer) & (2**63 - 1))
+        return torch.empty_like(like).bernoulli_(1 - self.rate, generator=generator).div_(1 - self.rate)
+
+
+class LoraLinear(nn.Module):
+    """base(x) + scale * B(A(x)) with A (R, I) and B (O, R) in float32 (Hu et al. 2021, arXiv 2106.09685).
+
+    number: which layer this is in its model, for the dropout masks.
+    """
+
+    def __init__(
+        self,
+        base: QuantizedLinear,
+        lora_a: Tensor,
+        lora_b: Tensor,
+        scale: float,
+        *,
+        dropout: Dropout | None = None,
+        number: int = 0,
+    ) -> None:
+        super().__init__()
+        self.base, self.scale, self.dropout, self.number = base, scale, dropout, number
+        self.lora_a, self.lora_b = nn.Parameter(lora_a), nn.Parameter(lora_b)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., I) -> (..., O), in x's dtype."""
+        return project(x, self)[0]
+
+
+class _LoraProject(torch.autograd.Function):
+    """Several LoRA linears of one input: y_i = x W_i^T + s_i (x A_i^T) B_i^T, saving only x.
+
+    dx = sum_i dy_i W_i + s_i (dy_i B_i) A_i;  dA_i = s_i (dy_i B_i)^T x;  dB_i = s_i dy_i^T (x A_i^T).
+    W + BA is never formed; the small products of all layers on the A side are one.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, layers: tuple[LoraLinear, ...], *ab: Tensor):
+        n = len(layers)
+        a = torch.cat(ab[:n]).to(x.dtype)
+        mask = _dropout_mask(x, layers)
+        low = torch.split((x if mask is None else x * mask) @ a.t(), [t.shape[0] for t in ab[:n]], dim=-1)
+        ys = []
+        for layer, b, xa in zip(layers, ab[n:], low, strict=True):
+            y = F.linear(x, layer.base.dense(x.dtype), layer.base.bias_in(x.dtype))
+            ys.append(y.addmm_(xa, b.to(x.dtype).t(), alpha=layer.scale))
+        ctx.layers = layers
+        ctx.save_for_backward(x, *ab)
+        return tuple(ys)
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
+        x, *ab = ctx.saved_tensors
+        layers: tuple[LoraLinear, ...] = ctx.layers
+        n = len(layers)
+        a = torch.cat(ab[:n]).to(x.dtype)
+        mask = _dropout_mask(x, layers)
+        dropped = x if mask is None else x * mask
+        low_grads = [(g @ b.to(x.dtype)).mul_(layer.scale) for layer, g, b in zip(layers, grads, ab[n:], strict=True)]
+        low_grad = torch.cat(low_grads, dim=-1)
+        ranks = [t.shape[0] for t in ab[:n]]
+        d_a = torch.split((low_grad.t() @ dropped).float(), ranks)
+        low = torch.split(dropped @ a.t(), ranks, dim=-1)
+        d_b = [(g.t() @ xa).float().mul_(layer.scale) for layer, g, xa in zip(layers, grads, low, strict=True)]
+        return _input_grad(ctx, layers, grads, low_grad @ a, mask), None, *d_a, *d_b
+
+
+def _dropout_mask(x: Tensor, layers: tuple[LoraLinear, ...]) -> Tensor | None:
+    dropout = layers[0].dropout
+    if dropout is None or dropout.rate == 0 or not layers[0].training:
+        return None
+    return dropout.mask(x, layers[0].number)
+
+
+def _input_grad(ctx, layers: tuple[LoraLinear, ...], grads: tuple[Tensor, ...], dx: Tensor, mask: Tensor | None):
+    if not ctx.needs_input_grad[0]:
+        return None  # the first block reads the frozen embedding
+    if mask is not None:
+        dx.mul_(mask)
+    for layer, grad in zip(layers, grads, strict=True):
+        dx.addmm_(grad, layer.base.dense(grad.dtype))
+    return dx
+
+
+def project(x: Tensor, *layers: nn.Module) -> tuple[Tensor, ...]:
+    """Every layer applied to the same x (..., I); LoRA layers share their small products."""
+    lora = tuple(layer for layer in layers if isinstance(layer, LoraLinear))
+    if len(lora) < len(layers):
+        return tuple(project(x, layer)[0] if isinstance(layer, LoraLinear) else layer(x) for layer in layers)
+    flat = x.reshape(-1, x.shape[-1])
+    ys = _LoraProject.apply(flat, lora, *(layer.lora_a for layer in lora), *(layer.lora_b for layer in lora))
+    return tuple(y.view(*x.shape[:-1], -1) for y in ys)
+
+
+class LoraEmbedding(nn.Module):
+    """base[token] + scale * B[token] A: for `token_embd`, with A (R, I) and B (n_vocab, R)."""
+
+    def __init__(self, base: Embedding, lora_a: Tensor, lora_b: Tensor, scale: float) -> None:
+        super().__init__()
+        self.base, self.scale = base, scale
+        self.lora_a, self.lora_b = nn.Parameter(lora_a), nn.Parameter(lora_b)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """int64 (B, T) -> (B, T, I)."""
+        x = self.base(tokens)
+        return x + (F.embedding(tokens, self.lora_b) @ self.lora_a).mul(self.scale).to(x.dtype)
+
+
+class _RMSNorm(torch.autograd.Function):
+    """y = x / sqrt(mean(x^2) + eps) * w (Zhang and Sennrich 2019, arXiv 1910.07467), in float32."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        wide = x.float()
+        inverse = torch.rsqrt(wide.square().mean(-1, keepdim=True).add_(eps))
+        ctx.save_for_backward(x, weight, inverse)
+        return (wide * inverse).mul_(weight).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
+        x, weight, inverse = ctx.saved_tensors
+        normed = x.float() * inverse
+        d_weight = None
+        if ctx.needs_input_grad[1]:
+            d_weight = (grad.float() * normed).flatten(0, -2).sum(0)
+        scaled = grad * weight  # float32: weight is
+        mean = (scaled * normed).mean(-1, keepdim=True)
+        return scaled.sub_(normed.mul_(mean)).mul_(inverse).to(x.dtype), d_weight, None
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm with a float32 weight (I,)."""
+
+    def __init__(self, weight: Tensor, eps: float) -> None:
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(weight, requires_grad=False), eps
+
+    def effective_weight(self) -> Tensor:
+        """The weight that is applied, (I,) float32."""
+        return self.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., I) -> (..., I), in x's dtype, computed in float32."""
+        return _RMSNorm.apply(x, self.effective_weight(), self.eps)
+
+
+class LoraNorm(RMSNorm):
+    """A norm with weight + scale * (B A)[0], A (R, I) and B (1, R). llama.cpp ignores such deltas."""
+
+    def __init__(self, base: RMSNorm, lora_a: Tensor, lora_b: Tensor, scale: float) -> None:
+        super().__init__(base.weight.data, base.eps)
+        self.base, self.scale = base, scale
+        self.lora_a, self.lora_b = nn.Parameter(lora_a), nn.Parameter(lora_b)
+
+    def effective_weight(self) -> Tensor:
+        """The weight with its delta, (I,) float32."""
+        return self.weight + self.scale * (self.lora_b @ self.lora_a)[0]
+
+
+class _GatedSiLU(torch.autograd.Function):
+    """silu(gate) * up (Shazeer 2020, arXiv 2002.05202), saving its two inputs only."""
+
+    @staticmethod
+    def forward(ctx, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
+        gate, up = ctx.saved_tensors
+        d_up = F.silu(gate).mul_(grad)
+        return torch.ops.aten.silu_backward(grad * up, gate), d_up
+
+
+def gated_silu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up, elementwise, in their dtype."""
+    return _GatedSiLU.apply(gate, up)

@@ -1,0 +1,93 @@
+"""The one Llama. Its attributes are named after GGUF's tensors, so loading needs no name map.
+
+Shapes: B batch, T tokens, C n_embd, H n_head, K n_head_kv, D head_dim, F n_ff, V n_vocab.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from llamakit.model.attention import cached_attention, causal_attention
+from llamakit.model.cache import KVCache
+from llamakit.model.config import ModelConfig
+from llamakit.model.layers import gated_silu, project
+from llamakit.model.rope import Rope, apply_rope
+
+
+class Block(nn.Module):
+    """One layer: attention and a gated feed-forward unit, each behind a norm, each added to its input."""
+
+    def __init__(self, config: ModelConfig, index: int) -> None:
+        super().__init__()
+        self.config, self.index = config, index
+        self.attn_norm = nn.RMSNorm(config.n_embd, config.rms_eps, device="meta")
+        self.ffn_norm = nn.RMSNorm(config.n_embd, config.rms_eps, device="meta")
+        shapes = config.linear_shapes()
+        linear = {name: nn.Linear(n_in, n_out, bias=False, device="meta") for name, (n_out, n_in) in shapes.items()}
+        self.attn_q, self.attn_k, self.attn_v = linear["attn_q"], linear["attn_k"], linear["attn_v"]
+        self.attn_output = linear["attn_output"]
+        self.ffn_gate, self.ffn_up, self.ffn_down = linear["ffn_gate"], linear["ffn_up"], linear["ffn_down"]
+
+    def attention(self, x: Tensor, rotations: Tensor, cache: KVCache | None) -> Tensor:
+        """(B, T, C) -> (B, T, C)."""
+        b, t, _ = x.shape
+        q, k, v = project(x, self.attn_q, self.attn_k, self.attn_v)
+        q = apply_rope(q.view(b, t, -1, self.config.head_dim), rotations)
+        k = apply_rope(k.view(b, t, -1, self.config.head_dim), rotations)
+        v = v.view(b, t, -1, self.config.head_dim)
+        mixed = causal_attention(q, k, v) if cache is None else cached_attention(q, k, v, cache, self.index)
+        return self.attn_output(mixed)
+
+    def feed_forward(self, x: Tensor) -> Tensor:
+        """(B, T, C) -> (B, T, C)."""
+        gate, up = project(x, self.ffn_gate, self.ffn_up)
+        return self.ffn_down(gated_silu(gate, up))
+
+    def forward(self, x: Tensor, rotations: Tensor, cache: KVCache | None) -> Tensor:
+        """(B, T, C) -> (B, T, C)."""
+        x = x + self.attention(self.attn_norm(x), rotations, cache)
+        return x + self.feed_forward(self.ffn_norm(x))
+
+
+class Llama(nn.Module):
+    """Tokens to hidden states, hidden states to logits. Built empty (meta device); `load_model` puts leaves in.
+
+    use_checkpointing: recompute each block in the backward pass instead of keeping its activations.
+    """
+
+    def __init__(self, config: ModelConfig, rope_freqs: Tensor | None = None) -> None:
+        super().__init__()
+        self.config = config
+        self.rope = Rope(config, rope_freqs)
+        self.token_embd = nn.Embedding(config.n_vocab, config.n_embd, device="meta")
+        self.blk = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
+        self.output_norm = nn.RMSNorm(config.n_embd, config.rms_eps, device="meta")
+        self.output = nn.Linear(config.n_embd, config.n_vocab, bias=False, device="meta")
+        self.use_checkpointing = False
+
+    def forward(self, tokens: Tensor, positions: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
+        """Hidden states after output_norm, (B, T, C), of int64 tokens (B, T).
+
+        positions: (T,) or (B, T) int64; by default they continue the cache, or start at 0. With a cache the tokens
+        attend to all that it holds and join it.
+        """
+        t = tokens.shape[1]
+        if positions is None:
+            n_past = cache.n_past if cache is not None else 0
+            positions = torch.arange(n_past, n_past + t, device=tokens.device)
+        rotations = self.rope.rotations(positions)
+        x = self.token_embd(tokens)
+        for block in self.blk:
+            if self.use_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, rotations, cache, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = block(x, rotations, cache)
+        if cache is not None:
+            cache.advance(t)
+        return self.output_norm(x)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(..., C) -> (..., V) float32."""
+        return self.output(hidden).float()

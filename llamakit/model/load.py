@@ -1,0 +1,102 @@
+"""From an opened file to a model in memory: every tensor stays packed as it is in the file."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from llamakit.errors import FormatError, LlamakitError, UnsupportedError
+from llamakit.files import available_memory_bytes
+from llamakit.formats.base import ModelFile
+from llamakit.model.config import ModelConfig
+from llamakit.model.layers import Embedding, PackedWeight, QuantizedLinear, RMSNorm
+from llamakit.model.llama import Llama
+from llamakit.quant import QTensor, can_decode, dequantize
+
+WeightCache = Literal["auto", "bf16", "none"]
+# A cache may take this share of the memory that is free: the rest is for activations and the system.
+_CACHE_SHARE = 0.6
+
+
+def load_config(file: ModelFile) -> ModelConfig:
+    """The checked hyper-parameters of a file. Raises FormatError or UnsupportedError, naming the file."""
+    try:
+        config = ModelConfig.from_metadata(file.metadata, file.tensors)
+    except LlamakitError as error:
+        error.path = error.path or file.path
+        raise
+    for name, info in file.tensors.items():
+        if not can_decode(info.type):
+            raise UnsupportedError(f"tensor {name} has type {info.type.name}, which has no decoder", path=file.path)
+    return config
+
+
+def load_model(
+    file: ModelFile,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    weight_cache: WeightCache = "auto",
+    config: ModelConfig | None = None,
+) -> Llama:
+    """Read a model; its matrices stay packed, decoded to dtype for every product, or once (weight_cache).
+
+    dtype: what activations and products are computed in. weight_cache: "bf16" keeps every matrix decoded in dtype,
+    "none" decodes for each use, "auto" keeps them when they take at most 60 % of the free memory.
+    config: hyper-parameters to use instead of the file's own.
+    Raises FormatError or UnsupportedError, naming the file and the tensor or key.
+    """
+    config = config or load_config(file)
+    model = Llama(config, _vector(file, "rope_freqs.weight") if "rope_freqs.weight" in file.tensors else None)
+    embedding = _packed(file, "token_embd.weight", device)
+    model.token_embd = Embedding(embedding, dtype)
+    for name in config.tensor_shapes():
+        path = name.removesuffix(".weight")
+        if "norm" in path:
+            model.set_submodule(path, RMSNorm(_vector(file, name).to(device), config.rms_eps))
+        elif path != "token_embd":
+            bias = f"{path}.bias"
+            bias_vector = _vector(file, bias).to(device) if bias in file.tensors else None
+            model.set_submodule(path, QuantizedLinear(_packed(file, name, device), bias_vector))
+    if config.tied_output:
+        model.output = QuantizedLinear(embedding)
+    _keep_dense(model, dtype, weight_cache)
+    return model.eval().requires_grad_(False)
+
+
+def _packed(file: ModelFile, name: str, device: torch.device | str) -> QTensor:
+    info = file.tensors[name]
+    return QTensor(torch.from_numpy(file.read(name)).to(device), info.type, info.shape)
+
+
+def _vector(file: ModelFile, name: str) -> Tensor:
+    """A one-dimensional tensor, float32 (n,)."""
+    info = file.tensors[name]
+    if len(info.shape) != 1:
+        raise FormatError(f"tensor {name} has {len(info.shape)} dimensions (expected 1)", path=file.path)
+    return dequantize(torch.from_numpy(file.read(name)), info.type, torch.float32)[0]
+
+
+def linear_layers(model: Llama) -> list[QuantizedLinear]:
+    """Every packed matrix that takes part in products, LoRA or not."""
+    return [module for module in model.modules() if isinstance(module, QuantizedLinear)]
+
+
+def _keep_dense(model: Llama, dtype: torch.dtype, weight_cache: WeightCache) -> None:
+    layers: list[PackedWeight] = list(linear_layers(model))
+    if weight_cache == "none":
+        return
+    if weight_cache == "auto":
+        needed, free = sum(layer.dense_bytes(dtype) for layer in layers), _free_bytes(layers[0].weight.device)
+        if free is not None and needed > _CACHE_SHARE * free:
+            return
+    for layer in layers:
+        layer.keep_dense(dtype)
+
+
+def _free_bytes(device: torch.device) -> int | None:
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return available_memory_bytes()

@@ -1,0 +1,1 @@
+"""Training: fine-tuning a LoRA adapter on a frozen, packed model."""

@@ -1,0 +1,204 @@
+"""Checkpoints on disk under the old tool's contract: numbered files, and -LATEST, each complete or absent."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from llamakit.errors import FormatError
+from llamakit.files import remove_stale_temporaries, replace_with_link
+from llamakit.formats.adapter import Adapter, transposed_pair, write_adapter
+from llamakit.formats.base import ModelFile
+from llamakit.formats.gguf import GGUFFile, write_gguf
+from llamakit.ggml import GGMLType
+from llamakit.training.config import FinetuneConfig
+from llamakit.training.report import Saving
+from llamakit.training.state import MOMENT_SUFFIXES, Progress, TrainState, Weights, tensors_of
+
+VERSION_KEY = "llamakit.checkpoint.version"
+_VERSION = 1
+_STATE_KEY, _HASH_KEY = "llamakit.checkpoint.state", "llamakit.checkpoint.sha256"
+
+
+def file_name(template: str, config: FinetuneConfig, iteration: int | None) -> Path:
+    """The template with the first occurrence of the pattern replaced by the iteration, or by LATEST (None)."""
+    value = config.fn_latest if iteration is None else str(iteration)
+    return Path(template.replace(config.pattern_fn_it, value, 1) if config.pattern_fn_it else template)
+
+
+def write_checkpoint(path: Path, state: TrainState) -> None:
+    """Write a state as GGUF: counters as JSON, arrays as F32 tensors, and a hash of both. Raises SaveError."""
+    description = json.dumps(state.description(), sort_keys=True)
+    arrays = {name: np.ascontiguousarray(array, dtype=np.float32) for name, array in tensors_of(state)}
+    write_gguf(
+        path,
+        metadata={
+            "general.architecture": "llama",
+            "general.type": "checkpoint",
+            "training.type": "finetune_lora",
+            VERSION_KEY: _VERSION,
+            _STATE_KEY: description,
+            _HASH_KEY: _digest(description, arrays),
+        },
+        tensors=[(name, array.shape, GGMLType.F32, array) for name, array in arrays.items()],
+        verify=lambda file: _check_hash(file, description),
+    )
+
+
+def _digest(description: str, arrays: dict[str, np.ndarray]) -> str:
+    digest = hashlib.sha256(description.encode())
+    for name, array in arrays.items():
+        digest.update(f"{name}{array.shape}".encode())
+        digest.update(array)
+    return digest.hexdigest()
+
+
+def _arrays(file: GGUFFile) -> dict[str, np.ndarray]:
+    arrays = {}
+    for name, info in file.tensors.items():
+        if info.type != GGMLType.F32 or len(info.shape) != 2:
+            raise FormatError(f"tensor {name} is {info.type.name} of {len(info.shape)} dimensions (expected F32 of 2)")
+        arrays[name] = file.read(name).view(np.float32).reshape(info.shape)
+    return arrays
+
+
+def _check_hash(file: GGUFFile, description: str) -> dict[str, np.ndarray]:
+    arrays = _arrays(file)
+    if file.metadata.get(_HASH_KEY) != _digest(description, arrays):
+        raise FormatError("the checkpoint is damaged: its content does not match its checksum", path=file.path)
+    return arrays
+
+
+@dataclass(frozen=True)
+class OldCheckpoint:
+    """What is taken from a checkpoint of llama.cpp's finetune: LoRA tensors, ranks by kind, and counters."""
+
+    weights: dict[str, Weights]
+    ranks: dict[str, int]
+    progress: Progress
+
+
+def read_checkpoint(path: Path) -> TrainState | OldCheckpoint:
+    """Read our own checkpoint, checksum verified, or one of llama.cpp's `finetune`. Raises FormatError."""
+    with GGUFFile(path) as file:
+        if VERSION_KEY in file.metadata:
+            return _read_own(file)
+        if file.metadata.get("training.type") == "finetune_lora":
+            return _read_old(file)
+    raise FormatError(
+        "is no finetune checkpoint (expected training.type 'finetune_lora')",
+        path=path,
+        hint=f"see what it is with: llamakit inspect {path}",
+    )
+
+
+def _read_own(file: GGUFFile) -> TrainState:
+    if file.metadata[VERSION_KEY] != _VERSION:
+        raise FormatError(f"checkpoint version {file.metadata[VERSION_KEY]} (expected {_VERSION})", path=file.path)
+    description = file.metadata.get(_STATE_KEY)
+    if not isinstance(description, str):
+        raise FormatError(f"{_STATE_KEY} is missing", path=file.path)
+    arrays = _check_hash(file, description)
+    state = json.loads(description)
+    weights = {}
+    for name in (n.removesuffix(".lora_a") for n in arrays if n.endswith(".lora_a")):
+        m = [arrays.get(name + suffix) for suffix in MOMENT_SUFFIXES]
+        moments = None if any(x is None for x in m) else tuple(m)
+        weights[name] = Weights(arrays[f"{name}.lora_a"], arrays[f"{name}.lora_b"], moments)  # pyright: ignore[reportArgumentType]
+    progress = Progress(**state["progress"])
+    return TrainState(state["identity"], state["settings"], state["place"], progress, weights)
+
+
+def _read_old(file: GGUFFile) -> OldCheckpoint:
+    """Layout: compat notes in docs/formats.md. Old A is (I, R), the transpose of today's; old B is (O, R)."""
+    try:
+        arrays = _arrays_of_old(file)
+        weights = {
+            name: Weights(*transposed_pair(arrays[f"{name}.lora_a"], arrays[f"{name}.lora_b"]))
+            for name in (n.removesuffix(".lora_a") for n in arrays if n.endswith(".lora_a"))
+        }
+        metadata = file.metadata
+        progress = Progress(
+            iterations=int(metadata.get("training.iteration_count", 0)),
+            samples=int(metadata.get("training.sample_count", 0)),
+            tokens=int(metadata.get("training.token_count", 0)),
+            epochs=int(metadata.get("training.epoch_count", 0)),
+        )
+    except (KeyError, ValueError, TypeError) as error:
+        raise FormatError(f"is a broken llama.cpp checkpoint: {error} is missing or wrong", path=file.path) from error
+    prefix = "training.lora.rank."
+    ranks = {key.removeprefix(prefix): int(metadata[key]) for key in metadata if key.startswith(prefix)}
+    return OldCheckpoint(weights, ranks, progress)
+
+
+def _arrays_of_old(file: GGUFFile) -> dict[str, np.ndarray]:
+    arrays = {}
+    for name, info in file.tensors.items():
+        if not name.endswith((".lora_a", ".lora_b")):
+            continue
+        if info.type != GGMLType.F32:
+            raise FormatError(f"tensor {name} is {info.type.name} (expected F32)", path=file.path)
+        # ggml drops trailing axes of one: a (1, R) matrix may be stored as (R,).
+        array = file.read(name).view(np.float32)
+        arrays[name] = array.reshape(info.shape if len(info.shape) == 2 else (1, -1))
+    return arrays
+
+
+class CheckpointManager:
+    """Writes checkpoint and adapter of an iteration, points -LATEST at them, and clears away old ones."""
+
+    def __init__(self, config: FinetuneConfig, base: ModelFile) -> None:
+        self._config, self._base = config, base
+        self._templates = [t for t in (config.checkpoint_out, config.lora_out) if t]
+        for template in self._templates:
+            for path in (file_name(template, config, 0), file_name(template, config, None)):
+                remove_stale_temporaries(path)
+
+    def latest(self) -> tuple[str, ...]:
+        """The names under which the newest files are found."""
+        return tuple(str(file_name(t, self._config, None)) for t in self._templates)
+
+    def save(self, state: TrainState, adapter: Adapter) -> Iterator[Saving]:
+        """Write the files of state's iteration, each reported before it is written. Raises SaveError."""
+        state.progress.saved = sorted({*state.progress.saved, state.progress.iterations})
+        yield from self._write("checkpoint", state, lambda path: write_checkpoint(path, state))
+        yield from self.save_adapter(state, adapter)
+        self._clear_away(state.progress)
+
+    def save_adapter(self, state: TrainState, adapter: Adapter) -> Iterator[Saving]:
+        """Write the adapter alone."""
+        yield from self._write("adapter", state, lambda path: write_adapter(path, adapter, self._base))
+
+    def _write(self, kind, state: TrainState, write: Callable[[Path], None]) -> Iterator[Saving]:
+        template = self._config.checkpoint_out if kind == "checkpoint" else self._config.lora_out
+        if not template:
+            return
+        numbered = file_name(template, self._config, state.progress.iterations)
+        latest = file_name(template, self._config, None)
+        yield Saving(kind, str(numbered))
+        write(numbered)
+        if latest != numbered:
+            yield Saving(kind, str(latest))
+            replace_with_link(numbered, latest)
+
+    def _clear_away(self, progress: Progress) -> None:
+        """Keep the newest files of those that this run, or the runs that it goes on from, have written."""
+        keep = self._config.keep_last
+        if keep <= 0:
+            return
+        for iteration in progress.saved[:-keep]:
+            for template in self._templates:
+                path = file_name(template, self._config, iteration)
+                if path not in (
+                    file_name(template, self._config, None),
+                    file_name(template, self._config, progress.iterations),
+                ):
+                    with contextlib.suppress(OSError):
+                        path.unlink(missing_ok=True)
+        progress.saved = progress.saved[-keep:]

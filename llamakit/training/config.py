@@ -1,0 +1,210 @@
+"""Everything that a fine-tuning run can be told; the one place where its defaults stand."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from llamakit.dataset.config import SampleOptions
+from llamakit.errors import UsageError
+
+Device = Literal["auto", "cpu", "cuda"]
+Dtype = Literal["auto", "f32", "bf16"]
+Cache = Literal["auto", "bf16", "none"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneConfig(SampleOptions):
+    """Options of `finetune`, named after llama.cpp's flags; an unset rank (None) means its rule applies."""
+
+    model_base: str = ""
+    """GGUF model whose frozen weights the adapter is trained on"""
+    train_data: str = "shakespeare.txt"
+    """UTF-8 text to train on"""
+    checkpoint_in: str = "checkpoint.gguf"
+    """checkpoint to go on from; a fresh start where it does not exist"""
+    checkpoint_out: str = "checkpoint-ITERATION.gguf"
+    """name of the checkpoints; empty: none is written"""
+    lora_out: str = "ggml-lora-ITERATION-f32.gguf"
+    """name of the adapters; empty: none is written"""
+    only_write_lora: bool = False
+    """write the adapter of --checkpoint-in and end"""
+    pattern_fn_it: str = "ITERATION"
+    """what stands for the iteration in file names"""
+    fn_latest: str = "LATEST"
+    """what replaces it in the name of the newest file"""
+    save_every: int = 10
+    """save every N iterations; 0: only at the end"""
+    keep_last: int = 0
+    """keep only the N newest numbered checkpoints and adapters; 0: all"""
+    log_file: str = ""
+    """JSONL file with one object per step"""
+
+    adam_iter: int = 256
+    """iterations of this run"""
+    epochs: int = -1
+    """stop after N passes over the samples in this run; -1: no limit"""
+    batch: int = 8
+    """sequences per micro-step"""
+    grad_acc: int = 1
+    """micro-steps per iteration"""
+    seed: int = -1
+    """seed of the sample order and the adapter's start; -1: from the clock"""
+    force_reshuffle: bool = False
+    """begin a new shuffled epoch when going on from a checkpoint"""
+    restart_data: bool = False
+    """accept another text than the checkpoint was trained on, from its beginning"""
+
+    warmup: int = 100
+    """iterations over which the learning rate rises"""
+    cos_decay_steps: int = 1000
+    """iterations of the cosine decay after the warmup"""
+    cos_decay_restart: float = 1.1
+    """each restarted period is this many times as long as the one before"""
+    cos_decay_min: float = 0.1
+    """the cosine decay ends at this share of the learning rate"""
+    enable_restart: bool = False
+    """start the cosine decay again when it is over"""
+    opt_past: int = 0
+    """compare the loss with that of N iterations ago, and stop when it hardly changed; 0: never"""
+    opt_delta: float = 1e-5
+    """what counts as hardly changed, relative"""
+    opt_max_no_improvement: int = 0
+    """stop after N iterations in a row without a new best loss; 0: never"""
+    adam_epsf: float = 0.0
+    """stop when the loss changes by less than this share from one iteration to the next; 0: never"""
+    adam_alpha: float = 1e-3
+    """learning rate"""
+    adam_min_alpha: float = 0.0
+    """least learning rate, warmup included"""
+    adam_decay: float = 0.1
+    """AdamW's weight decay; 0: plain Adam"""
+    adam_decay_min_ndim: int = 2
+    """weight decay applies to tensors of at least N dimensions"""
+    adam_beta1: float = 0.9
+    """decay of the first moment"""
+    adam_beta2: float = 0.999
+    """decay of the second moment"""
+    adam_gclip: float = 1.0
+    """largest norm of the whole gradient; 0: no clipping"""
+
+    lora_r: int = 4
+    """rank of the adapter's matrices"""
+    lora_alpha: float | None = None
+    """scale of the adapter is alpha / rank; the default is --lora-r"""
+    lora_dropout: float = 0.0
+    """share of the adapter's inputs dropped at random in training"""
+    rank_att_norm: int | None = None
+    """rank for the attention norms (default: not trained; llama.cpp ignores it)"""
+    rank_ffn_norm: int | None = None
+    """rank for the feed-forward norms (default: not trained; llama.cpp ignores it)"""
+    rank_out_norm: int | None = None
+    """rank for the output norm (default: not trained; llama.cpp ignores it)"""
+    rank_tok_embd: int | None = None
+    """rank for the token embeddings (default: not trained)"""
+    rank_out: int | None = None
+    """rank for the output matrix (default: not trained)"""
+    rank_wq: int | None = None
+    """rank for attn_q (default: --lora-r)"""
+    rank_wk: int | None = None
+    """rank for attn_k (default: --lora-r)"""
+    rank_wv: int | None = None
+    """rank for attn_v (default: --lora-r)"""
+    rank_wo: int | None = None
+    """rank for attn_output (default: --lora-r)"""
+    rank_ffn_gate: int | None = None
+    """rank for ffn_gate (default: --lora-r)"""
+    rank_ffn_down: int | None = None
+    """rank for ffn_down (default: --lora-r)"""
+    rank_ffn_up: int | None = None
+    """rank for ffn_up (default: --lora-r)"""
+
+    norm_rms_eps: float | None = None
+    """epsilon of the norms instead of the model's own"""
+    rope_freq_base: float | None = None
+    """base of the rotary frequencies instead of the model's own"""
+    rope_freq_scale: float | None = None
+    """factor on the rotary frequencies instead of the model's own scaling"""
+
+    use_checkpointing: bool = True
+    """recompute activations in the backward pass instead of keeping them"""
+    device: Device = "auto"
+    """where to compute"""
+    dtype: Dtype = "auto"
+    """what to compute in; auto: bf16 where the processor multiplies it fast"""
+    weight_cache: Cache = "auto"
+    """keep the decoded weights (bf16), decode them for each use (none), or decide by the free memory"""
+    threads: int = 6
+    """CPU threads, at most the cores that there are"""
+
+    def __post_init__(self) -> None:
+        """Raises UsageError naming the flag whose value cannot be."""
+        for flag, value, least in (
+            ("--ctx", self.ctx, 1),
+            ("--batch", self.batch, 1),
+            ("--adam-iter", self.adam_iter, 0),
+            ("--warmup", self.warmup, 0),
+            ("--cos-decay-steps", self.cos_decay_steps, 1),
+            ("--lora-r", self.lora_r, 1),
+            ("--opt-past", self.opt_past, 0),
+            ("--opt-max-no-improvement", self.opt_max_no_improvement, 0),
+            ("--keep-last", self.keep_last, 0),
+            ("--threads", self.threads, 1),
+            ("--adam-alpha", self.adam_alpha, 0.0),
+            ("--adam-min-alpha", self.adam_min_alpha, 0.0),
+            ("--adam-decay", self.adam_decay, 0.0),
+            ("--adam-gclip", self.adam_gclip, 0.0),
+            ("--adam-epsf", self.adam_epsf, 0.0),
+            ("--cos-decay-restart", self.cos_decay_restart, 1.0),
+            *((f"--{name.replace('_', '-')}", rank, 0) for name, rank in self._ranks().items() if rank is not None),
+        ):
+            if not (math.isfinite(value) and value >= least):
+                raise UsageError(f"{flag} is {value} (expected at least {least})")
+        for flag, value in (
+            ("--lora-dropout", self.lora_dropout),
+            ("--val-split", self.val_split),
+            ("--adam-beta1", self.adam_beta1),
+            ("--adam-beta2", self.adam_beta2),
+        ):
+            if not 0 <= value < 1:
+                raise UsageError(f"{flag} is {value} (expected a number from 0 up to, but not including, 1)")
+        if not 0 <= self.cos_decay_min <= 1:
+            raise UsageError(f"--cos-decay-min is {self.cos_decay_min} (expected a number from 0 to 1)")
+        for flag, value in (
+            ("--lora-alpha", self.lora_alpha),
+            ("--norm-rms-eps", self.norm_rms_eps),
+            ("--rope-freq-base", self.rope_freq_base),
+            ("--rope-freq-scale", self.rope_freq_scale),
+        ):
+            if value is not None and not (math.isfinite(value) and value > 0):
+                raise UsageError(f"{flag} is {value} (expected a positive number)")
+
+    def _ranks(self) -> dict[str, int | None]:
+        return {name: value for name, value in vars(self).items() if name.startswith("rank_")}
+
+    @property
+    def alpha(self) -> float:
+        """The adapter's alpha: --lora-alpha, or --lora-r."""
+        return float(self.lora_r if self.lora_alpha is None else self.lora_alpha)
+
+    def rank_of(self) -> dict[str, int]:
+        """Rank by GGUF tensor kind (attn_q, token_embd, ...); 0 where nothing is trained."""
+        matrices = {
+            "attn_q": self.rank_wq,
+            "attn_k": self.rank_wk,
+            "attn_v": self.rank_wv,
+            "attn_output": self.rank_wo,
+            "ffn_gate": self.rank_ffn_gate,
+            "ffn_up": self.rank_ffn_up,
+            "ffn_down": self.rank_ffn_down,
+        }
+        rest = {
+            "token_embd": self.rank_tok_embd,
+            "output_norm": self.rank_out_norm,
+            "output": self.rank_out,
+            "attn_norm": self.rank_att_norm,
+            "ffn_norm": self.rank_ffn_norm,
+        }
+        ranks = {kind: self.lora_r if rank is None else rank for kind, rank in matrices.items()}
+        return ranks | {kind: rank or 0 for kind, rank in rest.items()}

@@ -1,0 +1,447 @@
+"""The verb `finetune`: checks everything, loads, resumes, trains, saves; tells of it in reports."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from llamakit.dataset.order import SampleOrder, counter_normal
+from llamakit.dataset.text import BatchBuilder, TrainingText, read_training_text
+from llamakit.errors import MismatchError, UnsupportedError, UsageError
+from llamakit.files import RunLock, check_writable
+from llamakit.formats.adapter import Adapter
+from llamakit.formats.open import open_model
+from llamakit.formats.stamps import base_stamps
+from llamakit.model import Llama, ModelConfig, RopeScaling, load_config, load_model
+from llamakit.model.device import dtype_name, resolve_device, training_dtype
+from llamakit.model.layers import Dropout
+from llamakit.model.lora import make_lora_leaf
+from llamakit.tokenizer import Tokenizer, load_tokenizer
+from llamakit.training.checkpoint import CheckpointManager, OldCheckpoint, file_name, read_checkpoint
+from llamakit.training.config import FinetuneConfig
+from llamakit.training.log import StepLog
+from llamakit.training.loop import Control, Parameters, Trainer, evaluate, validation_windows
+from llamakit.training.optim import schedule
+from llamakit.training.plan import make_plan
+from llamakit.training.report import (
+    Begin,
+    Counters,
+    DataFacts,
+    Evaluation,
+    Finished,
+    Loading,
+    ModelFacts,
+    Remark,
+    Report,
+)
+from llamakit.training.state import (
+    Progress,
+    TrainState,
+    Weights,
+    changed_settings,
+    check_identity,
+    make_identity,
+    make_settings,
+)
+
+_TOKENS_AT_A_SAVE = 4096
+_NOT_IN_ADAPTER_USE = ("attn_norm", "ffn_norm", "output_norm")
+
+
+def finetune(config: FinetuneConfig, control: Control | None = None) -> Iterator[Report]:
+    """Train a LoRA adapter on a frozen, packed model; yields what happens, ends with Finished.
+
+    control: set `signal` to have the running step finished, everything saved and the run ended; `save` to save and
+    go on. Nothing is written before the base, the text, the checkpoint and the outputs are known to be good.
+    Raises LlamakitError: UsageError, FormatError, DataError, MismatchError (exit code 2), SaveError, DivergedError.
+    """
+    started = time.perf_counter()
+    with ExitStack() as stack:
+        run = _Run(config, control or Control(), stack)
+        yield from run.prepare()
+        if config.only_write_lora:
+            yield from run.write_adapter_only()
+        else:
+            yield from StepLog(config.log_file, append=run.saved is not None).follow(run.train())
+        yield Finished(
+            run.reason,
+            time.perf_counter() - started,
+            run.progress.iterations,
+            run.manager.latest(),
+            run.control.signal,
+        )
+
+
+def trained_tensors(model: ModelConfig, ranks: dict[str, int]) -> dict[str, tuple[int, int, int]]:
+    """Every tensor that gets a LoRA pair: name -> (rank, n_out, n_in). Raises UsageError for a rank that cannot be.
+
+    A norm counts as a matrix of one row.
+    """
+    chosen = {}
+    for name, shape in model.tensor_shapes().items():
+        kind = name.removesuffix(".weight").rpartition(".")[2]
+        rank = ranks[kind]
+        n_out, n_in = shape if len(shape) == 2 else (1, shape[0])
+        if rank > max(n_out, n_in):
+            raise UsageError(f"rank {rank} for {kind} is larger than the matrix, {n_out} x {n_in}")
+        if rank:
+            chosen[name] = (rank, n_out, n_in)
+    return chosen
+
+
+def initial_weights(model: ModelConfig, ranks: dict[str, int], seed: int) -> dict[str, Weights]:
+    """LoRA's start: B = 0, A ~ clamp(N(0, 1), -1, 1) / sqrt(rank + n_in), as the old tool's, from a counter."""
+    order = {name: i for i, name in enumerate(model.tensor_shapes())}
+    weights = {}
+    for name, (rank, n_out, n_in) in trained_tensors(model, ranks).items():
+        normal = counter_normal(seed, -1 - order[name], rank * n_in).clip(-1, 1) / np.sqrt(rank + n_in)
+        a = normal.astype(np.float32).reshape(rank, n_in)
+        weights[name] = Weights(a, np.zeros((n_out, rank), dtype=np.float32))
+    return weights
+
+
+class _Run:
+    """One run from start to end; a class because so many of its parts need each other."""
+
+    def __init__(self, config: FinetuneConfig, control: Control, stack: ExitStack) -> None:
+        self.config, self.control, self._stack = config, control, stack
+        self.progress, self.reason = Progress(), ""
+
+    # ---- before training -------------------------------------------------------------------------------------
+
+    def prepare(self) -> Iterator[Report]:
+        """Open and check everything that can be wrong, cheapest first."""
+        config = self.config
+        if not config.model_base:
+            raise UsageError("--model-base is missing", hint="name the GGUF model to train on: --model-base FILE")
+        if not (config.lora_out or config.checkpoint_out):
+            raise UsageError("--lora-out and --checkpoint-out are both empty: nothing would be written")
+        self.base = open_model(config.model_base)
+        yield Loading("model", config.model_base, os.path.getsize(config.model_base))
+        self.shape = _overridden(load_config(self.base), config)
+        self.device = resolve_device(config.device)
+        self.dtype = training_dtype(config.dtype, self.device)
+        self._claim_outputs()
+        self.stamps = base_stamps(self.base)
+        self.saved = self._read_checkpoint_in()
+        self.ranks = self._ranks()
+        trained_tensors(self.shape, self.ranks)
+        self.seed = self._seed()
+        self.manager = CheckpointManager(config, self.base)
+        yield ModelFacts(self.seed, config.model_base, self.shape, config.ctx, self.ranks, config.alpha)
+        yield from self._remarks()
+
+    def _claim_outputs(self) -> None:
+        config = self.config
+        outputs = [file_name(t, config, None) for t in (config.checkpoint_out, config.lora_out) if t]
+        outputs += [Path(config.log_file)] if config.log_file else []
+        for output in outputs:
+            check_writable(output)
+            if any(_same_file(output, source) for source in (config.model_base, config.train_data)):
+                raise UsageError("is an input of this run: it would be overwritten", path=output)
+        self._stack.enter_context(RunLock(outputs))
+
+    def _read_checkpoint_in(self) -> TrainState | OldCheckpoint | None:
+        path = self.config.checkpoint_in
+        return read_checkpoint(Path(path)) if path and os.path.lexists(path) else None
+
+    def _ranks(self) -> dict[str, int]:
+        ranks = self.config.rank_of()
+        if isinstance(self.saved, OldCheckpoint):
+            given = {k for k, v in vars(self.config).items() if k.startswith("rank_") and v is not None}
+            ranks |= {k: r for k, r in self.saved.ranks.items() if k in ranks and _rank_flag(k) not in given}
+            for kind, rank in self.saved.ranks.items():
+                if ranks.get(kind) != rank:
+                    raise MismatchError(
+                        f"rank of {kind} is {rank} in the checkpoint, and {ranks.get(kind)} in this run",
+                        path=self.config.checkpoint_in,
+                    )
+        if self.shape.tied_output:
+            if self.config.rank_out:
+                raise UsageError("--rank-out: this model has no output matrix of its own (it uses token_embd)")
+            ranks["output"] = 0
+        if not any(ranks.values()):
+            raise UsageError("every rank is 0: there is nothing to train")
+        return ranks
+
+    def _seed(self) -> int:
+        given = self.config.seed
+        if given >= 0:
+            return given
+        if isinstance(self.saved, TrainState):
+            return int(self.saved.identity["--seed"])
+        return int(time.time()) & 0xFFFFFFFF
+
+    def _remarks(self) -> Iterator[Remark]:
+        config = self.config
+        path = config.checkpoint_in
+        if self.saved is None:
+            if path:
+                yield Remark("note", f"no checkpoint at {path}: starting afresh")
+        elif isinstance(self.saved, OldCheckpoint):
+            yield Remark("note", f"{path} is a checkpoint of llama.cpp's finetune: its LoRA tensors and counters are"
+                         " taken, its shuffle state and optimizer moments are not")  # fmt: skip
+            if any(rank and config.alpha != rank for rank in self.ranks.values()):
+                yield Remark("warning", "the old tool trained without the factor alpha / rank that was applied when its"
+                             f" adapters were used; here --lora-alpha {config.alpha:g} is part of the training")  # fmt: skip
+        norms = [kind for kind in _NOT_IN_ADAPTER_USE if self.ranks[kind]]
+        if norms:
+            yield Remark("warning", f"llama.cpp ignores the trained changes of {', '.join(norms)}: an adapter without"
+                         " them is what it runs; llamakit applies them")  # fmt: skip
+        first = self.saved.progress.iterations if self.saved else 0
+        last = first + config.adam_iter
+        if last < config.warmup and not config.only_write_lora:
+            peak = schedule(last, config) * config.adam_alpha if last else 0.0
+            yield Remark("warning", f"--warmup {config.warmup} is longer than the run, which ends at iteration {last}:"
+                         f" the learning rate will reach {peak:.3g}, not {config.adam_alpha:g}")  # fmt: skip
+
+    # ---- training --------------------------------------------------------------------------------------------
+
+    def train(self) -> Iterator[Report]:
+        """Load text and model, go on from the checkpoint, and step."""
+        config = self.config
+        tokenizer = load_tokenizer(self.base)
+        text_bytes = os.path.getsize(config.train_data) if os.path.isfile(config.train_data) else 0
+        yield Loading("text", config.train_data, text_bytes)
+        text = read_training_text(config.train_data, tokenizer, config)
+        identity = self._identity(text.sha256)
+        yield from self._resume(identity)
+        model = load_model(
+            self.base,
+            device=self.device,
+            dtype=self.dtype,
+            weight_cache=config.weight_cache,
+            config=self.shape,
+        )
+        trainer = self._trainer(model, text, tokenizer)
+        yield from self._facts(text, trainer)
+        windows = _Windows(text.validation, config.ctx, _bos(tokenizer, config.model_base), trainer)
+        if windows and not self.progress.iterations:
+            yield windows.evaluate("start")
+        yield from self._steps(trainer, windows, identity)
+
+    def _identity(self, text_hash: str) -> dict[str, Any]:
+        return make_identity(
+            self.config,
+            seed=self.seed,
+            ranks=self.ranks,
+            base_model=self.stamps.model,
+            base_file=self.stamps.file,
+            text=text_hash,
+        )
+
+    def _place(self) -> dict[str, Any]:
+        return {"device": self.device.type, "threads": torch.get_num_threads(), "torch": torch.__version__}
+
+    def _settings(self) -> dict[str, Any]:
+        return make_settings(self.config, dtype_name(self.dtype))
+
+    def _resume(self, identity: dict[str, Any]) -> Iterator[Report]:
+        config, saved = self.config, self.saved
+        if saved is None:
+            return
+        path = config.checkpoint_in
+        yield Loading("checkpoint", path, os.path.getsize(path))
+        self.progress = saved.progress
+        if isinstance(saved, OldCheckpoint):
+            return
+        check_identity(saved.identity, identity, path=path, restart_data=config.restart_data)
+        if saved.identity["text"] != identity["text"]:
+            yield Remark("note", "the training text is another one: beginning with its first sample")
+            self.progress.next_sample, self.progress.order_epoch = 0, self.progress.order_epoch + 1
+        elif config.force_reshuffle:
+            self.progress.next_sample, self.progress.order_epoch = 0, self.progress.order_epoch + 1
+        changed = changed_settings(saved.settings, self._settings())
+        if changed:
+            yield Remark("warning", f"the command line changes the checkpoint's settings: {', '.join(changed)}")
+        moved = [f"{k} {v} (was {saved.place[k]})" for k, v in self._place().items() if saved.place.get(k) != v]
+        if moved:
+            yield Remark("note", f"{', '.join(moved)}: results are no longer exact to the last bit")
+
+    def _trainer(self, model: Llama, text: TrainingText, tokenizer: Tokenizer) -> Trainer:
+        config = self.config
+        model.use_checkpointing = config.use_checkpointing
+        weights = initial_weights(self.shape, self.ranks, self.seed)
+        dropout = Dropout(config.lora_dropout)
+        pairs = _attach_trainable(model, weights, config.alpha, dropout)
+        parameters = Parameters(pairs, config)
+        if self.saved is not None:
+            _check_shapes(self.saved.weights, weights, config.checkpoint_in)
+            parameters.restore(self.saved.weights, self.progress.updates)
+            self.saved.weights.clear()
+        order = SampleOrder(self.seed, len(text.train.begins), self.progress.order_epoch, self.progress.next_sample)
+        bos = _bos(tokenizer, config.model_base)
+        eos = bos if tokenizer.eos_id is None else tokenizer.eos_id
+        builder = BatchBuilder(text.train, config, bos=bos, eos=eos, n_vocab=self.shape.n_vocab)
+        return Trainer(model.train(), parameters, builder, order, self.progress, config, dropout)
+
+    def _facts(self, text: TrainingText, trainer: Trainer) -> Iterator[Report]:
+        config, progress = self.config, self.progress
+        trained = sum(tensor.numel() for tensor in trainer.parameters.flat)
+        yield Counters(
+            progress.iterations, progress.samples, progress.tokens, progress.epochs, progress.updates,
+            4 * trained, 8 * trained, trained,
+        )  # fmt: skip
+        for warning in text.warnings:
+            yield Remark("warning", warning)
+        yield DataFacts(
+            config.train_data,
+            config.sample_start,
+            config.include_sample_start,
+            len(text.train.begins),
+            len(text.train.tokens),
+            len(np.unique(text.train.tokens)),
+            len(text.validation),
+        )
+        yield make_plan(
+            trainer.model,
+            config,
+            dtype=self.dtype,
+            dtype_name=dtype_name(self.dtype),
+            device=self.device,
+            trained=trained,
+        )
+        yield Begin(progress.iterations, config.adam_iter)
+
+    def _steps(self, trainer: Trainer, windows: _Windows, identity: dict[str, Any]) -> Iterator[Report]:
+        config, control, progress = self.config, self.control, self.progress
+        last_save, self.reason = progress.iterations, "all iterations are done"
+        for left in range(config.adam_iter - 1, -1, -1):
+            report = trainer.step(left)
+            stop = trainer.why_stop(report) or ("interrupted" if control.signal else "")
+            due = config.save_every > 0 and progress.iterations - last_save >= config.save_every
+            if not (due or stop or control.save or left == 0) or trainer.diverged:
+                yield report
+            else:
+                evaluation = None
+                if windows and not control.signal:
+                    evaluation = windows.evaluate("end" if stop or left == 0 else "save")
+                    report = dataclasses.replace(report, val_loss=evaluation.loss, val_ppl=evaluation.ppl)
+                yield report
+                if evaluation is not None:
+                    yield evaluation
+                control.save, last_save = False, progress.iterations
+                yield from self.manager.save(self._state(trainer, identity), self._adapter(trainer))
+            trainer.check_diverged()
+            if stop or control.signal:
+                self.reason = stop or "interrupted"
+                break
+        if last_save < progress.iterations:  # the signal came between a step and the next
+            yield from self.manager.save(self._state(trainer, identity), self._adapter(trainer))
+
+    def _state(self, trainer: Trainer, identity: dict[str, Any]) -> TrainState:
+        return TrainState(identity, self._settings(), self._place(), self.progress, trainer.parameters.snapshot())
+
+    def _adapter(self, trainer: Trainer) -> Adapter:
+        pairs = {
+            name: (a.detach().cpu().numpy(), b.detach().cpu().numpy())
+            for name, (a, b) in trainer.parameters.pairs.items()
+        }
+        return Adapter(alpha=self.config.alpha, tensors=pairs)
+
+    def write_adapter_only(self) -> Iterator[Report]:
+        """--only-write-lora: the adapter of --checkpoint-in."""
+        config, saved = self.config, self.saved
+        if saved is None:
+            raise UsageError(
+                "--only-write-lora needs a checkpoint: --checkpoint-in does not exist",
+                path=config.checkpoint_in,
+            )
+        if isinstance(saved, TrainState):
+            mine = self._identity(saved.identity["text"])
+            adapter_keys = {k: v for k, v in mine.items() if k.startswith(("base ", "rank ", "--lora-alpha"))}
+            check_identity(saved.identity, adapter_keys, path=config.checkpoint_in, restart_data=False)
+        _check_shapes(saved.weights, initial_weights(self.shape, self.ranks, 0), config.checkpoint_in)
+        self.progress, self.reason = saved.progress, "the adapter is written"
+        tensors = {name: (w.a, w.b) for name, w in saved.weights.items()}
+        state = TrainState({}, {}, {}, saved.progress, {})
+        yield from self.manager.save_adapter(state, Adapter(alpha=config.alpha, tensors=tensors))
+
+
+class _Windows:
+    """The held-out text, ready to be evaluated: some of it at a save, all of it at the end."""
+
+    def __init__(self, tokens: np.ndarray, ctx: int, bos: int, trainer: Trainer) -> None:
+        self._tokens, self._ctx, self._bos, self._trainer = tokens, ctx, bos, trainer
+
+    def __bool__(self) -> bool:
+        return len(self._tokens) > 0
+
+    def evaluate(self, when: Any) -> Evaluation:
+        """Mean loss and perplexity; `when` decides how much of the text."""
+        at_most = None if when == "end" else _TOKENS_AT_A_SAVE
+        windows = validation_windows(self._tokens, self._ctx, self._bos, at_most)
+        loss, n_tokens = evaluate(self._trainer.model, windows, self._trainer.parameters.flat[0].device)
+        return Evaluation(when, loss, float(np.exp(np.float64(loss))), n_tokens, len(self._tokens))
+
+
+def _overridden(shape: ModelConfig, config: FinetuneConfig) -> ModelConfig:
+    """The model's hyper-parameters with what the command line changes. Raises UsageError for a ctx that cannot be."""
+    changes: dict[str, Any] = {}
+    if config.norm_rms_eps is not None:
+        changes["rms_eps"] = config.norm_rms_eps
+    if config.rope_freq_base is not None:
+        changes["rope_base"] = config.rope_freq_base
+    if config.rope_freq_scale is not None:
+        changes["rope_scaling"] = RopeScaling(type="linear", factor=1 / config.rope_freq_scale)
+    elif config.ctx > shape.n_ctx:
+        raise UsageError(
+            f"--ctx {config.ctx} is more than the model's context of {shape.n_ctx}",
+            hint="give a smaller --ctx, or stretch the positions with --rope-freq-scale",
+        )
+    return dataclasses.replace(shape, **changes)
+
+
+def _attach_trainable(model: Llama, weights: dict[str, Weights], alpha: float, dropout: Dropout) -> dict[str, tuple]:
+    pairs = {}
+    for number, (name, pair) in enumerate(weights.items()):
+        path = name.removesuffix(".weight")
+        base = model.get_submodule(path)
+        device = next(base.parameters()).device
+        a, b = (torch.from_numpy(x).to(device) for x in (pair.a, pair.b))
+        leaf = make_lora_leaf(base, a, b, alpha / len(pair.a), dropout=dropout, number=number)
+        model.set_submodule(path, leaf)
+        pairs[name] = (leaf.lora_a, leaf.lora_b)
+    return pairs
+
+
+def _check_shapes(saved: dict[str, Weights], expected: dict[str, Weights], path: str) -> None:
+    if saved.keys() != expected.keys():
+        names = sorted(saved.keys() ^ expected.keys())
+        raise MismatchError(f"checkpoint and run train different tensors: {', '.join(names[:3])}", path=path)
+    for name, pair in expected.items():
+        for mine, theirs in ((pair.a, saved[name].a), (pair.b, saved[name].b)):
+            if mine.shape != theirs.shape:
+                raise MismatchError(
+                    f"{name} has LoRA shape {list(theirs.shape)} in the checkpoint, and {list(mine.shape)} in this run",
+                    path=path,
+                )
+
+
+def _bos(tokenizer: Tokenizer, path: str) -> int:
+    bos = tokenizer.bos_id if tokenizer.bos_id is not None else tokenizer.eos_id
+    if bos is None:
+        raise UnsupportedError("the vocabulary has neither a BOS nor an EOS token", path=path)
+    return bos
+
+
+def _rank_flag(kind: str) -> str:
+    """The config field that sets the rank of a tensor kind."""
+    special = {"attn_q": "wq", "attn_k": "wk", "attn_v": "wv", "attn_output": "wo", "attn_norm": "att_norm",
+               "token_embd": "tok_embd", "output": "out", "output_norm": "out_norm"}  # fmt: skip
+    return "rank_" + special.get(kind, kind)
+
+
+def _same_file(a: str | Path, b: str | Path) -> bool:
+    try:
+        return os.path.samefile(a, b)
+    except OSError:
+        return False

@@ -1,0 +1,213 @@
+"""The training loop: batches in order, gradients, one optimizer step, what the step did.
+
+Shapes: B batch, T ctx.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from llamakit.dataset.order import SampleOrder
+from llamakit.dataset.text import BatchBuilder
+from llamakit.errors import DivergedError
+from llamakit.model import Llama
+from llamakit.model.layers import Dropout
+from llamakit.training.config import FinetuneConfig
+from llamakit.training.loss import backpropagate, evaluate_loss
+from llamakit.training.optim import clip_gradient, make_optimizer, schedule
+from llamakit.training.report import StepReport
+from llamakit.training.state import Progress, Weights
+
+# So many steps in a row without a finite loss, and the run is over.
+_MOST_SKIPPED = 5
+
+
+@dataclass
+class Control:
+    """How a running loop is asked to stop (signal number) or to save; set from a signal handler or another thread."""
+
+    signal: int = 0
+    save: bool = False
+
+
+class Parameters:
+    """The LoRA pairs that are trained, by base tensor name, and AdamW's state of them."""
+
+    def __init__(self, pairs: Mapping[str, tuple[Tensor, Tensor]], config: FinetuneConfig) -> None:
+        self.pairs = dict(pairs)
+        self.flat = [tensor for pair in self.pairs.values() for tensor in pair]
+        self.optimizer = make_optimizer(self.flat, config)
+
+    def restore(self, weights: Mapping[str, Weights], updates: int) -> None:
+        """Put back what `snapshot` gave; without moments the optimizer starts anew."""
+        with torch.no_grad():
+            for name, saved in weights.items():
+                for i, (tensor, array) in enumerate(zip(self.pairs[name], (saved.a, saved.b), strict=True)):
+                    tensor.copy_(torch.from_numpy(array))
+                    if saved.moments is not None:
+                        m, v = saved.moments[2 * i : 2 * i + 2]
+                        self.optimizer.state[tensor] = {
+                            "step": torch.tensor(float(updates), device=tensor.device),
+                            "exp_avg": torch.from_numpy(m.copy()).to(tensor.device),
+                            "exp_avg_sq": torch.from_numpy(v.copy()).to(tensor.device),
+                        }
+
+    def snapshot(self) -> dict[str, Weights]:
+        """Copies of all pairs and moments, float32."""
+        return {name: self._snapshot(a, b) for name, (a, b) in self.pairs.items()}
+
+    def _snapshot(self, a: Tensor, b: Tensor) -> Weights:
+        states = [self.optimizer.state.get(tensor) for tensor in (a, b)]
+        moments = None
+        if all(states):
+            moments = tuple(_copy(state[key]) for state in states for key in ("exp_avg", "exp_avg_sq"))  # pyright: ignore[reportOptionalSubscript]
+        return Weights(_copy(a), _copy(b), moments)  # pyright: ignore[reportArgumentType]
+
+
+def _copy(tensor: Tensor) -> np.ndarray:
+    return tensor.detach().cpu().numpy().copy()
+
+
+class Trainer:
+    """Takes steps. All that they change is in `progress`, `order` and `parameters`."""
+
+    def __init__(
+        self,
+        model: Llama,
+        parameters: Parameters,
+        builder: BatchBuilder,
+        order: SampleOrder,
+        progress: Progress,
+        config: FinetuneConfig,
+        dropout: Dropout,
+    ) -> None:
+        self.model, self.parameters, self.builder = model, parameters, builder
+        self.order, self.progress, self.config, self.dropout = order, progress, config, dropout
+        self._device = parameters.flat[0].device
+        self._begin, self._epochs_before, self._skipped = time.perf_counter(), progress.epochs, 0
+
+    def step(self, left: int) -> StepReport:
+        """One iteration; left: how many are to come. A step without a finite loss and gradient changes nothing."""
+        started = time.perf_counter()
+        config, progress = self.config, self.progress
+        first_sample = min(1 + self.order.next_sample, self.order.count)
+        loss = self._accumulate()
+        norm = clip_gradient(self.parameters.flat, config.adam_gclip)
+        progress.iterations += 1
+        factor = schedule(progress.iterations, config)
+        skipped = not (math.isfinite(loss) and math.isfinite(norm))
+        if skipped:
+            self._skipped += 1
+        else:
+            self._skipped = 0
+            self._update(factor * config.adam_alpha)
+        self.parameters.optimizer.zero_grad(set_to_none=True)
+        now = time.perf_counter()
+        n_tokens = config.grad_acc * config.batch * config.ctx
+        return StepReport(
+            step=progress.iterations,
+            loss=loss,
+            lr=factor * config.adam_alpha,
+            sched=factor,
+            sample=first_sample,
+            n_samples=self.order.count,
+            step_s=now - started,
+            tok_per_s=n_tokens / (now - started),
+            elapsed_s=now - self._begin,
+            steps_left=left,
+            skipped=skipped,
+        )
+
+    def _accumulate(self) -> float:
+        """Gradients of one iteration's micro-steps; returns the mean token loss of all of them."""
+        config, progress, total = self.config, self.progress, 0.0
+        n_tokens = config.grad_acc * config.batch * config.ctx
+        for micro in range(config.grad_acc):
+            batch = self.builder.build(self.order, config.batch)
+            self.dropout.key = progress.iterations * config.grad_acc + micro
+            inputs, targets = (torch.from_numpy(x).to(self._device) for x in (batch.inputs, batch.targets))
+            total += backpropagate(self.model, inputs, targets, 1 / n_tokens)
+            progress.samples += batch.used
+            progress.tokens += config.batch * config.ctx
+            progress.epochs += self.order.advance(batch.used)
+        progress.order_epoch, progress.next_sample = self.order.epoch, self.order.next_sample
+        return total / n_tokens
+
+    def _update(self, lr: float) -> None:
+        for group in self.parameters.optimizer.param_groups:
+            group["lr"] = lr
+        self.parameters.optimizer.step()
+        self.progress.updates += 1
+
+    @property
+    def diverged(self) -> bool:
+        """Five steps in a row had no finite loss or gradient."""
+        return self._skipped >= _MOST_SKIPPED
+
+    def check_diverged(self) -> None:
+        """Raises DivergedError after five steps in a row without a finite loss and gradient."""
+        if self.diverged:
+            raise DivergedError(
+                f"training diverged: {_MOST_SKIPPED} steps in a row without a finite loss,"
+                f" up to iteration {self.progress.iterations}",
+                hint="a lower --adam-alpha or a longer --warmup may help; the last good checkpoint is intact",
+            )
+
+    def why_stop(self, report: StepReport) -> str:
+        """The old tool's early stops (ggml's Adam), and --epochs; empty: go on."""
+        config, progress, loss = self.config, self.progress, report.loss
+        if report.skipped:
+            return ""
+        previous, progress.previous_loss = progress.previous_loss, loss
+        reason = ""
+        if config.epochs > 0 and progress.epochs - self._epochs_before >= config.epochs:
+            reason = f"--epochs {config.epochs}: the samples were all seen"
+        if previous is not None and loss and abs(loss - previous) / abs(loss) < config.adam_epsf:
+            reason = f"--adam-epsf {config.adam_epsf:g}: the loss hardly changed"
+        if config.opt_past and loss:
+            progress.past_losses = [*progress.past_losses, loss][-config.opt_past - 1 :]
+            past = progress.past_losses
+            if len(past) > config.opt_past and abs((past[0] - loss) / loss) < config.opt_delta:
+                reason = f"--opt-past {config.opt_past}: the loss hardly changed"
+        if progress.best_loss is None or loss < progress.best_loss:
+            progress.best_loss, progress.no_improvement = loss, 0
+        else:
+            progress.no_improvement += 1
+        if 0 < config.opt_max_no_improvement <= progress.no_improvement:
+            reason = f"--opt-max-no-improvement {config.opt_max_no_improvement}: no better loss"
+        return reason
+
+
+def validation_windows(tokens: np.ndarray, ctx: int, bos: int, at_most: int | None) -> list[tuple[Tensor, Tensor]]:
+    """Held-out tokens (m,) as batches of inputs and targets (B, T): BOS, then ctx tokens, one after another.
+
+    at_most: so many tokens, in windows spread evenly; None: all, the last shorter one included.
+    """
+    starts: Iterable[int] = range(0, len(tokens), ctx)
+    if at_most is not None and len(tokens) > at_most:
+        whole = range(0, len(tokens) - ctx + 1, ctx)
+        count = max(1, at_most // ctx)
+        starts = [whole[i * len(whole) // count] for i in range(min(count, len(whole)))]
+    windows = [torch.from_numpy(tokens[at : at + min(ctx, at_most or ctx)].astype(np.int64)) for at in starts]
+    pairs = [(torch.cat([torch.tensor([bos]), w[:-1]]), w) for w in windows]
+    full = [p for p in pairs if len(p[1]) == len(pairs[0][1])]
+    short = [(i[None], t[None]) for i, t in pairs if len(t) != len(pairs[0][1])]
+    per_batch = max(1, 2048 // ctx)
+    batches = [full[at : at + per_batch] for at in range(0, len(full), per_batch)]
+    return [(torch.stack([p[0] for p in b]), torch.stack([p[1] for p in b])) for b in batches] + short
+
+
+def evaluate(model: Llama, windows: list[tuple[Tensor, Tensor]], device: torch.device) -> tuple[float, int]:
+    """Mean token loss over windows and how many tokens they have; dropout off."""
+    model.eval()
+    total = sum(evaluate_loss(model, inputs.to(device), targets.to(device)) for inputs, targets in windows)
+    model.train()
+    n_tokens = sum(targets.numel() for _, targets in windows)
+    return total / n_tokens, n_tokens

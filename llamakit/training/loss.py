@@ -1,0 +1,77 @@
+"""Cross entropy over a large vocabulary without ever holding a (tokens, vocabulary) float32 tensor.
+
+Shapes: N tokens, C n_embd, V n_vocab.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from llamakit.model import Llama
+
+# Logits of one chunk: 64 MB in bf16 at a vocabulary of 128k, an efficient product, nothing to notice in memory.
+_CHUNK_TOKENS = 256
+# The float32 copy is made for so many logits at a time: 1 MB, which stays in the L2 cache.
+_TILE_LOGITS = 1 << 18
+
+
+class _CrossEntropySum(torch.autograd.Function):
+    """Sum of -log softmax(logits)[target]; the gradient is formed in the same sweep, in place of the logits."""
+
+    @staticmethod
+    def forward(ctx, logits: Tensor, targets: Tensor) -> Tensor:
+        n, v = logits.shape
+        total = torch.zeros((), dtype=torch.float64, device=logits.device)
+        rows = max(1, _TILE_LOGITS // v)
+        for start in range(0, n, rows):
+            part, wanted = logits[start : start + rows], targets[start : start + rows, None]
+            tile = part.float()
+            tile -= tile.amax(dim=1, keepdim=True)
+            chosen = tile.gather(1, wanted)
+            sums = tile.exp_().sum(dim=1, keepdim=True)
+            total += (sums.log() - chosen).sum(dtype=torch.float64)
+            if ctx.needs_input_grad[0]:
+                tile /= sums
+                tile.scatter_add_(1, wanted, torch.full_like(chosen, -1.0))
+                part.copy_(tile)
+        ctx.save_for_backward(logits)
+        return total.float()
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
+        (gradient,) = ctx.saved_tensors
+        return gradient.mul_(grad.to(gradient.dtype)), None
+
+
+def evaluate_loss(model: Llama, tokens: Tensor, targets: Tensor) -> float:
+    """Sum of the token losses of inputs and targets (B, T) int64, float32 per token; no gradient."""
+    with torch.no_grad():
+        hidden = model(tokens).flatten(0, 1)
+        wanted = targets.flatten()
+        return sum(
+            float(
+                _CrossEntropySum.apply(model.output(hidden[at : at + _CHUNK_TOKENS]), wanted[at : at + _CHUNK_TOKENS])
+            )
+            for at in range(0, len(wanted), _CHUNK_TOKENS)
+        )
+
+
+def backpropagate(model: Llama, tokens: Tensor, targets: Tensor, weight: float) -> float:
+    """Add the gradient of weight * (sum of token losses) to the parameters; returns the sum of token losses.
+
+    tokens, targets: (B, T) int64. The output matrix is applied chunk by chunk, its gradient taken at once, so that
+    one chunk's logits are all that ever exists of them.
+    """
+    hidden = model(tokens)
+    flat, wanted = hidden.detach().flatten(0, 1), targets.flatten()
+    d_hidden, total = torch.empty_like(flat), 0.0
+    for at in range(0, len(wanted), _CHUNK_TOKENS):
+        chunk = flat[at : at + _CHUNK_TOKENS].detach().requires_grad_()
+        loss = _CrossEntropySum.apply(model.output(chunk), wanted[at : at + _CHUNK_TOKENS])
+        (loss * weight).backward()
+        total += float(loss.detach())
+        d_hidden[at : at + _CHUNK_TOKENS] = chunk.grad  # pyright: ignore[reportArgumentType]
+    if hidden.requires_grad:
+        hidden.backward(d_hidden.view_as(hidden))
+    return total

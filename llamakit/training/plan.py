@@ -1,0 +1,103 @@
+"""What a run will take, predicted from the model's shape and two short measurements.
+
+Shapes: C n_embd, F n_ff, H n_head, K n_head_kv, D head_dim, T ctx, N tokens of a micro-step.
+"""
+
+from __future__ import annotations
+
+import resource
+import time
+
+import torch
+from torch import Tensor
+
+from llamakit.model import Llama, ModelConfig
+from llamakit.model.load import linear_layers
+from llamakit.training.config import FinetuneConfig
+from llamakit.training.report import Plan
+
+# Share of the measured product rate that whole steps reached on the machine of docs/benchmarks.md.
+_EFFICIENCY = 0.62
+# One optimizer step keeps a weight, its gradient and two moments, float32 each.
+_BYTES_PER_TRAINED = 16
+_CHUNK_LOGITS = 256
+
+
+def activation_bytes(config: ModelConfig, *, n_tokens: int, ctx: int, checkpointing: bool, item: int) -> int:
+    """Bytes that the backward pass needs of the forward pass; item: bytes of one activation.
+
+    Kept per token and block: inputs of two norms and what they gave (4C), queries and the mixed values (2HD), keys
+    and values (2KD), gate, up and their product (3F), the softmax up to 1,024 tokens (HT/2). With checkpointing one
+    block of these, and each block's input.
+    """
+    heads, kv = config.n_head * config.head_dim, config.n_head_kv * config.head_dim
+    softmax = config.n_head * ctx // 2 if ctx <= 1024 else 0
+    block = 4 * config.n_embd + 2 * heads + 2 * kv + 3 * config.n_ff + softmax
+    # The backward pass of a block holds float32 copies of a few of these at a time.
+    transient = 2 * (4 * config.n_embd + 3 * config.n_ff)
+    kept = config.n_embd * config.n_layer + block if checkpointing else block * config.n_layer
+    return (kept + transient) * n_tokens * item
+
+
+def memory_bytes(model: Llama, config: FinetuneConfig, dtype: torch.dtype, trained: int) -> int:
+    """Predicted peak of the process: what it holds now, the optimizer, activations, one decoded matrix, logits."""
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    shape, item = model.config, dtype.itemsize
+    activations = activation_bytes(
+        shape,
+        n_tokens=config.batch * config.ctx,
+        ctx=config.ctx,
+        checkpointing=config.use_checkpointing,
+        item=item,
+    )
+    decoded = max(layer.dense_bytes(dtype) if layer.is_packed(dtype) else 0 for layer in linear_layers(model))
+    logits = min(_CHUNK_LOGITS, config.batch * config.ctx) * shape.n_vocab * item
+    return resident + trained * _BYTES_PER_TRAINED + activations + decoded + logits
+
+
+def _best_of(runs: int, work) -> float:
+    seconds = []
+    for _ in range(runs):
+        start = time.perf_counter()
+        work()
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
+
+
+def step_seconds(model: Llama, config: FinetuneConfig, dtype: torch.dtype, device: torch.device) -> float:
+    """Predicted seconds of one iteration: 4 operations per weight and token (forward, and back to the input), two
+    more with checkpointing, and the decoding of weights that are not kept decoded."""
+    shape, layer = model.config, linear_layers(model)[0]
+    n_tokens = config.batch * config.ctx
+    rows = min(n_tokens, 512)
+    x: Tensor = torch.zeros(rows, layer.shape[1], dtype=dtype, device=device)
+    w = layer.dense(dtype)
+    rate = 2 * rows * w.numel() / max(_best_of(3, lambda: torch.nn.functional.linear(x, w)), 1e-9)
+    attention = 2 * config.ctx * shape.n_head * shape.head_dim * shape.n_layer  # causal: half of 4
+    passes = 6 if config.use_checkpointing else 4
+    seconds = n_tokens * passes * (shape.n_matmul + attention) / (rate * _EFFICIENCY)
+    if layer.is_packed(dtype):
+        decode = _best_of(2, lambda: layer.dense(dtype)) / w.numel()
+        seconds += decode * shape.n_matmul * passes / 2
+    return seconds * config.grad_acc
+
+
+def make_plan(
+    model: Llama,
+    config: FinetuneConfig,
+    *,
+    dtype: torch.dtype,
+    dtype_name: str,
+    device: torch.device,
+    trained: int,
+) -> Plan:
+    """The prediction for a run that is about to begin. trained: LoRA parameters."""
+    return Plan(
+        device=device.type,
+        dtype=dtype_name,
+        threads=torch.get_num_threads(),
+        weights_kept_dense=not any(layer.is_packed(dtype) for layer in linear_layers(model)),
+        memory_bytes=memory_bytes(model, config, dtype, trained),
+        step_s=step_seconds(model, config, dtype, device),
+        n_steps=config.adam_iter,
+    )

@@ -1,0 +1,150 @@
+"""What a training run tells while it goes on: small frozen facts, rendered by whoever runs it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from llamakit.model import ModelConfig
+
+
+@dataclass(frozen=True)
+class Loading:
+    """Something large is about to be read. size_bytes: of the file."""
+
+    what: Literal["model", "text", "checkpoint"]
+    path: str
+    size_bytes: int
+
+
+@dataclass(frozen=True)
+class Remark:
+    """A line for the user. level: what kind of line."""
+
+    level: Literal["note", "warning"]
+    text: str
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """The base model, the seed and the ranks (GGUF tensor kind -> rank, 0: not trained) of a run."""
+
+    seed: int
+    path: str
+    config: ModelConfig
+    ctx: int
+    ranks: Mapping[str, int]
+    alpha: float
+
+
+@dataclass(frozen=True)
+class Counters:
+    """Where a run starts."""
+
+    iterations: int
+    samples: int
+    tokens: int
+    epochs: int
+    updates: int
+    lora_bytes: int
+    optimizer_bytes: int
+    trained_parameters: int
+
+
+@dataclass(frozen=True)
+class DataFacts:
+    """The training text."""
+
+    path: str
+    sample_start: str
+    include_sample_start: bool
+    n_samples: int
+    n_tokens: int
+    n_unique_tokens: int
+    n_validation_tokens: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the run will take, predicted. memory_bytes: peak resident memory of the process; step_s: seconds a step."""
+
+    device: str
+    dtype: str
+    threads: int
+    weights_kept_dense: bool
+    memory_bytes: int
+    step_s: float
+    n_steps: int
+
+    @property
+    def total_s(self) -> float:
+        """Predicted seconds of all steps, saves and evaluation not counted."""
+        return self.step_s * self.n_steps
+
+
+@dataclass(frozen=True)
+class Begin:
+    """Training begins."""
+
+    first_iteration: int
+    n_steps: int
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """One iteration. loss: mean of the full batch before the update; lr: the learning rate of the update.
+
+    sample: the first sample of the step, from 1; sched: factor on --adam-alpha; step_s: seconds of this step alone;
+    tok_per_s: its tokens over these; elapsed_s: since training began; skipped: the loss or gradient was not finite,
+    and nothing was changed. val_loss, val_ppl: where the held-out text was evaluated after the step.
+    """
+
+    step: int
+    loss: float
+    lr: float
+    sched: float
+    sample: int
+    n_samples: int
+    step_s: float
+    tok_per_s: float
+    elapsed_s: float
+    steps_left: int
+    skipped: bool
+    val_loss: float | None = None
+    val_ppl: float | None = None
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Mean loss and perplexity of held-out tokens. when: before the first step, at a save, or at the end."""
+
+    when: Literal["start", "save", "end"]
+    loss: float
+    ppl: float
+    n_tokens: int
+    n_held_out: int
+
+
+@dataclass(frozen=True)
+class Saving:
+    """A file is about to be written."""
+
+    kind: Literal["checkpoint", "adapter"]
+    path: str
+
+
+@dataclass(frozen=True)
+class Finished:
+    """The run is over. reason: why; files: the newest checkpoint and adapter; signal: the one that ended it, or 0."""
+
+    reason: str
+    total_s: float
+    iterations: int
+    files: tuple[str, ...]
+    signal: int = 0
+
+
+Report = (
+    Loading | Remark | ModelFacts | Counters | DataFacts | Plan | Begin | StepReport | Evaluation | Saving | Finished
+)

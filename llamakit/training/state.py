@@ -1,0 +1,166 @@
+"""Everything that a resume needs, and whether a resume is allowed.
+
+Shapes: R rank, I n_in, O n_out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+
+from llamakit.errors import MismatchError
+from llamakit.training.config import FinetuneConfig
+
+
+@dataclass
+class Progress:
+    """Counters and positions. updates: optimizer steps that had an effect; next_sample, order_epoch: data cursor."""
+
+    iterations: int = 0
+    updates: int = 0
+    samples: int = 0
+    tokens: int = 0
+    epochs: int = 0
+    order_epoch: int = 0
+    next_sample: int = 0
+    previous_loss: float | None = None
+    best_loss: float | None = None
+    no_improvement: int = 0
+    past_losses: list[float] = field(default_factory=list)
+    saved: list[int] = field(default_factory=list)
+
+
+@dataclass
+class Weights:
+    """One LoRA pair, A (R, I) and B (O, R) float32, with Adam's two moments of each (None: not known)."""
+
+    a: np.ndarray
+    b: np.ndarray
+    moments: tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray] | None = None
+
+
+@dataclass
+class TrainState:
+    """identity: what must be the same; settings: what the command line may change; place: where it was computed."""
+
+    identity: dict[str, Any]
+    settings: dict[str, Any]
+    place: dict[str, Any]
+    progress: Progress
+    weights: dict[str, Weights]
+
+    def description(self) -> dict[str, Any]:
+        """All but the weights, as plain JSON values."""
+        return {
+            "identity": self.identity,
+            "settings": self.settings,
+            "place": self.place,
+            "progress": asdict(self.progress),
+        }
+
+
+_SAMPLE_FLAGS = (
+    "sample_start",
+    "include_sample_start",
+    "escape",
+    "overlapping_samples",
+    "fill_with_next_samples",
+    "separate_with_eos",
+    "separate_with_bos",
+    "sample_random_offsets",
+)
+_SETTINGS = (
+    "adam_alpha",
+    "adam_min_alpha",
+    "adam_beta1",
+    "adam_beta2",
+    "adam_decay",
+    "adam_decay_min_ndim",
+    "adam_gclip",
+    "warmup",
+    "cos_decay_steps",
+    "cos_decay_restart",
+    "cos_decay_min",
+    "enable_restart",
+    "batch",
+    "grad_acc",
+    "lora_dropout",
+)
+_MODEL_FLAGS = ("norm_rms_eps", "rope_freq_base", "rope_freq_scale")
+
+
+def flag(name: str) -> str:
+    """The option of a config field."""
+    return "--" + name.replace("_", "-")
+
+
+def make_identity(
+    config: FinetuneConfig, *, seed: int, ranks: Mapping[str, int], base_model: str, base_file: str, text: str
+) -> dict[str, Any]:
+    """What a checkpoint and a run must agree on: base, adapter, text, and how the text is cut and ordered."""
+    identity: dict[str, Any] = {
+        "base model": base_model,
+        "base file": base_file,
+        "text": text,
+        "--seed": seed,
+        "--ctx": config.ctx,
+        "--val-split": config.val_split,
+        "--lora-alpha": config.alpha,
+    }
+    identity |= {f"rank of {kind}": rank for kind, rank in ranks.items()}
+    return identity | {flag(name): getattr(config, name) for name in (*_SAMPLE_FLAGS, *_MODEL_FLAGS)}
+
+
+def make_settings(config: FinetuneConfig, dtype: str) -> dict[str, Any]:
+    """What a resume takes from the command line, and says so."""
+    return {flag(name): getattr(config, name) for name in _SETTINGS} | {"--dtype": dtype}
+
+
+def check_identity(saved: Mapping[str, Any], now: Mapping[str, Any], *, path: str, restart_data: bool) -> None:
+    """Refuse to go on from a checkpoint of another run. Raises MismatchError naming both values."""
+    for key, value in now.items():
+        if key not in saved or saved[key] == value or (key == "text" and restart_data):
+            continue
+        hints = {
+            "text": "give --restart-data to go on with the new text from its beginning",
+            "base file": "use the very file that the checkpoint was trained on",
+        }
+        what = {"text": "the training text (sha256)", "base file": "the base model's file (fingerprint)"}
+        raise MismatchError(
+            f"{what.get(key, key)} is {_shown(saved[key])} in the checkpoint, and {_shown(value)} in this run",
+            path=path,
+            hint=hints.get(key, "give the checkpoint's value, or another --checkpoint-in to start afresh"),
+        )
+
+
+def changed_settings(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """`--flag NEW (was OLD)` for every setting that the command line changes."""
+    return [
+        f"{key} {_shown(value)} (was {_shown(saved[key])})"
+        for key, value in now.items()
+        if key in saved and saved[key] != value
+    ]
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, str) and len(value) == 64:
+        return value[:16]
+    if value is None:
+        return "not given"
+    return repr(value) if isinstance(value, str) else str(value)
+
+
+def tensors_of(state: TrainState) -> Iterator[tuple[str, np.ndarray]]:
+    """Every array of the state with its name in a checkpoint, in a fixed order."""
+    for name, weights in state.weights.items():
+        yield f"{name}.lora_a", weights.a
+        yield f"{name}.lora_b", weights.b
+        if weights.moments is not None:
+            for suffix, moment in zip(MOMENT_SUFFIXES, weights.moments, strict=True):
+                yield f"{name}{suffix}", moment
+
+
+MOMENT_SUFFIXES = (".lora_a.m", ".lora_a.v", ".lora_b.m", ".lora_b.v")

@@ -1,0 +1,107 @@
+"""Command lines that people really have, in the spellings of the tools that they come from."""
+
+from __future__ import annotations
+
+import shlex
+
+import pytest
+from typer.main import get_command
+
+from llamakit.cli import build_app, compat
+from llamakit.errors import UsageError
+
+
+def rewritten(line: str) -> str:
+    return shlex.join(compat.rewrite(shlex.split(line))[0])
+
+
+def notes(line: str) -> list[compat.Note]:
+    return compat.rewrite(shlex.split(line))[1]
+
+
+# fmt: off
+@pytest.mark.parametrize(("old", "new"), [
+    # llama.cpp's README of 2023 and 2024 for finetune
+    ("finetune --model-base open-llama-3b-v2-q8_0.gguf --checkpoint-in chk-lora-LATEST.gguf --checkpoint-out chk-lora-ITERATION.gguf"
+     " --lora-out lora-ITERATION.bin --train-data shakespeare.txt --save-every 10 --threads 6 --adam-iter 30 --batch 4 --ctx 64 --use-checkpointing",
+     "finetune --model-base open-llama-3b-v2-q8_0.gguf --checkpoint-in chk-lora-LATEST.gguf --checkpoint-out chk-lora-ITERATION.gguf"
+     " --lora-out lora-ITERATION.bin --train-data shakespeare.txt --save-every 10 --threads 6 --adam-iter 30 --batch 4 --ctx 64 --use-checkpointing"),
+    ("finetune -t 6 -b 4 -c 64 -s 42 -ngl 33", "finetune --threads 6 --batch 4 --ctx 64 --seed 42 --n-gpu-layers 33"),
+    ("finetune --model_base a.gguf --train_data=t_x.txt --adam_iter=30", "finetune --model-base a.gguf --train-data=t_x.txt --adam-iter=30"),
+    ("finetune --rank-ffn_gate 8 --rank-ffn-up 8 --rank_ffn_down 4", "finetune --rank-ffn-gate 8 --rank-ffn-up 8 --rank-ffn-down 4"),
+    ("finetune --sample-start '--_x' --escape", "finetune --sample-start --_x --escape"),
+    ("finetune --checkpoint-in '' --enable-restart", "finetune --checkpoint-in '' --enable-restart"),
+    ("finetune --separate-with-eos --no-separate-with-bos", "finetune --separate-with-eos --no-separate-with-bos"),
+    ("finetune -m m.gguf -f t.txt -epochs 2 -lr 1e-4 -wd 0.1 -val-split 0.05",
+     "finetune --model-base m.gguf --train-data t.txt --epochs 2 --adam-alpha 1e-4 --adam-decay 0.1 --val-split 0.05"),
+    ("finetune --use-flash --train-data t --no-flash", "finetune --train-data t"),
+    # llama.cpp's main and llama-completion
+    ("generate -m m.gguf -p 'I believe' -n 64 --temp 0", "generate -m m.gguf -p 'I believe' -n 64 -t 0"),
+    ("generate --model m.gguf --prompt '--a_b' --n-predict 64 --ctx-size 512 --temperature=0.7 --top_k 40 --repeat_penalty=1.1",
+     "generate -m m.gguf -p --a_b -n 64 --ctx 512 -t 0.7 --top-k 40 --repeat-penalty=1.1"),
+    ("generate -m m.gguf --predict 5 -c 128 -s 7 --file p_q.txt", "generate -m m.gguf -n 5 --ctx 128 --seed 7 -f p_q.txt"),
+    ("generate -m m --lora a.gguf --lora-scaled b.gguf 0.5 -p x", "generate -m m --lora a.gguf --lora-scaled b.gguf:0.5 -p x"),
+    ("generate -m m --lora-scaled b.gguf:0.5 7", "generate -m m --lora-scaled b.gguf:0.5 7"),
+    ("generate -m m --lora_scaled=b.gguf:0.5", "generate -m m --lora-scaled b.gguf:0.5"),
+    ("generate -m m -no-cnv -p x", "generate -m m -p x"),
+    ("generate -m m --conversation", "generate -m m -cnv"),
+    ("generate -m m -ngl 99 --mlock --no-mmap -fa on -fa -b 512 -p x", "generate -m m --device auto -p x"),
+    ("generate -m m --gpu-layers=0", "generate -m m --device cpu"),
+    # llama2.c's run
+    ("generate stories15M.bin -z tok.bin -t 0.8 -n 256 -i 'One day' -s 5", "generate -m stories15M.bin -z tok.bin -t 0.8 -n 256 -p 'One day' --seed 5"),
+    ("generate stories15M.bin -m generate", "generate -m stories15M.bin"),
+    ("generate a.bin -m m.gguf", "generate a.bin -m m.gguf"),
+    ("generate 'Once upon' -m m.gguf", "generate 'Once upon' -m m.gguf"),
+    # llama-tokenize
+    ("tokenize -m m.gguf -p 'a_b' --ids --no-bos --no_parse_special --log-disable", "tokenize -m m.gguf -p a_b --ids --no-bos --no-parse-special"),
+    ("tokenize --model m.gguf --stdin --show_count", "tokenize -m m.gguf --stdin --show-count"),
+    # everything else stays
+    ("inspect -m m.gguf", "inspect m.gguf"),
+    ("inspect -- --a_b.gguf", "inspect -- --a_b.gguf"),
+    ("--version", "--version"),
+    ("", ""),
+    ("nonsense --a_b", "nonsense --a_b"),
+    ("generate -", "generate -"),
+])
+# fmt: on
+def test_rewriting(old: str, new: str) -> None:
+    assert rewritten(old) == new
+    assert rewritten(new) == new  # ours is a fixed point
+
+
+def test_no_effect_is_said() -> None:
+    said = notes("generate -m m --mlock --no-flash -ngl 99 -fa off")
+    assert [kind for kind, _ in said] == ["note"] * 3
+    assert said[0][1].startswith("--mlock has no effect: ")
+    assert said[1][1].startswith("-ngl 99 means --device auto")
+    assert not notes("finetune --model-base m --threads 6 --use-checkpointing")
+
+
+def test_old_letters_are_warned_about() -> None:
+    assert notes("generate -t 8") == [("warning", "-t is the temperature: 8 is very high; threads is --threads 8")]
+    assert notes("generate -t 2") and not notes("generate -t 1") and not notes("generate -t 2.0")
+    assert not notes("generate --temp 8") and not notes("finetune -t 8")
+    assert notes("generate -p 0.9") == [("warning", "-p is the prompt; did you mean --top-p 0.9?")]
+    assert not notes("generate -p 7") and not notes("generate -p hello") and not notes("generate -p")
+
+
+@pytest.mark.parametrize("line", ["generate -ngl", "generate --numa", "generate --lora-scaled"])
+def test_a_missing_value_is_a_usage_error(line: str) -> None:
+    with pytest.raises(UsageError, match="requires an argument"):
+        compat.rewrite(line.split())
+
+
+def test_every_target_is_a_real_option_and_no_alias_hides_one() -> None:
+    commands = get_command(build_app()).commands  # type: ignore[attr-defined]
+    assert set(compat.ALIASES) == set(compat.NO_OPS) == set(commands)
+    for name, table in compat.ALIASES.items():
+        real = {option for p in commands[name].params for option in (*p.opts, *p.secondary_opts)}
+        for old, new in table.items():
+            assert not new or new in real, f"{name}: {old} -> {new}, which does not exist"
+        assert not compat.NO_OPS[name].keys() & real
+
+
+def test_rewriting_does_not_change_its_argument() -> None:
+    argv = ["finetune", "-t", "6", "--use_flash"]
+    compat.rewrite(argv)
+    assert argv == ["finetune", "-t", "6", "--use_flash"]

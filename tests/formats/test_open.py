@@ -1,0 +1,80 @@
+"""Files are known by their content, and refused in words."""
+
+from __future__ import annotations
+
+import io
+import struct
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from llamakit.errors import FormatError, LlamakitError, UnsupportedError, UsageError
+from llamakit.formats.gguf import GGUFFile
+from llamakit.formats.llama2c import Llama2cFile
+from llamakit.formats.open import open_model, sniff
+from tests.formats.files import ggla_file, llama2c_file
+from tests.fuzz.raw import sound
+
+
+def _zip() -> bytes:
+    raw = io.BytesIO()
+    with zipfile.ZipFile(raw, "w") as file:
+        file.writestr("archive/data.pkl", b"x")
+    return raw.getvalue()
+
+
+KINDS: dict[str, tuple[bytes, type[LlamakitError], str]] = {
+    "zip": (_zip(), UnsupportedError, "zip archive"),
+    "pickle": (b"\x80\x02}q\0.", UnsupportedError, "never loaded"),
+    "safetensors": (struct.pack("<Q", 2) + b"{}", UnsupportedError, "safetensors"),
+    "ggml": (b"tjgg\3\0\0\0", UnsupportedError, "before GGUF"),
+    "gzip": (b"\x1f\x8b\x08\0", UnsupportedError, "compressed"),
+    "sentencepiece": (b"\n\x0e\n\x05<unk>\x15\0\0\0\0\x18\2", UnsupportedError, "SentencePiece"),
+    "llama2c-tokenizer": (struct.pack("<IfI", 7, 0, 5) + b"<unk>", UnsupportedError, "llama2.c vocabulary"),
+    "empty": (b"", FormatError, "is empty"),
+    "text": ("Grüße\n".encode(), FormatError, "is a text"),
+    "unknown": (b"\0\1\2\3" * 20, FormatError, "unknown format"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_no_model(tmp_path: Path, kind: str) -> None:
+    raw, error, reason = KINDS[kind]
+    (tmp_path / "x").write_bytes(raw)
+    assert sniff(tmp_path / "x") == kind
+    with pytest.raises(error, match=reason) as caught:
+        open_model(tmp_path / "x")
+    assert caught.value.exit_code == 2
+
+
+def test_models(tmp_path: Path) -> None:
+    (tmp_path / "a.bin").write_bytes(sound().pack())
+    assert sniff(tmp_path / "a.bin") == "gguf"
+    assert isinstance(open_model(tmp_path / "a.bin"), GGUFFile)
+    for version in (0, 1, 2):
+        path = llama2c_file(tmp_path / "b.gguf", version)
+        assert sniff(path) == "llama2c"
+        assert isinstance(open_model(path), Llama2cFile)
+
+
+def test_an_old_adapter_is_no_model(tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedError, match="old LoRA adapter") as caught:
+        open_model(ggla_file(tmp_path / "lora.bin"))
+    assert "--lora" in str(caught.value.hint)
+
+
+def test_directories_and_missing_files(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="is a directory"):
+        open_model(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    assert sniff(tmp_path) == "huggingface"
+    with pytest.raises(UnsupportedError, match="Hugging Face"):
+        open_model(tmp_path)
+    with pytest.raises(UsageError, match="No such file"):
+        open_model(tmp_path / "missing")
+
+
+def test_a_character_cut_by_the_end_of_what_is_sniffed(tmp_path: Path) -> None:
+    (tmp_path / "x").write_bytes(b"a" * 4095 + "ü".encode() + b"\0")
+    assert sniff(tmp_path / "x") == "text"

@@ -1,0 +1,30 @@
+"""llama.cpp's own greedy text through the xllamacpp wheel, computed in float32 as far as it can."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+
+class LlamaServer:
+    """A llama.cpp server in this process on one model file, its cache in float32, flash attention off."""
+
+    def __init__(self, path: Path, *, n_ctx: int = 256, lora: Sequence[tuple[Path, float]] = ()) -> None:
+        x = pytest.importorskip("xllamacpp", reason="xllamacpp is not installed (extra [interop])")
+        params = x.CommonParams()
+        params.model.path = str(path)
+        params.n_ctx, params.n_parallel, params.warmup, params.verbosity = n_ctx, 1, False, -1
+        params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 2
+        params.cache_type_k = params.cache_type_v = x.ggml_type.GGML_TYPE_F32
+        params.flash_attn_type = x.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        params.lora_adapters = [x.CommonAdapterLoraInfo(str(file), scale) for file, scale in lora]
+        self._server: Any = x.Server(params)
+
+    def greedy(self, prompt: str | Sequence[int], n_predict: int) -> str:
+        """The text that follows the prompt."""
+        request = {"prompt": prompt, "n_predict": n_predict, "temperature": 0, "cache_prompt": False}
+        answer = self._server.handle_completions(request)
+        return answer["choices"][0]["text"] if "choices" in answer else answer["content"]
