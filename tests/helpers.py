@@ -36,7 +36,7 @@ def cli(
     }
     stdin: dict[str, Any] = {"stdin": subprocess.DEVNULL} if input is None else {"input": input}
     return subprocess.run(
-        [sys.executable, "-m", "llamakit", *map(os.fspath, args)],
+        [sys.executable, "-m", "llamakit", *(os.fspath(arg) for arg in args)],
         cwd=cwd,
         env=environment,
         capture_output=True,

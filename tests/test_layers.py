@@ -73,6 +73,16 @@ def calls(tree: ast.AST) -> Iterator[tuple[str, int]]:
             yield ast.unparse(node), node.lineno
 
 
+def test_the_walk_sees_what_hides() -> None:
+    tree = ast.parse(
+        "def f():\n    import torch\n    from llamakit.errors import UsageError as U, no_such\n    print(1)"
+    )
+    assert set(imports(tree)) == {("torch", 2), ("llamakit.errors.UsageError", 3), ("llamakit.errors.no_such", 3)}
+    assert {name for name, _ in imported_modules(tree)} == {"llamakit.errors"}
+    assert ("print", 4) in set(calls(tree))
+    assert {name for name, _ in imported_modules(ast.parse("from llamakit import generate"))} == {"llamakit.__init__"}
+
+
 def test_every_room_has_a_floor() -> None:
     rooms = {room(module) for module in MODULES} - ABOVE
     assert rooms <= FLOOR_OF.keys(), f"no floor for {sorted(rooms - FLOOR_OF.keys())}"
@@ -110,7 +120,18 @@ def test_no_cycles() -> None:
 
 
 def test_the_library_never_prints_exits_or_reads_the_environment() -> None:
-    never = {"print", "input", "exit", "quit", "breakpoint", "sys.exit", "os._exit", "sys.argv", "os.environ", "os.getenv"}
+    never = {
+        "print",
+        "input",
+        "exit",
+        "quit",
+        "breakpoint",
+        "sys.exit",
+        "os._exit",
+        "sys.argv",
+        "os.environ",
+        "os.getenv",
+    }
     wrong = [
         f"{module}:{line} {name}"
         for module, tree in MODULES.items()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import importlib
 import importlib.util
+import io
 import os
 import sys
 import traceback
@@ -21,10 +22,12 @@ from typer.main import get_command
 import llamakit
 from llamakit.cli import compat, render
 from llamakit.cli.help import CONTEXT_SETTINGS, MAIN, MORE, Command, Group
-from llamakit.errors import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_MEMORY, EXIT_OK, LlamakitError
+from llamakit.errors import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_MEMORY, EXIT_OK, EXIT_SAVE, LlamakitError
 
 _DEBUG = "LLAMAKIT_DEBUG"
-_MEMORY_HINT = "a smaller --batch or --ctx, --use-checkpointing or --weight-cache none need less"
+_FINETUNE_MEMORY_HINT = "a smaller --batch or --ctx, --use-checkpointing or --weight-cache none need less"
+_MEMORY_HINT = "a smaller --ctx or a model with fewer bits per weight needs less"
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 _OVERVIEW = """\
 llamakit: fine-tune, run and inspect quantized GGUF models, on the file that you already have
@@ -92,7 +95,7 @@ def run(argv: list[str]) -> int:
     """
     debug = bool(os.environ.get(_DEBUG))
     for output in (sys.stdout, sys.stderr):
-        if hasattr(output, "reconfigure"):
+        if isinstance(output, io.TextIOWrapper):
             output.reconfigure(errors="backslashreplace")
     if not debug and not sys.warnoptions:
         warnings.simplefilter("ignore")
@@ -129,10 +132,15 @@ def _report(error: BaseException, command: str) -> int:
     if isinstance(error, typer.TyperException):
         message, hint = _explain_usage(error, command)
         return _fail(message, hint, error.exit_code)
-    if isinstance(error, OSError) and error.errno == errno.EPIPE:
-        return _closed_pipe()
+    if isinstance(error, BrokenPipeError):
+        return _discard_stdout()
+    if isinstance(error, OSError) and error.errno in _DISK_FULL:
+        _discard_stdout()  # what is still in its buffer has no place to go
+        where = f"{error.filename}: " if error.filename else ""
+        return _fail(f"{where}cannot write: {error.strerror}", "free some space, or write to another disk", EXIT_SAVE)
     if _is_out_of_memory(error):
-        return _fail("out of memory", _MEMORY_HINT, EXIT_MEMORY)
+        hint = _FINETUNE_MEMORY_HINT if command.endswith("finetune") else _MEMORY_HINT
+        return _fail("out of memory", hint, EXIT_MEMORY)
     if isinstance(error, typer.Abort):
         return _fail("aborted", None, EXIT_FAILURE)
     text = " ".join(str(error).split())[:300]
@@ -146,12 +154,12 @@ def _fail(message: str, hint: str | None, code: int) -> int:
         if hint:
             render.hint(hint)
     except BrokenPipeError:
-        return _closed_pipe()
+        return _discard_stdout()
     return code
 
 
-def _closed_pipe() -> int:
-    """The reader of our output has gone: leave without a word, and without Python's own complaint at exit."""
+def _discard_stdout() -> int:
+    """Nobody can take our output: leave without a word, and without Python's own complaint at exit."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return EXIT_FAILURE
 

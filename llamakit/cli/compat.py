@@ -96,9 +96,12 @@ NO_OPS: dict[str, dict[str, tuple[int, str]]] = {
 
 # Options whose value is a text or a name, which may itself begin with a dash and is never rewritten.
 _TEXT_VALUES = frozenset(
-    "-p -f -m -z -i --prompt --file --model --tokenizer --config --lora --log-file --train-data --sample-start "
-    "--model-base --checkpoint-in --checkpoint-out --lora-out --pattern-fn-it --fn-latest".split()
-)
+    {
+        "-p", "-f", "-m", "-z", "-i", "--prompt", "--file", "--model", "--tokenizer", "--config", "--lora",
+        "--log-file", "--train-data", "--sample-start", "--model-base", "--checkpoint-in", "--checkpoint-out",
+        "--lora-out", "--pattern-fn-it", "--fn-latest",
+    }
+)  # fmt: skip
 _FLASH_WORDS = frozenset({"on", "off", "auto", "0", "1"})
 
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from llamakit.training.loop import Control
 
 _D = FinetuneConfig()
-_NOT_CONFIG = ("config", "n_gpu_layers", "use_flash", "json")
+_NOT_CONFIG = ("config", "n_gpu_layers", "json")
 
 
 def finetune(
@@ -470,14 +470,6 @@ def finetune(
             rich_help_panel=options.COMPUTE,
         ),
     ] = _D.threads,
-    use_flash: Annotated[
-        bool,
-        typer.Option(
-            "--use-flash/--no-flash",
-            help="Accepted for old scripts; attention is always computed in tiles.",
-            rich_help_panel=options.COMPUTE,
-        ),
-    ] = True,
     config: options.ConfigOption = None,
     json: options.JsonOption = False,
 ) -> None:

@@ -158,12 +158,12 @@ def _load(
     dtype: str,
 ) -> _Loaded:
     """Read the vocabulary, the adapters and the model, cheapest first, so that a mistake shows early."""
-    started = time.perf_counter()
     from llamakit.formats.adapter import check_adapter, read_adapter
     from llamakit.formats.llama2c import Llama2cFile
     from llamakit.formats.open import open_model
     from llamakit.model import attach, load_model
 
+    started = time.perf_counter()  # imports are not the model's fault
     file = open_model(path)
     is_llama2c = isinstance(file, Llama2cFile)
     _check_is_model(file)
@@ -257,28 +257,28 @@ def _run(loaded: _Loaded, text: str, config: GenerateConfig, *, display_prompt: 
         render.print_json(_as_json(loaded, text, ids, tokens, "".join(pieces), done))
     else:
         render.stream("\n")
-        _timings(loaded, done)
+        _timings(loaded, done, sampled=config.temperature > 0)
     return EXIT_INTERRUPTED if done is None else EXIT_OK
 
 
 def _for_file(loaded: _Loaded, ids: list[int], config: GenerateConfig) -> GenerateConfig:
-    """run.c's rules for its own models: -n counts the prompt's tokens after BOS too, and a BOS ends the text."""
-    if not loaded.is_llama2c:
+    """run.c's rule for its own models: -n counts steps, so that the prompt's tokens after BOS count too."""
+    if not loaded.is_llama2c or config.n_predict < 0:
         return config
-    n_predict = config.n_predict if config.n_predict < 0 else max(0, config.n_predict - (len(ids) - 1))
-    bos = loaded.tokenizer.bos_id
-    return replace(config, n_predict=n_predict, stop_ids=() if bos is None else (bos,))
+    return replace(config, n_predict=max(0, config.n_predict - (len(ids) - 1)))
 
 
 def _remarks(loaded: _Loaded, config: GenerateConfig) -> None:
     n_ctx = loaded.model.config.n_ctx
     if config.ctx > n_ctx:
         render.warn(f"--ctx {config.ctx} is more than the {n_ctx} tokens that the model was trained for")
+    for warning in loaded.tokenizer.warnings:
+        render.note(f"{loaded.file.path}: {warning}")
     if loaded.tokenizer.chat_template:
         render.hint("this model has a chat template; plain completion does not apply it (the chat command will)")
 
 
-def _timings(loaded: _Loaded, done: Done | None) -> None:
+def _timings(loaded: _Loaded, done: Done | None, *, sampled: bool) -> None:
     render.log(f"load: {loaded.load_s:.2f} s")
     if done is None:
         render.note("interrupted")
@@ -286,7 +286,7 @@ def _timings(loaded: _Loaded, done: Done | None) -> None:
     render.log(f"prompt: {done.n_prompt} tokens in {done.prefill_s:.2f} s, {done.prefill_tok_per_s:.1f} tok/s")
     render.log(f"generation: {done.n_generated} tokens in {done.decode_s:.2f} s, {done.decode_tok_per_s:.1f} tok/s")
     endings = {"end": "an end token", "length": "-n", "context": "a full context"}
-    render.log(f"ended by {endings[done.reason]}, seed {done.seed}")
+    render.log(f"ended by {endings[done.reason]}" + (f", seed {done.seed}" if sampled else ""))
 
 
 def _as_json(

@@ -74,9 +74,7 @@ def _key(spelling: str) -> str:
     return spelling.lstrip("-").replace("-", "_")
 
 
-def _find(
-    key: str, options: dict[str, tuple[str, Any]], path: Path, line: int | None, command: str
-) -> tuple[str, Any]:
+def _find(key: str, options: dict[str, tuple[str, Any]], path: Path, line: int | None, command: str) -> tuple[str, Any]:
     normal = _key(key)
     if normal in options:
         return options[normal]

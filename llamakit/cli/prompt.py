@@ -23,7 +23,7 @@ def process_escapes(text: str) -> str:
     try:
         data = text.encode()
         return _ESCAPE.sub(lambda m: bytes([int(m[2], 16)]) if m[2] else _PLAIN.get(m[1], m[1]), data).decode()
-    except UnicodeError as error:
+    except (UnicodeEncodeError, UnicodeDecodeError) as error:
         raise UsageError(f"the prompt is not UTF-8 text: {error.reason}") from error
 
 

@@ -166,7 +166,9 @@ def _gguf_kind(file: GGUFFile) -> tuple[str, str]:
     if general == "imatrix":
         return "imatrix", "importance matrix"
     if not file.tensors:
-        return ("vocabulary", "vocabulary without a model") if _n_tokens(metadata) else ("unknown", "GGUF without tensors")
+        if _n_tokens(metadata):
+            return "vocabulary", "vocabulary without a model"
+        return "unknown", "GGUF without tensors"
     return "model", "model"
 
 
@@ -252,9 +254,7 @@ def _inspect_other(path: Path, kind: str) -> FileReport:
     else:
         n_bytes = path.stat().st_size
     what = _OTHERS.get(kind, "file of an unknown kind")
-    return FileReport(
-        path=path, kind=kind, what=what, n_bytes=n_bytes, next_commands=_next_commands(kind, None, path)
-    )
+    return FileReport(path=path, kind=kind, what=what, n_bytes=n_bytes, next_commands=_next_commands(kind, None, path))
 
 
 def _tensor_fields(tensors: Mapping[str, TensorInfo]) -> dict[str, Any]:
@@ -273,6 +273,8 @@ def _next_commands(kind: str, file: ModelFile | None, path: Path | None = None) 
     finetune = ("llamakit", "finetune", "--model-base")
     if kind == "model" and file is not None:
         return _next_for_model(file.metadata, name)
+    if file is not None and file.metadata.get("training.type") == "train_model":
+        return ()
     return {
         "vocabulary": (("llamakit", "tokenize", "-m", name, "-p", "Hello world"),),
         "adapter": (("llamakit", "generate", "-m", "BASE.gguf", "--lora", name, "-p", "Once upon a time"),),

@@ -90,54 +90,50 @@ def _cut_windows(text: str, tokenizer: Tokenizer, options: SampleOptions) -> tup
     return Samples(train, np.arange(count, dtype=np.int64), sizes), validation, []
 
 
-def _pattern_spans(data: bytes, pattern: bytes, longest_token: int, options: SampleOptions) -> list[tuple[int, int]]:
-    """Byte ranges of the samples: from each occurrence of the pattern to the next one, or for ctx tokens' worth."""
+def _pattern_starts(data: bytes, pattern: bytes) -> list[int]:
+    """Byte positions of the pattern, searched on behind each occurrence; [0] where it does not occur."""
     starts, at = [], data.find(pattern)
     while at >= 0:
         starts.append(at)
         at = data.find(pattern, at + len(pattern))
-    offset = 0 if options.include_sample_start else len(pattern)
-    spans = []
-    for i, start in enumerate(starts or [0]):
-        begin = start + offset
-        end = starts[i + 1] if i + 1 < len(starts) else len(data)
-        if options.overlapping_samples:
-            end = min(len(data), begin + options.ctx * longest_token)
-        while end < len(data) and data[end] & 0xC0 == 0x80:
-            end += 1
-        spans.append((min(begin, len(data)), max(begin, end)))
-    return spans
+    return starts or [0]
+
+
+def _piece(data: bytes, begin: int, end: int) -> str:
+    """Bytes [begin, end) as text; an end inside a UTF-8 sequence moves to the next character."""
+    while end < len(data) and data[end] & 0xC0 == 0x80:
+        end += 1
+    return data[begin : max(begin, end)].decode()
 
 
 def _cut_at_pattern(text: str, tokenizer: Tokenizer, options: SampleOptions) -> tuple[Samples, np.ndarray, list[str]]:
-    pattern = process_escapes(options.sample_start) if options.escape else options.sample_start
+    pattern = (process_escapes(options.sample_start) if options.escape else options.sample_start).encode()
     data = text.encode()
-    longest = max((len(tokenizer.piece(i, special=True)) for i in range(tokenizer.n_vocab)), default=1)
-    spans = _pattern_spans(data, pattern.encode(), longest, options)
-    warnings = []
-    if pattern.encode() not in data:
-        warnings.append(f"the sample start {pattern!r} does not occur in the text: all of it is one sample")
-    pieces = [_encode(tokenizer, data[begin:end].decode()) for begin, end in spans]
+    starts, warnings = _pattern_starts(data, pattern), []
+    if pattern not in data:
+        warnings.append(f"the sample start {pattern.decode()!r} does not occur in the text: all of it is one sample")
+    offset = 0 if options.include_sample_start else len(pattern)
+    begins = [min(start + offset, len(data)) for start in starts]
+    ends = [*starts[1:], len(data)]
+    pieces = [_encode(tokenizer, _piece(data, b, e)) for b, e in zip(begins, ends, strict=True)]
     kept = _n_training_pieces(pieces, options)
-    if kept < len(pieces):  # no training sample may reach into the held-out ones
-        cut = spans[kept][0] - (0 if options.include_sample_start else len(pattern.encode()))
-        pieces[:kept] = [
-            _encode(tokenizer, data[begin : min(end, cut)].decode()) if end > cut else piece
-            for (begin, end), piece in zip(spans[:kept], pieces[:kept], strict=True)
-        ]
     train, validation = pieces[:kept], pieces[kept:]
+    if options.overlapping_samples:
+        longest = max(len(tokenizer.piece(i, special=True)) for i in range(tokenizer.n_vocab))
+        cut = ends[kept - 1]  # no training sample reaches into the held-out text
+        reach = [min(begin + options.ctx * longest, cut) for begin in begins[:kept]]
+        train = [_encode(tokenizer, _piece(data, b, e)) for b, e in zip(begins, reach, strict=False)]
     sizes = np.array([len(piece) for piece in train], dtype=np.int64)
-    begins = np.concatenate([[0], np.cumsum(sizes)[:-1]]).astype(np.int64)
+    offsets = np.concatenate([[0], np.cumsum(sizes)[:-1]]).astype(np.int64)
     warnings += _size_warnings(sizes, options.ctx)
     held_out = np.concatenate(validation) if validation else np.empty(0, dtype=np.int32)
-    return Samples(np.concatenate(train), begins, sizes), held_out, warnings
+    return Samples(np.concatenate(train), offsets, sizes), held_out, warnings
 
 
 def _n_training_pieces(pieces: list[np.ndarray], options: SampleOptions) -> int:
     """How many whole samples are trained on: the last ones are held out while they stay within val_split."""
-    total = sum(map(len, pieces))
-    budget, kept = _n_validation(total, options), len(pieces)
-    while kept > 1 and len(pieces[kept - 1]) <= budget:
+    budget, kept = _n_validation(sum(map(len, pieces)), options), len(pieces)
+    while budget and kept > 1 and len(pieces[kept - 1]) <= budget:
         kept -= 1
         budget -= len(pieces[kept])
     return kept

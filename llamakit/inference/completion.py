@@ -17,6 +17,7 @@ from llamakit.errors import MismatchError, UsageError
 from llamakit.inference.config import GenerateConfig
 from llamakit.inference.sampling import Logits, Sampler, log_probability
 from llamakit.model import KVCache, Llama
+from llamakit.model.layers import Embedding, LoraEmbedding
 from llamakit.tokenizer import Tokenizer
 
 StopReason = Literal["end", "length", "context"]
@@ -89,9 +90,7 @@ class _Context:
         self._model = model
         self._device = next(model.parameters()).device
         self._one = torch.empty(1, 1, dtype=torch.int64, device=self._device)
-        # A LoRA on the embedding wraps it.
-        embedding = getattr(model.token_embd, "base", model.token_embd)
-        self.cache = KVCache(model.config, n_ctx=n_ctx, dtype=embedding.dtype, device=self._device)
+        self.cache = KVCache(model.config, n_ctx=n_ctx, dtype=_dtype(model), device=self._device)
 
     @torch.inference_mode()
     def prefill(self, ids: Sequence[int], chunk: int) -> Logits:
@@ -111,6 +110,13 @@ class _Context:
         """Only the last position (1, T, C) -> (V,): the output matrix is the largest of all."""
         logits: np.ndarray = self._model.logits(hidden[0, -1]).cpu().numpy()
         return logits
+
+
+def _dtype(model: Llama) -> torch.dtype:
+    """What the model computes in."""
+    embedding = model.token_embd.base if isinstance(model.token_embd, LoraEmbedding) else model.token_embd
+    assert isinstance(embedding, Embedding), "load_model puts it in"
+    return embedding.dtype
 
 
 def generate(
@@ -139,12 +145,11 @@ def _generate(
     model: Llama, tokenizer: Tokenizer, ids: list[int], n_ctx: int, config: GenerateConfig
 ) -> Iterator[Token | Done]:
     sampler, stream = Sampler(config, ids), tokenizer.stream()
-    stop_ids = tokenizer.eog_ids | frozenset(config.stop_ids)
     limit = config.n_predict if config.n_predict >= 0 else n_ctx + 1
     context = _Context(model, min(n_ctx, len(ids) + limit))
-    for token in ids:  # so that the first piece is what follows this prompt, its leading space included
-        stream.push(token)
-    started = time.perf_counter()
+    for id_ in ids:  # so that the first piece is what follows this prompt, its leading space included
+        stream.push(id_)
+    token, started = ids[-1], time.perf_counter()
     logits = context.prefill(ids, config.prefill_chunk)
     prefill_s, decode_s, n_generated = time.perf_counter() - started, 0.0, 0
     reason: StopReason = "length"
@@ -157,7 +162,7 @@ def _generate(
             logits = context.decode(token)
         token = sampler.sample(logits)
         decode_s += time.perf_counter() - started
-        if token in stop_ids:
+        if token in tokenizer.eog_ids:
             reason = "end"
             break
         n_generated += 1

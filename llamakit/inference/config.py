@@ -32,8 +32,6 @@ class GenerateConfig:
     """Seed of the sampler, 0 to 4294967295; -1 takes a random one, which is reported."""
     ctx: int = 0
     """Context in tokens, prompt and continuation together; 0 takes the model's."""
-    stop_ids: tuple[int, ...] = ()
-    """Token ids that end the text in addition to the model's own end-of-generation tokens."""
     prefill_chunk: int = 512
     """Prompt tokens computed at once; less needs less memory."""
     logprobs: bool = False

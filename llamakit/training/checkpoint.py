@@ -15,7 +15,7 @@ from llamakit.errors import FormatError
 from llamakit.files import remove_stale_temporaries, replace_with_link
 from llamakit.formats.adapter import Adapter, transposed_pair, write_adapter
 from llamakit.formats.base import ModelFile
-from llamakit.formats.gguf import GGUFFile, write_gguf
+from llamakit.formats.gguf import GGUFFile, TensorData, write_gguf
 from llamakit.ggml import GGMLType
 from llamakit.training.config import FinetuneConfig
 from llamakit.training.report import Saving
@@ -46,7 +46,7 @@ def write_checkpoint(path: Path, state: TrainState) -> None:
             _STATE_KEY: description,
             _HASH_KEY: _digest(description, arrays),
         },
-        tensors=[(name, array.shape, GGMLType.F32, array) for name, array in arrays.items()],
+        tensors=[TensorData(name, array.shape, GGMLType.F32, array) for name, array in arrays.items()],
         verify=lambda file: _check_hash(file, description),
     )
 

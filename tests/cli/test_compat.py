@@ -19,7 +19,6 @@ def notes(line: str) -> list[compat.Note]:
     return compat.rewrite(shlex.split(line))[1]
 
 
-# fmt: off
 @pytest.mark.parametrize(("old", "new"), [
     # llama.cpp's README of 2023 and 2024 for finetune
     ("finetune --model-base open-llama-3b-v2-q8_0.gguf --checkpoint-in chk-lora-LATEST.gguf --checkpoint-out chk-lora-ITERATION.gguf"
@@ -62,8 +61,7 @@ def notes(line: str) -> list[compat.Note]:
     ("", ""),
     ("nonsense --a_b", "nonsense --a_b"),
     ("generate -", "generate -"),
-])
-# fmt: on
+])  # fmt: skip
 def test_rewriting(old: str, new: str) -> None:
     assert rewritten(old) == new
     assert rewritten(new) == new  # ours is a fixed point

@@ -79,7 +79,11 @@ def test_control_characters_of_a_path_are_escaped() -> None:
         (FormatError("broken", path="m.gguf", offset=7), 2, "error: m.gguf@7: broken"),
         (SaveError("full", path="o.gguf", hint="free some space"), 3, "error: o.gguf: full"),
         (MemoryError(), 5, "error: out of memory"),
-        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"), 5, "error: out of memory"),
+        (
+            RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"),
+            5,
+            "error: out of memory",
+        ),
         (KeyboardInterrupt(), 130, ""),
         (ValueError("a\nb"), 1, "error: internal error: ValueError: a b"),
         (type("PanicException", (BaseException,), {})("boom"), 1, "error: internal error: PanicException: boom"),
@@ -130,6 +134,27 @@ def test_a_closed_pipe_is_no_error() -> None:
     assert result.stdout == "U" and not result.stderr
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk_behind_stdout_is_one_line() -> None:
+    with open("/dev/full", "w") as full:
+        result = subprocess.run(
+            [sys.executable, "-m", "llamakit", "--help"],
+            stdout=full, stderr=subprocess.PIPE, text=True, check=False, env=_environment(), timeout=60,
+        )  # fmt: skip
+    assert_error(result, 3, "error: cannot write: No space left on device")
+    assert len(result.stderr.splitlines()) == 2
+
+
+def test_install_completion_writes_to_the_home_of_the_user(tmp_path: Path) -> None:
+    shell = f"'{sys.executable}' -m llamakit --install-completion; exit $?"
+    result = subprocess.run(
+        ["bash", "-c", shell], capture_output=True, text=True, check=False, timeout=60,
+        env=_environment(HOME=str(tmp_path), SHELL="/bin/bash"),
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert "llamakit" in (tmp_path / ".bashrc").read_text()
+
+
 def test_exit_code_of_a_command_is_the_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     for returned, code in ((143, 143), (None, 0)):
         monkeypatch.setattr("llamakit.cli._invoke", lambda argv, value=returned: value)
@@ -146,5 +171,8 @@ def test_shell_completion(shell: str) -> None:
 
 
 def test_show_completion_prints_a_script() -> None:
-    result = cli("--show-completion", env={"SHELL": "/bin/bash"})
-    assert result.returncode == 0 or "shell" in result.stderr.lower()
+    shell = f"'{sys.executable}' -m llamakit --show-completion; exit $?"
+    result = subprocess.run(
+        ["bash", "-c", shell], capture_output=True, text=True, check=False, env=_environment(), timeout=60
+    )
+    assert result.returncode == 0 and "_LLAMAKIT_COMPLETE" in result.stdout

@@ -11,6 +11,7 @@ from typer.main import get_command
 
 from llamakit.cli.options import ConfigOption, DeviceOption
 from llamakit.errors import UsageError
+from tests.helpers import assert_error, cli
 
 seen: dict[str, Any] = {}
 
@@ -95,3 +96,14 @@ def test_a_missing_or_binary_file_is_a_usage_error(tmp_path: Path) -> None:
     for path in (tmp_path / "none.toml", tmp_path / "b.toml"):
         with pytest.raises(UsageError):
             get_command(app).main(args=["--config", str(path)], prog_name="work", standalone_mode=False)
+
+
+def test_config_of_a_real_command(tmp_path: Path) -> None:
+    path = tmp_path / "run.toml"
+    path.write_text('model_base = "no-such.gguf"\ntrain-data = "t.txt"\nadam-iters = 3\n')
+    result = cli("finetune", "--config", path)
+    assert_error(result, 2, f"error: {path}:3: unknown key 'adam-iters'", "hint: did you mean adam_iter?")
+    path.write_text('model_base = "no-such.gguf"\nbatch = 2.5\n')
+    assert_error(cli("finetune", "--config", path), 2, f"error: {path}:2: key 'batch': expected an integer, got 2.5")
+    path.write_text('gpu-layers = "all"\n')  # an old spelling
+    assert_error(cli("finetune", "--config", path), 2, f"error: {path}:1: key 'gpu-layers': expected an integer")

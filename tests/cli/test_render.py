@@ -75,7 +75,15 @@ def test_table_aligns_and_escapes(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.parametrize(
     ("count", "text"),
-    [(0, "0 B"), (999, "999 B"), (1000, "1.0 kB"), (97_999_999, "98 MB"), (3.8e9, "3.8 GB"), (999_600, "1.0 MB"), (2e12, "2.0 TB")],
+    [
+        (0, "0 B"),
+        (999, "999 B"),
+        (1000, "1.0 kB"),
+        (97_999_999, "98 MB"),
+        (3.8e9, "3.8 GB"),
+        (999_600, "1.0 MB"),
+        (2e12, "2.0 TB"),
+    ],
 )
 def test_human_bytes(count: float, text: str) -> None:
     assert render.human_bytes(count) == text

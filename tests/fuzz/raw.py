@@ -95,10 +95,5 @@ def sound() -> Raw:
             Tensor(b"output_norm.weight", [5], 0, 96),
             Tensor(b"blk.0.attn_q.weight", [2, 3], 1, 128),
         ],
-        data=bytes(range(80))
-        + bytes(16)
-        + struct.pack("<5f", *range(5))
-        + bytes(12)
-        + bytes(range(12))
-        + bytes(20),
+        data=bytes(range(80)) + bytes(16) + struct.pack("<5f", *range(5)) + bytes(12) + bytes(range(12)) + bytes(20),
     )

@@ -12,12 +12,14 @@ import pytest
 class LlamaServer:
     """A llama.cpp server in this process on one model file, its cache in float32, flash attention off."""
 
-    def __init__(self, path: Path, *, n_ctx: int = 256, lora: Sequence[tuple[Path, float]] = ()) -> None:
+    def __init__(
+        self, path: Path, *, n_ctx: int = 256, n_threads: int = 1, lora: Sequence[tuple[Path, float]] = ()
+    ) -> None:
         x = pytest.importorskip("xllamacpp", reason="xllamacpp is not installed (extra [interop])")
         params = x.CommonParams()
         params.model.path = str(path)
         params.n_ctx, params.n_parallel, params.warmup, params.verbosity = n_ctx, 1, False, -1
-        params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 2
+        params.cpuparams.n_threads = params.cpuparams_batch.n_threads = n_threads
         params.cache_type_k = params.cache_type_v = x.ggml_type.GGML_TYPE_F32
         params.flash_attn_type = x.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
         params.lora_adapters = [x.CommonAdapterLoraInfo(str(file), scale) for file, scale in lora]

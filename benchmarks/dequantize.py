@@ -1,0 +1,70 @@
+"""How fast packed weights are decoded: a table of G weights/s per type, beside a plain conversion of the same size.
+
+    python benchmarks/dequantize.py [--threads 2] [--rows 4096] [--columns 4096] [--types Q4_0,Q6_K]
+
+Medians over repeated decodes into the same `out`. `ratio` is the bf16 figure over that of a torch copy of uint8 to
+bfloat16 with the same number of elements: the machine's own limit for reading bytes and writing bf16.
+`fresh` is bf16 into a new result each time, as a forward pass without a weight cache has it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+
+from llamakit.ggml import GGMLType, row_bytes
+from llamakit.quant import can_decode, dequantize
+
+DENSE = {GGMLType.F32, GGMLType.F16, GGMLType.BF16}
+
+
+def seconds(run: Callable[[], object], repeats: int) -> float:
+    """Median duration of a call, after one that warms up."""
+    run()
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rows", type=int, default=4096)
+    parser.add_argument("--columns", type=int, default=4096)
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--types", default="", help="comma-separated, default all that have a decoder")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    names = [name for name in options.types.split(",") if name]
+    types = [GGMLType[name] for name in names] or [t for t in GGMLType if can_decode(t) and t not in DENSE]
+
+    shape = options.rows, options.columns
+    n_weights = options.rows * options.columns
+    generator = torch.Generator().manual_seed(0)
+    bf16, f32 = torch.empty(shape, dtype=torch.bfloat16), torch.empty(shape)
+    plain = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+    copy = n_weights / seconds(lambda: bf16.copy_(plain), options.repeats) / 1e9
+    print(f"{options.rows} x {options.columns}, {options.threads} threads; uint8 -> bf16 copy: {copy:.2f} G/s\n")
+    print(f"{'type':8} {'bf16':>6} {'ratio':>6} {'fresh':>6} {'f32':>6}   G weights/s")
+    for ggml_type in types:
+        n_bytes = row_bytes(options.columns, ggml_type)
+        data = torch.randint(0, 256, (options.rows, n_bytes), dtype=torch.uint8, generator=generator)
+
+        def rate(run: Callable[[], object]) -> float:
+            return n_weights / seconds(run, options.repeats) / 1e9
+
+        to_bf16 = rate(lambda data=data, t=ggml_type: dequantize(data, t, out=bf16))
+        fresh = rate(lambda data=data, t=ggml_type: dequantize(data, t, torch.bfloat16))
+        to_f32 = rate(lambda data=data, t=ggml_type: dequantize(data, t, out=f32))
+        print(f"{ggml_type.name:8} {to_bf16:6.2f} {to_bf16 / copy:6.2f} {fresh:6.2f} {to_f32:6.2f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,112 @@
+"""BPE, `tokenizer.ggml.model = gpt2`: words cut out by regular expressions, their bytes merged by rank.
+
+llama.cpp's variant (llm_tokenizer_bpe_session): a merge needs no token of its own to go on; a symbol that is no token
+in the end gives the tokens of its bytes, if any. The `tokenizers` package refuses such vocabularies, and its
+classes of characters are of another Unicode version, so the merging and the cutting are our own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from llamakit.tokenizer.base import Tokenizer
+from llamakit.tokenizer.merge import NO_MERGE, cut_apart, merge
+from llamakit.tokenizer.pre import PreTokenizer
+from llamakit.tokenizer.vocabulary import Vocabulary
+
+_CACHED_WORDS = 1 << 17
+_CACHED_LENGTH = 64
+# Words of this length are cut where no merge can reach across before they are merged.
+_LONG_WORD = 512
+
+
+def _byte_letters() -> list[str]:
+    """GPT-2's printable stand-in for each byte: itself where it is printable, else the next letter from U+0100 on."""
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = iter(range(0x100, 0x200))
+    return [chr(b if b in printable else next(others)) for b in range(256)]
+
+
+_LETTERS = _byte_letters()
+_TO_LETTERS = dict(enumerate(_LETTERS))
+_TO_BYTES = {ord(letter): b for b, letter in enumerate(_LETTERS)}
+_IS_LETTER = frozenset(_LETTERS)
+
+
+def parse_merges(merges: Iterable[str]) -> dict[tuple[str, str], int]:
+    """(left, right) -> rank. A merge is cut at its first space, which may not be its first character; the first of
+    equal merges counts; one without a space merges nothing."""
+    ranks: dict[tuple[str, str], int] = {}
+    for rank, pair in enumerate(merges):
+        at = pair.find(" ", 1)
+        if at > 0:
+            ranks.setdefault((pair[:at], pair[at + 1 :]), rank)
+    return ranks
+
+
+class BpeTokenizer(Tokenizer):
+    """Byte-level BPE as llama.cpp does it."""
+
+    model = "gpt2"
+
+    def __init__(self, vocabulary: Vocabulary, ranks: dict[tuple[str, str], int], pre: PreTokenizer) -> None:
+        super().__init__(vocabulary)
+        self.pre = pre.name
+        self._pre = pre
+        self._ranks = ranks
+        self._rank_of = lambda a, b: ranks.get((a, b), NO_MERGE)
+        self._cache: dict[str, list[int]] = {}
+        self._joined: set[str] | None = None
+        missing = sum(letter not in vocabulary.ids for letter in _LETTERS)
+        if missing:
+            self.warnings.append(f"the vocabulary has no token for {missing} of the 256 bytes: they are dropped")
+
+    def _encode_text(self, text: str, after_special: bool) -> list[int]:
+        ids: list[int] = []
+        cache = self._cache
+        for word in self._pre.split(text):
+            known = cache.get(word)
+            if known is None:
+                known = self._encode_word(word)
+                if len(word) <= _CACHED_LENGTH and len(cache) < _CACHED_WORDS:
+                    cache[word] = known
+            ids += known
+        return ids
+
+    def _encode_word(self, word: str) -> list[int]:
+        letters = word.encode().decode("latin-1").translate(_TO_LETTERS)
+        if self._pre.ignore_merges:
+            id = self.vocabulary.ids.get(letters)
+            if id is not None:
+                return [id]
+        ids: list[int] = []
+        for part in cut_apart(letters, self._bridged()) if len(letters) >= _LONG_WORD else (letters,):
+            for symbol in merge(list(part), self._rank_of):
+                id = self.vocabulary.ids.get(symbol)
+                ids += self._bytes_of(symbol) if id is None else (id,)
+        return ids
+
+    def _bridged(self) -> set[str]:
+        """Pairs of letters that some merge puts side by side."""
+        if self._joined is None:
+            self._joined = {a[-1:] + b[:1] for a, b in self._ranks}
+        return self._joined
+
+    def _bytes_of(self, symbol: str) -> list[int]:
+        """Tokens that are one byte of this spelling each; the bytes without one are dropped."""
+        found = (bytes([b]).decode("utf-8", "surrogateescape") for b in symbol.encode("utf-8", "surrogateescape"))
+        return [self.vocabulary.ids[b] for b in found if b in self.vocabulary.ids]
+
+    def _text_of(self, text: str) -> bytes:
+        if _IS_LETTER.issuperset(text):
+            return text.translate(_TO_BYTES).encode("latin-1")
+        spelled = text.encode("utf-8", "surrogateescape")
+        return b"".join(_byte_of(letter, spelled) for letter in text)
+
+
+def _byte_of(letter: str, spelled: bytes) -> bytes:
+    """A letter's byte; what is no byte's letter is spelled out as llama.cpp does, the whole token after it."""
+    byte = _TO_BYTES.get(ord(letter))
+    if byte is not None:
+        return bytes([byte])
+    return b"[UNK_BYTE_0x" + letter.encode("utf-8", "surrogateescape").hex().encode() + spelled + b"]"

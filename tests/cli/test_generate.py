@@ -1,0 +1,239 @@
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from llamakit.cli import run
+from llamakit.cli.generate import generate
+from llamakit.formats.adapter import Adapter, write_adapter
+from llamakit.formats.gguf import GGUFFile, write_gguf
+from llamakit.inference.config import GenerateConfig
+from tests.helpers import ROOT, assert_error, assert_parity
+from tests.helpers import cli as process
+from tests.tiny import cached_tiny_gguf
+
+GREEDY = ("-t", "0", "-n", "12")
+PROMPT = "The old king"
+
+
+@pytest.fixture(scope="module")
+def model() -> Path:
+    return cached_tiny_gguf(n_ctx=64)
+
+
+@pytest.fixture
+def cli(capfd) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Runs a command line in this process, where torch is loaded already; standard input is /dev/null."""
+
+    def call(*args: object) -> subprocess.CompletedProcess[str]:
+        capfd.readouterr()
+        code = run([str(arg) for arg in args])
+        return subprocess.CompletedProcess(args, code, *capfd.readouterr())
+
+    return call
+
+
+@pytest.fixture
+def continuation(model, cli) -> str:
+    """What the model says after PROMPT."""
+    return cli("generate", "-m", model, PROMPT, *GREEDY, "--no-display-prompt").stdout.removesuffix("\n")
+
+
+def _shared(name: str) -> Path:
+    path = Path(os.environ.get("LLAMAKIT_SHARED", ROOT.parent / "shared")) / name
+    if not path.exists():
+        pytest.skip(f"{path} is not there (LLAMAKIT_SHARED names the folder)")
+    return path
+
+
+def _adapter(model: Path, path: Path, tensor: str = "blk.0.attn_q.weight") -> Path:
+    rng = np.random.default_rng(0)
+    a, b = (rng.normal(0, 0.5, shape).astype(np.float32) for shape in ((4, 64), (64, 4)))
+    write_adapter(path, Adapter(4.0, {tensor: (a, b)}), GGUFFile(model))
+    return path
+
+
+def test_options_have_the_defaults_of_the_configuration():
+    assert_parity(
+        generate,
+        GenerateConfig,
+        cli_only=(
+            "prompt", "model", "vocabulary", "prompt_option", "prompt_file", "no_escape", "conversation", "lora",
+            "lora_scaled", "force", "threads", "device", "dtype", "no_display_prompt", "json", "config",
+        ),
+        config_only=("prefill_chunk", "logprobs"),
+    )  # fmt: skip
+
+
+def test_stdout_is_the_prompt_and_its_continuation_and_stderr_has_the_timings(model, continuation, cli):
+    result = cli("generate", "-m", model, PROMPT, *GREEDY)
+    assert result.returncode == 0
+    assert result.stdout == f"{PROMPT}{continuation}\n"
+    assert continuation
+    for expected in ("loading ", "load: ", "prompt: ", "generation: 12 tokens", "tok/s", "ended by -n"):
+        assert expected in result.stderr
+
+
+@pytest.mark.parametrize("option", ["-p", "-f"])
+def test_every_source_of_the_prompt_gives_the_same_text(option, model, continuation, tmp_path, cli):
+    file = tmp_path / "prompt.txt"
+    file.write_text(PROMPT + "\n", encoding="utf-8")
+    result = cli("generate", "-m", model, option, PROMPT if option == "-p" else file, *GREEDY)
+    assert result.stdout == f"{PROMPT}{continuation}\n"
+
+
+def test_standard_input_is_the_prompt_where_something_was_redirected_or_piped_in(model, continuation, tmp_path):
+    piped = process("generate", "-m", model, *GREEDY, input=PROMPT + "\n")
+    assert piped.stdout == f"{PROMPT}{continuation}\n"
+    file = tmp_path / "prompt.txt"
+    file.write_text(PROMPT + "\n", encoding="utf-8")
+    command = [sys.executable, "-m", "llamakit", "generate", "-m", str(model), *GREEDY]
+    with file.open("rb") as stdin:
+        redirected = subprocess.run(command, stdin=stdin, capture_output=True, check=True, text=True, cwd=ROOT)
+    assert redirected.stdout == piped.stdout
+
+
+@pytest.mark.slow
+def test_an_empty_pipe_and_a_closed_standard_input_count_as_none(model, cli):
+    nothing = cli("generate", "-m", model, *GREEDY).stdout
+    assert process("generate", "-m", model, *GREEDY, input="").stdout == nothing
+    shell = f"exec {sys.executable} -m llamakit generate -m {model} -t 0 -n 12 <&-"
+    closed = subprocess.run(["bash", "-c", shell], capture_output=True, check=True, text=True, cwd=ROOT)
+    assert closed.stdout == nothing
+
+
+def test_no_prompt_starts_from_bos(model, cli):
+    text = cli("generate", "-m", model, *GREEDY).stdout
+    as_json = json.loads(cli("generate", "-m", model, *GREEDY, "--json").stdout)
+    assert text == as_json["text"] + "\n"
+    assert as_json["prompt_tokens"] == [1]
+
+
+def test_json_is_one_object_with_everything(model, continuation, cli):
+    result = cli("generate", "-m", model, PROMPT, *GREEDY, "--json", "--seed", "5")
+    value = json.loads(result.stdout)
+    assert (value["prompt"], value["text"], value["seed"]) == (PROMPT, continuation, 5)
+    assert (len(value["tokens"]), value["stop_reason"]) == (12, "length")
+    assert {"load_s", "prefill_s", "decode_s", "prefill_tok_per_s", "decode_tok_per_s"} <= value.keys()
+
+
+def test_a_seed_repeats_a_sampled_text(model, cli):
+    runs = [cli("generate", "-m", model, "-n", "12", "--json", "-s", seed).stdout for seed in ("7", "7", "8")]
+    texts = [json.loads(run)["tokens"] for run in runs]
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_escapes_are_processed_unless_told_otherwise(model, cli):
+    assert cli("generate", "-m", model, r"a\nb", "-n", "1").stdout.startswith("a\nb")
+    assert cli("generate", "-m", model, "-p", r"a\nb", "-n", "1", "--no-escape").stdout.startswith(r"a\nb")
+
+
+def test_a_chat_template_is_not_applied_and_a_hint_says_so(continuation, cli):
+    path = cached_tiny_gguf(n_ctx=64, chat_template="{{ messages[0].content }}<|im_end|>")
+    result = cli("generate", "-m", path, PROMPT, *GREEDY)
+    assert result.stdout == f"{PROMPT}{continuation}\n"
+    assert "hint: " in result.stderr
+    assert "chat" in result.stderr
+
+
+def test_adapters_of_every_spelling(model, continuation, tmp_path, cli):
+    lora = _adapter(model, tmp_path / "lora.gguf")
+
+    def text(*arguments):
+        result = cli("generate", "-m", model, PROMPT, *GREEDY, "--no-display-prompt", *arguments)
+        assert result.returncode == 0, result.stderr
+        return result.stdout.removesuffix("\n")
+
+    with_lora = text("--lora", lora)
+    assert with_lora != continuation
+    assert text("--lora-scaled", f"{lora}:1.0") == with_lora
+    assert text("--lora-scaled", lora, "1.0") == with_lora
+    assert text("--lora-scaled", f"{lora}:0") == continuation
+    assert text("--lora", lora, "--lora-scaled", f"{lora}:-1") == continuation
+
+
+def test_adapters_of_other_models(model, tmp_path, cli):
+    lora = _adapter(model, tmp_path / "lora.gguf")
+    requantized = cached_tiny_gguf(n_ctx=64, type="Q8_0")
+    result = cli("generate", "-m", requantized, "-n", "1", "--lora", lora)
+    assert result.returncode == 0
+    assert "note: " in result.stderr
+    assert "another quantization" in result.stderr
+    other = cached_tiny_gguf(n_ctx=64, rope_base=5000.0)
+    assert_error(cli("generate", "-m", other, "-n", "1", "--lora", lora), 2, "lora.gguf", "another model", "--force")
+    assert cli("generate", "-m", other, "-n", "1", "--lora", lora, "--force").returncode == 0
+    deeper = _adapter(cached_tiny_gguf(n_layer=3), tmp_path / "deep.gguf", "blk.2.attn_q.weight")
+    assert_error(cli("generate", "-m", model, "--lora", deeper, "--force"), 2, "blk.2.attn_q.weight")
+
+
+def test_files_that_are_no_models(model, tmp_path, cli):
+    assert_error(cli("generate", "-m", _adapter(model, tmp_path / "lora.gguf")), 2, "lora.gguf", "adapter", "--lora")
+    vocabulary = tmp_path / "vocab.gguf"
+    write_gguf(vocabulary, metadata={"general.architecture": "llama"}, tensors=[])
+    assert_error(cli("generate", "-m", vocabulary), 2, "vocab.gguf", "vocabulary without a model")
+    checkpoint = tmp_path / "chk.gguf"
+    metadata = {"general.architecture": "llama", "training.type": "finetune_lora"}
+    write_gguf(checkpoint, metadata=metadata, tensors=[])
+    assert_error(cli("generate", "-m", checkpoint), 2, "chk.gguf", "checkpoint")
+    assert_error(cli("generate", "-m", tmp_path / "none.gguf"), 2, "none.gguf")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "fragment"),
+    [
+        (("--top-p", "2"), "--top-p is 2.0"),
+        (("--ctx", "2", PROMPT), "the context holds 2"),
+        (("--lora-scaled", "x:y"), "--lora-scaled is 'x:y'"),
+        (("-p", "a", "b"), "more than once"),
+        (("-z", "tok.bin"), "-z is for llama2.c"),
+        (("-cnv",), "-cnv"),
+    ],
+)
+def test_mistakes_are_one_line(arguments, fragment, model, cli):
+    assert_error(cli("generate", "-m", model, *arguments), 2, fragment)
+
+
+@pytest.mark.slow
+def test_a_reader_that_goes_away_is_no_error(model):
+    command = [sys.executable, "-m", "llamakit", "generate", "-m", str(model), "-t", "0", "-n", "50"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        stderr = process.stderr.read().decode()
+    assert "Error" not in stderr
+    assert "error: " not in stderr
+
+
+@pytest.mark.slow
+def test_ctrl_c_keeps_the_text_so_far_and_exits_130(model):
+    long = cached_tiny_gguf(n_ctx=100_000)
+    command = [sys.executable, "-u", "-m", "llamakit", "generate", "-m", str(long), PROMPT, "-t", "0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT) as process:
+        assert process.stdout is not None
+        text = process.stdout.read(len(PROMPT) + 5)
+        process.send_signal(signal.SIGINT)
+        rest, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert (text + rest).startswith(PROMPT.encode())
+    assert rest.endswith(b"\n")
+    assert b"Traceback" not in stderr
+
+
+def test_llama2c_story_is_run_cs_to_the_byte(cli):
+    model, vocabulary = _shared("models/stories260K.bin"), _shared("models/tok512.bin")
+    result = cli("generate", "-m", model, "-z", vocabulary, "-t", "0", "-n", "200")
+    digest = "beeb5cb46785efee81a8545300b31e396b595e5ce6f3b77db201545501981d14"  # llama2.c test_all.py
+    assert hashlib.sha256(result.stdout.removesuffix("\n").encode()).hexdigest() == digest, result.stderr
+    assert result.stdout.endswith("\n")
+    assert_error(cli("generate", "-m", model, "-n", "1"), 2, "no vocabulary", "-z FILE")
+    # -n counts the prompt as run.c does: one token of it is BOS, the others take from -n
+    value = json.loads(cli("generate", "-m", model, "-z", vocabulary, "-p", "Once", "-n", "9", "--json").stdout)
+    assert len(value["tokens"]) + len(value["prompt_tokens"]) - 1 == 9

@@ -1,0 +1,31 @@
+"""One default, one place: what a command offers is what its dataclass says."""
+
+from __future__ import annotations
+
+from llamakit.cli.finetune import finetune
+from llamakit.cli.generate import generate
+from llamakit.inference.config import GenerateConfig
+from llamakit.training.config import FinetuneConfig
+from tests.helpers import assert_parity
+
+
+def test_finetune() -> None:
+    assert_parity(finetune, FinetuneConfig, cli_only=("config", "json", "n_gpu_layers"))
+
+
+def test_generate() -> None:
+    files = (
+        "prompt",
+        "model",
+        "vocabulary",
+        "prompt_option",
+        "prompt_file",
+        "no_escape",
+        "lora",
+        "lora_scaled",
+        "force",
+    )
+    others = ("conversation", "threads", "device", "dtype", "no_display_prompt", "json", "config")
+    assert_parity(
+        generate, GenerateConfig, cli_only=files + others, config_only=("logprobs", "prefill_chunk", "stop_ids")
+    )

@@ -1,0 +1,120 @@
+"""llama.cpp itself as the judge of tokenizers: libllama, as the xllamacpp wheel carries it, through ctypes."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+# llama_model_params is passed by value, on the stack: more room than it needs does no harm. Where vocab_only stands
+# in it (the first of the booleans at the end: vocab_only, check_tensors, use_extra_bufts) is checked against the
+# defaults.
+_PARAMS_BYTES, _VOCAB_ONLY, _BOOLEANS = 512, 72, [0, 0, 1]
+
+
+class _Params(ctypes.Structure):
+    _fields_ = (("data", ctypes.c_uint8 * _PARAMS_BYTES),)
+
+
+_LOG = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
+_QUIET = _LOG(lambda level, text, data: None)
+
+
+@cache
+def _library() -> Any:
+    spec = importlib.util.find_spec("xllamacpp")
+    if spec is None or not spec.submodule_search_locations:
+        pytest.skip("llama.cpp is not installed (pip install xllamacpp)")
+    path = next(Path(next(iter(spec.submodule_search_locations))).glob("*.so"))
+    library = ctypes.CDLL(str(path))
+    pointer, i32, flag = ctypes.c_void_p, ctypes.c_int32, ctypes.c_bool
+    ids, text = ctypes.POINTER(i32), ctypes.c_char_p
+    for name, result, arguments in (
+        ("llama_backend_init", None, []),
+        ("llama_log_set", None, [_LOG, pointer]),
+        ("llama_model_default_params", _Params, []),
+        ("llama_model_load_from_file", pointer, [text, _Params]),
+        ("llama_model_free", None, [pointer]),
+        ("llama_model_get_vocab", pointer, [pointer]),
+        ("llama_vocab_n_tokens", i32, [pointer]),
+        ("llama_vocab_is_eog", flag, [pointer, i32]),
+        ("llama_vocab_get_attr", i32, [pointer, i32]),
+        ("llama_vocab_get_add_bos", flag, [pointer]),
+        ("llama_vocab_get_add_eos", flag, [pointer]),
+        ("llama_vocab_bos", i32, [pointer]),
+        ("llama_vocab_eos", i32, [pointer]),
+        ("llama_tokenize", i32, [pointer, text, i32, ids, i32, flag, flag]),
+        ("llama_token_to_piece", i32, [pointer, i32, text, i32, i32, flag]),
+        ("llama_detokenize", i32, [pointer, ids, i32, text, i32, flag, flag]),
+    ):
+        function = getattr(library, name)
+        function.restype, function.argtypes = result, arguments
+    library.llama_log_set(_QUIET, None)
+    library.llama_backend_init()
+    defaults = library.llama_model_default_params().data
+    if defaults[_VOCAB_ONLY : _VOCAB_ONLY + 3] != _BOOLEANS:
+        pytest.skip("this llama.cpp has another llama_model_params")
+    return library
+
+
+class LlamaVocab:
+    """The vocabulary of a GGUF file as llama.cpp sees it."""
+
+    def __init__(self, path: str | Path) -> None:
+        self._lib = _library()
+        params = self._lib.llama_model_default_params()
+        params.data[_VOCAB_ONLY] = 1
+        self._model = self._lib.llama_model_load_from_file(str(path).encode(), params)
+        if not self._model:
+            raise ValueError(f"llama.cpp refuses {path}")
+        self._vocab = self._lib.llama_model_get_vocab(self._model)
+        self.n_vocab: int = self._lib.llama_vocab_n_tokens(self._vocab)
+        self.bos_id, self.eos_id = (self._id(self._lib[f"llama_vocab_{name}"]) for name in ("bos", "eos"))
+        self.add_bos: bool = self._lib.llama_vocab_get_add_bos(self._vocab)
+        self.add_eos: bool = self._lib.llama_vocab_get_add_eos(self._vocab)
+
+    def _id(self, function: Any) -> int | None:
+        function.restype, function.argtypes = ctypes.c_int32, [ctypes.c_void_p]
+        id = function(self._vocab)
+        return None if id < 0 else id
+
+    def __del__(self) -> None:
+        if getattr(self, "_model", None):
+            self._lib.llama_model_free(self._model)
+
+    def tokenize(self, text: str | bytes, add_special: bool = True, parse_special: bool = True) -> list[int]:
+        data = text.encode() if isinstance(text, str) else text
+        room = len(data) + 16
+        ids = (ctypes.c_int32 * room)()
+        n = self._lib.llama_tokenize(self._vocab, data, len(data), ids, room, add_special, parse_special)
+        assert n >= 0
+        return ids[:n]
+
+    def piece(self, id: int, special: bool = False) -> bytes:
+        buffer = ctypes.create_string_buffer(4096)
+        n = self._lib.llama_token_to_piece(self._vocab, id, buffer, len(buffer), 0, special)
+        assert n >= 0
+        return buffer.raw[:n]
+
+    def detokenize(self, ids: list[int], special: bool = False) -> bytes:
+        buffer = ctypes.create_string_buffer(64 * len(ids) + 4096)
+        array = (ctypes.c_int32 * len(ids))(*ids)
+        n = self._lib.llama_detokenize(self._vocab, array, len(ids), buffer, len(buffer), False, special)
+        assert n >= 0
+        return buffer.raw[:n]
+
+    def is_eog(self, id: int) -> bool:
+        return bool(self._lib.llama_vocab_is_eog(self._vocab, id))
+
+    def attr(self, id: int) -> int:
+        return int(self._lib.llama_vocab_get_attr(self._vocab, id))
+
+
+def llama_vocab(path: str | Path) -> LlamaVocab:
+    """The vocabulary of a GGUF file in llama.cpp; skips the test where xllamacpp is missing. Raises ValueError where
+    llama.cpp refuses the file."""
+    return LlamaVocab(path)

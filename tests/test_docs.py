@@ -1,0 +1,141 @@
+"""The pages are true to the code: the command reference, the examples, links, flags, the tree of files."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import sys
+import tomllib
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from tests.helpers import ROOT
+from tests.test_readme import PAGES
+from tests.tiny import cached_tiny_gguf, tiny_text
+
+EXAMPLES = sorted((ROOT / "docs" / "examples").glob("*.py"))
+ALL_PAGES = [*PAGES, "CHANGELOG.md", "SECURITY.md", "data/README.md"]
+
+
+def load(path: Path) -> ModuleType:
+    """A script as a module, not run."""
+    spec = importlib.util.spec_from_file_location(f"script_{path.stem}", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+def text_of(page: str) -> str:
+    return (ROOT / page).read_text(encoding="utf-8")
+
+
+def test_command_reference_is_current() -> None:
+    page = load(ROOT / "scripts" / "make_cli_docs.py").page()
+    assert text_of("docs/cli.md") == page, "run: make docs"
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_examples_are_short_and_named(path: Path) -> None:
+    assert len(path.read_text(encoding="utf-8").splitlines()) < 30
+    assert f"examples/{path.name}" in text_of("docs/api.md")
+
+
+def test_api_page_shows_the_examples_as_they_are() -> None:
+    page = text_of("docs/api.md")
+    for path in EXAMPLES:
+        assert f"```python\n{path.read_text(encoding='utf-8')}```" in page, f"run: make docs ({path.name})"
+
+
+def test_prompt_example(capsys: pytest.CaptureFixture[str]) -> None:
+    load(ROOT / "docs/examples/prompt_a_gguf.py").main(str(cached_tiny_gguf()), "The old king")
+    assert capsys.readouterr().out.startswith("The old king")
+
+
+def test_training_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("text.txt").write_text(tiny_text(4000), encoding="utf-8")
+    load(ROOT / "docs/examples/train_a_lora.py").main(str(cached_tiny_gguf()), "text.txt")
+    assert Path("style-LATEST.gguf").exists()
+    assert "Finished(" in capsys.readouterr().out
+
+
+def test_tensor_example(capsys: pytest.CaptureFixture[str]) -> None:
+    load(ROOT / "docs/examples/read_a_tensor.py").main(str(cached_tiny_gguf(type="Q4_K")))
+    assert "blk.0.attn_q.weight: (256, 256), Q4_K" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("page", ALL_PAGES)
+def test_links_lead_somewhere(page: str) -> None:
+    for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", text_of(page)):
+        assert "://" not in target, f"{page}: {target}: no address is known to be ours"
+        assert ((ROOT / page).parent / target).exists(), f"{page}: {target}"
+
+
+def _known_flags() -> set[str]:
+    from typer.main import get_command
+
+    from llamakit.cli import build_app
+    from llamakit.cli.compat import ALIASES, NO_OPS
+
+    flags = {"--help", "--version"}
+    for command in get_command(build_app()).commands.values():
+        for param in command.params:
+            flags |= {*param.opts, *param.secondary_opts}
+    for table in (*ALIASES.values(), *NO_OPS.values()):
+        flags |= set(table)
+    return flags | {flag.replace("_", "-") for flag in flags}
+
+
+#: flags of other programs that the pages speak of
+FOREIGN = {"--no-deps", "--like-this", "--rank", "--merge"}
+
+
+@pytest.mark.parametrize("page", ALL_PAGES)
+def test_flags_exist(page: str) -> None:
+    known = _known_flags()
+    for flag in set(re.findall(r"(?<![\w-])--[a-z][\w-]*[a-z]", text_of(page))):
+        assert flag.replace("_", "-") in known | FOREIGN, f"{page} speaks of {flag}"
+
+
+def test_every_flag_of_finetune_is_in_the_comparison() -> None:
+    """docs/finetune-compat.md promises every flag: those of the old tool, and what is new."""
+    from llamakit.training.config import FinetuneConfig
+
+    page = text_of("docs/finetune-compat.md").replace("_", "-")
+    for name in FinetuneConfig.__dataclass_fields__:
+        flag = name.replace("_", "-")
+        short = re.sub(r"^rank-(w.|ffn-(?:gate|up|down))$", r"-\1", flag)
+        assert f"--{flag}" in page or (short != flag and f"`{short}`" in page), flag
+
+
+def test_contributing_names_files_that_exist() -> None:
+    table = text_of("CONTRIBUTING.md").partition("## Where does X happen?")[2].partition("\n## ")[0]
+    for path in re.findall(r"`([\w/]+(?:\.py|/))`", table):
+        assert (ROOT / "llamakit" / path).exists(), path
+
+
+def test_exit_codes_are_the_ones_in_the_code() -> None:
+    from llamakit import errors
+
+    section = text_of("README.md").partition("## Exit codes")[2]
+    told = {int(code) for row in re.findall(r"^\| ([\d, ]+) \|", section, re.MULTILINE) for code in row.split(",")}
+    assert told == {value for name, value in vars(errors).items() if name.startswith("EXIT_")}
+
+
+def test_the_demo_config_is_understood() -> None:
+    from llamakit.training.config import FinetuneConfig
+
+    for path in (ROOT / "configs").glob("*.toml"):
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+        FinetuneConfig(**{key.replace("-", "_"): value for key, value in values.items()})
+
+
+def test_demo_cleans_a_play() -> None:
+    play = (
+        "# Title\n\n## ACT I\n\n_Enter A\nand B_\n\n**ANNE**  \n_\\[Aside]_  \nWell, good night.  \nStay.\n\n_Exit_\n"
+    )
+    assert load(ROOT / "scripts" / "demo.py").plain_text(play) == "ANNE:\n\nWell, good night.\nStay.\n"
