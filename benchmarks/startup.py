@@ -31,9 +31,11 @@ def help_seconds(runs: int, threads: int) -> dict[str, Any]:
             taken.append(time.perf_counter() - begin)
         return statistics.median(taken)
 
-    code = "import sys\nfrom llamakit.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass\n"
+    code = "import sys\nfrom llamakit.cli import run\nrun(['--help'])\n"
     code += "print('torch' in sys.modules, file=sys.stderr)"
-    ran = subprocess.run([sys.executable, "-c", code], env=environment(threads), capture_output=True, text=True)
+    ran = subprocess.run(
+        [sys.executable, "-c", code], env=environment(threads), capture_output=True, check=True, text=True
+    )
     return {
         "help_s": seconds("-m", "llamakit", "--help"),
         "python_s": seconds("-c", "pass"),
@@ -75,16 +77,13 @@ def child(path: str) -> None:
 
 def show(figures: dict[str, Any]) -> None:
     torch_too = "torch imported" if figures["torch_imported"] else "torch not imported"
-    held = figures["loading_peak_bytes"] - figures["imports_bytes"]
-    print(
-        f"llamakit --help      {1000 * figures['help_s']:7.0f} ms (python alone {1000 * figures['python_s']:.0f}), {torch_too}"
-    )
-    print(f"open, 32k vocabulary {1000 * figures['open_s']:7.1f} ms")
-    print(f"both stamps          {1000 * figures['stamps_s']:7.1f} ms")
-    print(f"tokenizer            {1000 * figures['tokenizer_s']:7.1f} ms")
-    print(
-        f"loading              {held / 1e9:7.3f} GB beyond the imports; the file has {figures['file_bytes'] / 1e9:.3f} GB"
-    )
+    held = (figures["loading_peak_bytes"] - figures["imports_bytes"]) / 1e9
+    ms = {name: 1000 * value for name, value in figures.items() if name.endswith("_s")}
+    print(f"llamakit --help      {ms['help_s']:7.0f} ms (python alone {ms['python_s']:.0f}), {torch_too}")
+    print(f"open, 32k vocabulary {ms['open_s']:7.1f} ms")
+    print(f"both stamps          {ms['stamps_s']:7.1f} ms")
+    print(f"tokenizer            {ms['tokenizer_s']:7.1f} ms")
+    print(f"loading              {held:7.3f} GB beyond the imports; the file has {figures['file_bytes'] / 1e9:.3f} GB")
     print(f"load average         {load()}")
 
 

@@ -169,7 +169,7 @@ def tell_files_and_commands(model: Path, text: Path, adapter: Path) -> None:
         "Write like Shakespeare": [llamakit, "generate", "-m", str(model), "--lora", str(adapter),
                                    "-p", "JULIET:\n", "-n", "100"],
         "See what is in the adapter": [llamakit, "inspect", str(adapter)],
-        "Train 60 iterations more": [llamakit, "finetune", "--config", str(CONFIG), "--model-base", str(model),
+        "Train as long again": [llamakit, "finetune", "--config", str(CONFIG), "--model-base", str(model),
                                      "--checkpoint-in", str(OUT / "checkpoint-LATEST.gguf")],
         "Train on your own text": [llamakit, "finetune", "--model-base", str(model), "--train-data", "YOUR.txt",
                                    "--checkpoint-out", "my-checkpoint-ITERATION.gguf",

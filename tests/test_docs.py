@@ -97,7 +97,8 @@ FOREIGN = {"--no-deps", "--like-this", "--rank", "--merge"}
 @pytest.mark.parametrize("page", ALL_PAGES)
 def test_flags_exist(page: str) -> None:
     known = _known_flags()
-    for flag in set(re.findall(r"(?<![\w-])--[a-z][\w-]*[a-z]", text_of(page))):
+    text = re.sub(r"^```text\n.*?^```", "", text_of(page), flags=re.MULTILINE | re.DOTALL)  # other programs, drawings
+    for flag in set(re.findall(r"(?<![\w-])--[a-z][\w-]*\w", text)):
         assert flag.replace("_", "-") in known | FOREIGN, f"{page} speaks of {flag}"
 
 
@@ -139,3 +140,20 @@ def test_demo_cleans_a_play() -> None:
         "# Title\n\n## ACT I\n\n_Enter A\nand B_\n\n**ANNE**  \n_\\[Aside]_  \nWell, good night.  \nStay.\n\n_Exit_\n"
     )
     assert load(ROOT / "scripts" / "demo.py").plain_text(play) == "ANNE:\n\nWell, good night.\nStay.\n"
+
+
+def test_prove_counts_by_area(tmp_path: Path) -> None:
+    report = tmp_path / "report.xml"
+    report.write_text(
+        '<testsuites><testsuite><testcase classname="tests.fuzz.test_mutants" name="test_a" time="2.5"><properties>'
+        '<property name="mutants" value="3000"/></properties></testcase><testcase classname="tests.fuzz.test_mutants"'
+        ' name="test_b" time="1"><failure/></testcase><testcase classname="tests.test_ggml" name="test_c" time="0">'
+        '<skipped message="no CUDA device"/></testcase></testsuite></testsuites>',
+        encoding="utf-8",
+    )
+    prove = load(ROOT / "scripts" / "prove.py")
+    page = prove.page(prove.read_report(report), 90.0, 1)
+    assert "| fuzz | 1 | 1 | 0 | 4 |" in page
+    assert "| fuzz | `test_a` | mutants = 3000 |" in page
+    assert "- test_ggml: 1 x no CUDA device" in page
+    assert "FAILED" in page

@@ -7,8 +7,6 @@ The modules of the commands hold signatures and import what computes inside thei
 from __future__ import annotations
 
 import errno
-import importlib
-import importlib.util
 import io
 import os
 import sys
@@ -20,7 +18,7 @@ import typer
 from typer.main import get_command
 
 import llamakit
-from llamakit.cli import compat, render
+from llamakit.cli import compat, finetune, generate, inspect, render, tokenize
 from llamakit.cli.help import CONTEXT_SETTINGS, MAIN, MORE, Command, Group
 from llamakit.errors import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_MEMORY, EXIT_OK, EXIT_SAVE, LlamakitError
 
@@ -37,8 +35,13 @@ Start with:  llamakit inspect MODEL.gguf
 Then:        llamakit generate -m MODEL.gguf -p "Once upon a time"
 Options:     llamakit COMMAND --help"""
 
-#: command -> group in the help; the function of this name in llamakit/cli/NAME.py
-_COMMANDS = {"finetune": MAIN, "generate": MAIN, "tokenize": MORE, "inspect": MORE}
+#: command -> (its function, its group in the help), in the order of the help
+_COMMANDS = {
+    "finetune": (finetune.finetune, MAIN),
+    "generate": (generate.generate, MAIN),
+    "tokenize": (tokenize.tokenize, MORE),
+    "inspect": (inspect.inspect, MORE),
+}
 
 
 def _root(
@@ -75,11 +78,8 @@ def build_app() -> typer.Typer:
         pretty_exceptions_enable=False,
     )
     app.callback()(_root)
-    for name, panel in _COMMANDS.items():
-        if importlib.util.find_spec(f"llamakit.cli.{name}") is None:
-            continue
-        module = importlib.import_module(f"llamakit.cli.{name}")
-        app.command(name, cls=Command, context_settings=CONTEXT_SETTINGS, rich_help_panel=panel)(getattr(module, name))
+    for name, (function, panel) in _COMMANDS.items():
+        app.command(name, cls=Command, context_settings=CONTEXT_SETTINGS, rich_help_panel=panel)(function)
     return app
 
 

@@ -22,8 +22,8 @@ from torch import Tensor
 class Levels(NamedTuple):
     """Weights before the arithmetic: weight = level * scale (+ offset).
 
-    level: int8 or uint8 with N * G * S elements in the order of the weights; scale, offset: float32 (N, G). The product
-    is exact in float32 for every type, so that only the sum rounds.
+    level: int8, uint8 or float32, N * G * S elements in the order of the weights; scale, offset: float32 (N, G). The
+    product is exact in float32 for every type, so that only the sum rounds.
     """
 
     level: Tensor
@@ -53,9 +53,10 @@ def repeat_byte(byte: int, n_bytes: int = 8) -> int:
 
 
 def planes(packed: Tensor, shifts: Iterable[int], mask: int) -> Tensor:
-    """Bit fields of every byte, one plane per shift: (byte >> shift) & mask.
+    """Bit fields of every byte, one plane per shift: (byte >> shift) & mask; a negative shift goes to the left.
 
-    packed: int64 or int32 words (M, W), M pieces; the result: (M, planes, W). A negative shift goes to the left. A piece's planes follow each other: that is the order of weights in GGML.
+    packed: int64 or int32 words (M, W), M pieces -> (M, planes, W). The planes of a piece follow each other: that is
+    the order of the weights in GGML.
     """
     shifts = tuple(shifts)
     out = packed.new_empty(packed.shape[0], len(shifts), packed.shape[1])

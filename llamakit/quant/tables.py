@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 
-
 @cache
 def grid(name: str, device: torch.device) -> Tensor:
     """The rows of an IQ grid, each packed into one word: int64 (rows,) for 8 weights, int32 for 4.

@@ -39,8 +39,8 @@ _UNPACK: dict[GGMLType, Callable[[Tensor], Levels]] = {
     GGMLType.IQ4_NL: iquants.iq4_nl,
     GGMLType.IQ4_XS: iquants.iq4_xs,
 }
-# Weights decoded at a time. On CPU the temporaries (about 8 bytes per weight) should stay in the cache;
-# elsewhere launches are what costs.
+# Weights decoded at a time. The temporaries take about 8 bytes per weight: on CPU few enough to stay in the caches,
+# many enough that the operators' own costs do not count; elsewhere launches are what costs.
 _CHUNK_CPU, _CHUNK_OTHER = 1 << 19, 1 << 23
 
 
@@ -137,8 +137,11 @@ def _decode_rows(data: Tensor, ggml_type: GGMLType, out: Tensor, chunk: int) -> 
 def _combine(levels: Levels, out: Tensor) -> None:
     """out = level * scale + offset: float32 (N, G * S). Passes that are vectorized; a fused one is not."""
     level, scale, offset = levels
-    out.copy_(level.view(out.shape))
-    groups = out.view(scale.numel(), -1)
-    groups.mul_(scale.view(-1, 1))
+    groups, scale = out.view(scale.numel(), -1), scale.view(-1, 1)
+    if level.dtype == torch.float32:
+        torch.mul(level.view(groups.shape), scale, out=groups)
+    else:
+        out.copy_(level.view(out.shape))
+        groups.mul_(scale)
     if offset is not None:
         groups.add_(offset.view(-1, 1))

@@ -7,12 +7,13 @@ classes of characters are of another Unicode version, so the merging and the cut
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 from llamakit.tokenizer.base import Tokenizer
 from llamakit.tokenizer.merge import NO_MERGE, cut_apart, merge
 from llamakit.tokenizer.pre import PreTokenizer
 from llamakit.tokenizer.vocabulary import Vocabulary
+
+#: bytes that ordinary text has; vocabularies that were trained without control characters and rare planes are sound
+_TEXT_BYTES = frozenset((0x09, 0x0A, 0x0D, *range(0x20, 0x7F), *range(0x80, 0xC0), *range(0xC2, 0xF1)))
 
 _CACHED_WORDS = 1 << 17
 _CACHED_LENGTH = 64
@@ -33,15 +34,13 @@ _TO_BYTES = {ord(letter): b for b, letter in enumerate(_LETTERS)}
 _IS_LETTER = frozenset(_LETTERS)
 
 
-def parse_merges(merges: Iterable[str]) -> dict[tuple[str, str], int]:
-    """(left, right) -> rank. A merge is cut at its first space, which may not be its first character; the first of
-    equal merges counts; one without a space merges nothing."""
-    ranks: dict[tuple[str, str], int] = {}
-    for rank, pair in enumerate(merges):
-        at = pair.find(" ", 1)
-        if at > 0:
-            ranks.setdefault((pair[:at], pair[at + 1 :]), rank)
-    return ranks
+def merge_ranks(merges: list[str]) -> dict[str, int]:
+    """Merge, as the file spells it ("left right"), -> rank; the first of equal merges counts.
+
+    A file's merge is cut at its first space, which may not be its first character. Symbols hold no space, so two of
+    them with a space in between are found here exactly when they are that merge.
+    """
+    return dict(zip(reversed(merges), range(len(merges) - 1, -1, -1), strict=True))
 
 
 class BpeTokenizer(Tokenizer):
@@ -49,17 +48,17 @@ class BpeTokenizer(Tokenizer):
 
     model = "gpt2"
 
-    def __init__(self, vocabulary: Vocabulary, ranks: dict[tuple[str, str], int], pre: PreTokenizer) -> None:
+    def __init__(self, vocabulary: Vocabulary, merges: list[str], pre: PreTokenizer) -> None:
         super().__init__(vocabulary)
         self.pre = pre.name
         self._pre = pre
-        self._ranks = ranks
-        self._rank_of = lambda a, b: ranks.get((a, b), NO_MERGE)
+        ranks = self._ranks = merge_ranks(merges)
+        self._rank_of = lambda a, b: ranks.get(f"{a} {b}", NO_MERGE)
         self._cache: dict[str, list[int]] = {}
         self._joined: set[str] | None = None
-        missing = sum(letter not in vocabulary.ids for letter in _LETTERS)
+        missing = [b for b, letter in enumerate(_LETTERS) if b in _TEXT_BYTES and letter not in vocabulary.ids]
         if missing:
-            self.warnings.append(f"the vocabulary has no token for {missing} of the 256 bytes: they are dropped")
+            self.warnings.append(f"the vocabulary has no token for {len(missing)} bytes of text: they are dropped")
 
     def _encode_text(self, text: str, after_special: bool) -> list[int]:
         ids: list[int] = []
@@ -89,7 +88,8 @@ class BpeTokenizer(Tokenizer):
     def _bridged(self) -> set[str]:
         """Pairs of letters that some merge puts side by side."""
         if self._joined is None:
-            self._joined = {a[-1:] + b[:1] for a, b in self._ranks}
+            spaces = ((merge, merge.find(" ", 1)) for merge in self._ranks)
+            self._joined = {merge[at - 1] + merge[at + 1 : at + 2] for merge, at in spaces if at > 0}
         return self._joined
 
     def _bytes_of(self, symbol: str) -> list[int]:

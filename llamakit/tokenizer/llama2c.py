@@ -97,8 +97,8 @@ def load_llama2c_tokenizer(path: str | os.PathLike[str], n_vocab: int) -> Llama2
     ids: dict[str, int] = {}
     for i, token in enumerate(tokens):
         ids.setdefault(token, i)
-    attrs = [int(Attr.BYTE if BYTE_TOKEN.fullmatch(token) else Attr.NORMAL) for token in tokens]
-    attrs[_BOS] = int(Attr.CONTROL)
+    attrs = [Attr.BYTE if BYTE_TOKEN.fullmatch(token) else Attr.NORMAL for token in tokens]
+    attrs[_BOS] = Attr.CONTROL
     return Llama2cTokenizer(
         Vocabulary(
             tokens, ids, attrs, scores, bos_id=_BOS, eos_id=_EOS, unk_id=0, add_bos=True, eog_ids=frozenset({_BOS})

@@ -6,7 +6,7 @@ from llamakit.errors import UnsupportedError
 from llamakit.files import escape_control
 from llamakit.formats.base import ModelFile
 from llamakit.tokenizer.base import Tokenizer
-from llamakit.tokenizer.bpe import BpeTokenizer, parse_merges
+from llamakit.tokenizer.bpe import BpeTokenizer
 from llamakit.tokenizer.metadata import Metadata
 from llamakit.tokenizer.pre import find_pre_tokenizer
 from llamakit.tokenizer.spm import SpmTokenizer
@@ -59,4 +59,4 @@ def _load_bpe(metadata: Metadata, file: ModelFile) -> BpeTokenizer:
     if merges is None:
         raise metadata.error("tokenizer.ggml.merges", "is missing")
     vocabulary.warnings[:0] = metadata.warnings
-    return BpeTokenizer(vocabulary, parse_merges(merges), pre)
+    return BpeTokenizer(vocabulary, merges, pre)

@@ -8,15 +8,17 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from enum import IntFlag
 
 import numpy as np
 
 from llamakit.tokenizer.metadata import Metadata
 
 
-class Attr(IntFlag):
-    """What a token is, numbered as llama.h's llama_token_attr; one that was overridden can be several things."""
+class Attr:
+    """What a token is: bits, numbered as in llama.h; a token whose kind was overridden can be several things.
+
+    Plain numbers: an enumeration's operators would take most of the time of loading.
+    """
 
     UNDEFINED = 0
     UNKNOWN = 1
@@ -152,8 +154,8 @@ def _ids_of(tokens: list[str], metadata: Metadata) -> dict[str, int]:
 def _read_attrs(metadata: Metadata, tokens: list[str]) -> list[int]:
     types = metadata.numbers("tokenizer.ggml.token_type", len(tokens), "iu")
     if types is None:
-        return [int(Attr.NORMAL)] * len(tokens)
-    attrs = [int(_ATTR_OF_TYPE.get(t, Attr.UNDEFINED)) for t in types.tolist()]
+        return [Attr.NORMAL] * len(tokens)
+    attrs = [_ATTR_OF_TYPE.get(t, Attr.UNDEFINED) for t in types.tolist()]
     for i, attr in enumerate(attrs):
         if attr == Attr.BYTE and not BYTE_TOKEN.fullmatch(tokens[i]):
             raise metadata.error("tokenizer.ggml.tokens", f"has {tokens[i]!r} as byte token {i} (expected <0xNN>)")
@@ -239,4 +241,3 @@ def check_scores(metadata: Metadata, scores: np.ndarray | None) -> None:
     """Raise FormatError where SPM scores are missing or one is not a number: merging could not be put in order."""
     if scores is not None and bool(np.isnan(scores).any()):
         raise metadata.error("tokenizer.ggml.scores", f"has no number at {int(np.isnan(scores).argmax())}")
-
