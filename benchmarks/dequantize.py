@@ -4,7 +4,8 @@
 
 Medians over repeated decodes into the same `out`. `ratio` is the bf16 figure over that of a torch copy of uint8 to
 bfloat16 with the same number of elements: the machine's own limit for reading bytes and writing bf16.
-`fresh` is bf16 into a new result each time, as a forward pass without a weight cache has it.
+`fresh` is bf16 into a new result each time, which costs the page faults of that result. `core` is bf16 on one thread by
+CPU time, the fastest of the repeats: the figure that means something where other work shares the machine.
 """
 
 from __future__ import annotations
@@ -33,6 +34,20 @@ def seconds(run: Callable[[], object], repeats: int) -> float:
     return statistics.median(times)
 
 
+def core_seconds(run: Callable[[], object], repeats: int) -> float:
+    """CPU time of the fastest call on one thread."""
+    n_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    run()
+    times = []
+    for _ in range(repeats):
+        start = time.thread_time()
+        run()
+        times.append(time.thread_time() - start)
+    torch.set_num_threads(n_threads)
+    return min(times)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=2)
@@ -51,8 +66,11 @@ def main() -> None:
     bf16, f32 = torch.empty(shape, dtype=torch.bfloat16), torch.empty(shape)
     plain = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
     copy = n_weights / seconds(lambda: bf16.copy_(plain), options.repeats) / 1e9
-    print(f"{options.rows} x {options.columns}, {options.threads} threads; uint8 -> bf16 copy: {copy:.2f} G/s\n")
-    print(f"{'type':8} {'bf16':>6} {'ratio':>6} {'fresh':>6} {'f32':>6}   G weights/s")
+    print(
+        f"{options.rows} x {options.columns}, {options.threads} threads; uint8 -> bf16 copy: {copy:.2f} G/s, "
+        f"on a core {n_weights / core_seconds(lambda: bf16.copy_(plain), options.repeats) / 1e9:.2f}\n"
+    )
+    print(f"{'type':8} {'bf16':>6} {'ratio':>6} {'fresh':>6} {'f32':>6} {'core':>6}   G weights/s")
     for ggml_type in types:
         n_bytes = row_bytes(options.columns, ggml_type)
         data = torch.randint(0, 256, (options.rows, n_bytes), dtype=torch.uint8, generator=generator)
@@ -63,7 +81,9 @@ def main() -> None:
         to_bf16 = rate(lambda data=data, t=ggml_type: dequantize(data, t, out=bf16))
         fresh = rate(lambda data=data, t=ggml_type: dequantize(data, t, torch.bfloat16))
         to_f32 = rate(lambda data=data, t=ggml_type: dequantize(data, t, out=f32))
-        print(f"{ggml_type.name:8} {to_bf16:6.2f} {to_bf16 / copy:6.2f} {fresh:6.2f} {to_f32:6.2f}")
+        seconds_on_core = core_seconds(lambda data=data, t=ggml_type: dequantize(data, t, out=bf16), options.repeats)
+        core = n_weights / seconds_on_core / 1e9
+        print(f"{ggml_type.name:8} {to_bf16:6.2f} {to_bf16 / copy:6.2f} {fresh:6.2f} {to_f32:6.2f} {core:6.2f}")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llamakit.errors import UsageError
@@ -18,12 +18,14 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     return load(tmp_path_factory.mktemp("vocabulary") / "bpe.gguf", bpe_metadata(special=[("<|end|>", 3)], pre="qwen2"))
 
 
+@settings(max_examples=50)
 @given(st.lists(st.integers(0, 256)))
 def test_a_stream_says_what_decoding_says(tokenizer: Tokenizer, ids: list[int]) -> None:
     stream = tokenizer.stream()
     assert "".join([*map(stream.push, ids), stream.finish()]) == tokenizer.decode(ids)
 
 
+@settings(max_examples=50)
 @given(st.text())
 def test_a_stream_never_halves_a_character(tokenizer: Tokenizer, text: str) -> None:
     stream = tokenizer.stream()

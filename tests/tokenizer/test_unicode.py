@@ -2,7 +2,17 @@ from __future__ import annotations
 
 import unicodedata
 
-from llamakit.tokenizer.unicode import COLLAPSED, LETTER, MARK, NUMBER, OTHER, PLAIN_SPACES, PUNCTUATION, SYMBOL, class_of
+from llamakit.tokenizer.unicode import (
+    COLLAPSED,
+    LETTER,
+    MARK,
+    NUMBER,
+    OTHER,
+    PLAIN_SPACES,
+    PUNCTUATION,
+    SYMBOL,
+    class_of,
+)
 
 CLASSES = {"L": LETTER, "N": NUMBER, "P": PUNCTUATION, "M": MARK, "S": SYMBOL}
 

@@ -1,0 +1,202 @@
+"""`llamakit finetune` as people run it: the old command, its lines, signals, full disks."""
+
+import json
+import re
+import resource
+import shlex
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from llamakit.cli import run
+from llamakit.cli.finetune import finetune
+from llamakit.cli.finetune_view import step_line
+from llamakit.formats.adapter import read_adapter
+from llamakit.training.config import FinetuneConfig
+from llamakit.training.report import StepReport
+from tests.helpers import assert_error, assert_parity, cli
+from tests.tiny import cached_tiny_gguf, tiny_text
+
+COMMAND = """finetune --model-base base.gguf --checkpoint-in chk-LATEST.gguf --checkpoint-out chk-ITERATION.gguf \
+  --lora-out lora-ITERATION.bin --train-data shakespeare.txt --save-every 10 --threads 2 --adam-iter 30 --batch 4 \
+  --ctx 64 --use-checkpointing"""
+STEP = re.compile(
+    r"^train_opt_callback: iter= *\d+ sample=\d+/\d+ sched=\d+\.\d{6} loss=\d+\.\d{6}"
+    r" dt=(\d+\.\dms|(\d+d )?\d\d:\d\d:\d\d) eta=(\d+\.\dms|(\d+d )?\d\d:\d\d:\d\d) \|-*>$"
+)
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """A directory with the files that the old command names."""
+    (tmp_path / "base.gguf").symlink_to(cached_tiny_gguf(type="Q8_0"))
+    (tmp_path / "shakespeare.txt").write_text(tiny_text(6000, 3))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_options_and_config_agree():
+    assert_parity(finetune, FinetuneConfig, cli_only=("config", "json", "n_gpu_layers"))
+
+
+def test_the_old_command_runs_as_written(place, capsys):
+    assert run(shlex.split(COMMAND)) == 0
+    out = capsys.readouterr().out
+    steps = [line for line in out.splitlines() if line.startswith("train_opt_callback")]
+    assert len(steps) == 30 and all(STEP.match(line) for line in steps)
+    names = {p.name for p in place.iterdir() if not p.name.startswith(".")}
+    numbered = {f"{kind}-{n}.{ext}" for kind, ext in (("chk", "gguf"), ("lora", "bin")) for n in (10, 20, 30, "LATEST")}
+    assert names == numbered | {"base.gguf", "shakespeare.txt"}
+    for line in ("main: seed: ", "main: model base = 'base.gguf'", "print_params: n_vocab               : ",
+                 "print_lora_params: n_rank_wq             : 4", "main: total train_iterations 0",
+                 "main: lora_size = ", "main: opt_size  = ", "tokenize_file: total number of samples: ",
+                 "main: number of training tokens: ", "main: number of unique tokens: ", "main: begin training",
+                 "main: predicted peak memory = ", "save_checkpoint_lora_file: saving to chk-10.gguf",
+                 "save_as_llama_lora: saving to lora-LATEST.bin", "main: total training time: "):  # fmt: skip
+        assert line in out, line
+    assert run(shlex.split(COMMAND)) == 0
+    assert "main: total train_iterations 30" in capsys.readouterr().out
+    assert (place / "lora-60.bin").exists()
+    assert read_adapter(place / "lora-LATEST.bin").stamps is not None
+
+
+def test_both_spellings_of_the_ranks_and_underscores(place):
+    base = ["finetune", "--model_base", "base.gguf", "--train_data", "shakespeare.txt", "--adam_iter", "1",
+            "--batch", "1", "--ctx", "8", "--no-flash", "--checkpoint_out", ""]  # fmt: skip
+    assert run([*base, "--rank-ffn_gate", "2", "--rank-ffn-up", "3", "--rank_ffn_down", "1", "--lora-out", "a"]) == 0
+    ranks = {name.split(".")[2]: a.shape[0] for name, (a, _) in read_adapter(place / "a").tensors.items()}
+    assert (ranks["ffn_gate"], ranks["ffn_up"], ranks["ffn_down"], ranks["attn_q"]) == (2, 3, 1, 4)
+
+
+def test_json_is_the_only_thing_on_stdout(place):
+    result = cli(*shlex.split(COMMAND), "--json", "--adam-iter", "2", cwd=place)
+    summary = json.loads(result.stdout)
+    assert summary["iterations"] == 2 and summary["files"] == ["chk-LATEST.gguf", "lora-LATEST.bin"]
+    assert summary["last_step"]["step"] == 2
+    assert "train_opt_callback" in result.stderr
+
+
+def test_a_config_file_sets_options_and_the_command_line_wins(place, capsys):
+    (place / "run.toml").write_text(
+        'model-base = "base.gguf"\ntrain_data = "shakespeare.txt"\nadam-iter = 2\nctx = 8\n'
+    )
+    assert run(["finetune", "--config", "run.toml", "--adam-iter", "1", "--batch", "1"]) == 0
+    out = capsys.readouterr().out
+    assert out.count("train_opt_callback") == 1 and "n_ctx                 : 8" in out
+    (place / "bad.toml").write_text("adam-itre = 2\n")
+    assert run(["finetune", "--config", "bad.toml"]) == 2
+    assert "adam_iter" in capsys.readouterr().err.replace("-", "_")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "fragments"),
+    [
+        ("--model-base nowhere.gguf", ("nowhere.gguf", "No such file")),
+        ("--train-data nowhere.txt", ("nowhere.txt", "No such file")),
+        ("--train-data empty.txt", ("empty.txt", "empty")),
+        ("--model-base shakespeare.txt", ("shakespeare.txt",)),
+        ("--checkpoint-in shakespeare.txt", ("shakespeare.txt",)),
+        ("--lora-out nowhere/lora.bin", ("nowhere", "cannot be written")),
+        ("--lora-out base.gguf", ("base.gguf", "input")),
+        ("--lora-r 0", ("--lora-r",)),
+        ("--lora-r 100000", ("rank 100000",)),
+        ("--ctx 0", ("--ctx",)),
+        ("--ctx 100000", ("--ctx 100000",)),
+        ("--batch nine", ("--batch",)),
+        ("--no-such-flag", ("--no-such-flag",)),
+        ("--device cuda", ("cuda",)),
+    ],
+)
+def test_bad_input_gives_one_line_and_writes_nothing(place, capsys, arguments, fragments):
+    import torch
+
+    if "cuda" in arguments and torch.cuda.is_available():
+        pytest.skip("this machine has a CUDA device")
+    (place / "empty.txt").write_text("")
+    before = sorted(p.name for p in place.iterdir())
+    assert run([*shlex.split(COMMAND), *arguments.split()]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    errors = [line for line in lines if line.startswith("error: ")]
+    assert len(errors) == 1 and all(f in errors[0] for f in fragments), lines
+    assert sorted(p.name for p in place.iterdir()) == before
+
+
+def start(place, *arguments):
+    """A run in a process of its own, once its first step is done."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "llamakit", *shlex.split(COMMAND), "--adam-iter", "100000", "--ctx", "16", *arguments],
+        cwd=place, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    for line in process.stdout:
+        if line.startswith("train_opt_callback"):
+            return process
+    raise AssertionError(process.stderr.read())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_saves_and_ends_with_its_code(place, number, code):
+    process = start(place, "--save-every", "0")
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == code, err
+    assert "saving to chk-LATEST.gguf" in out and "Traceback" not in err
+    assert (place / "chk-LATEST.gguf").exists() and (place / "lora-LATEST.bin").exists()
+    assert cli(*shlex.split(COMMAND), "--adam-iter", "1", "--ctx", "16", cwd=place).returncode == 0
+
+
+@pytest.mark.slow
+def test_sigusr1_saves_and_goes_on_and_a_killed_run_leaves_its_lock_to_the_next(place):
+    process = start(place, "--save-every", "0")
+    process.send_signal(signal.SIGUSR1)
+    for line in process.stdout:
+        if "save_as_llama_lora: saving to lora-LATEST.bin" in line:
+            break
+    assert process.poll() is None
+    second = cli(*shlex.split(COMMAND), "--ctx", "16", cwd=place)
+    assert_error(second, 2, "another run")
+    process.kill()
+    process.communicate()
+    again = cli(*shlex.split(COMMAND), "--adam-iter", "1", "--ctx", "16", cwd=place)
+    assert again.returncode == 0, again.stderr
+
+
+@pytest.mark.slow
+def test_a_full_disk_ends_the_run_and_leaves_the_old_files(place):
+    short = (*shlex.split(COMMAND), "--adam-iter", "2", "--ctx", "16", "--save-every", "1")
+    assert cli(*short, cwd=place).returncode == 0
+    before = {p.name: p.read_bytes() for p in place.iterdir() if p.suffix in (".gguf", ".bin")}
+
+    def limit():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+
+    result = subprocess.run(
+        [sys.executable, "-m", "llamakit", *short], cwd=place, capture_output=True, text=True, preexec_fn=limit
+    )
+    assert_error(result, 3, "cannot save", "intact")
+    assert {p.name: p.read_bytes() for p in place.iterdir() if p.suffix in (".gguf", ".bin")} == before
+    assert not [p for p in place.iterdir() if ".tmp-" in p.name]
+
+
+def test_a_step_line_is_the_old_tools():
+    step = StepReport(7, 6.547876, 1e-3, 0.999891, 29, 7366, 0.024, 10.0, 1.0, 13, False)
+    line = step_line(step, 0.024, 6.804158)
+    assert line == (
+        "train_opt_callback: iter=     7 sample=29/7366 sched=0.999891 loss=6.547876 dt=24.0ms eta=312.0ms |---->"
+    )
+
+
+@pytest.mark.slow
+def test_the_start_says_what_is_loaded_within_five_seconds(place):
+    begin = time.monotonic()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "llamakit", *shlex.split(COMMAND), "--adam-iter", "0"],
+        cwd=place, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    first, said_after_s = process.stderr.readline(), time.monotonic() - begin
+    process.communicate()
+    assert "loading base.gguf" in first and said_after_s < 5
