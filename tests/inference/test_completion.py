@@ -11,7 +11,7 @@ from llamakit.inference.completion import Done, Token, encode_prompt, generate
 from llamakit.inference.config import GenerateConfig
 from llamakit.model import attach, load_model
 from llamakit.tokenizer import load_tokenizer
-from tests.inference.llama_server import LlamaServer
+from tests.interop.llama_server import LlamaServer
 from tests.tiny import cached_tiny_gguf, tiny_text
 
 GREEDY = GenerateConfig(temperature=0, n_predict=30)

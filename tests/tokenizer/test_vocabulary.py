@@ -66,7 +66,7 @@ def test_what_one_kind_alone_needs(tmp_path: Path) -> None:
 
 def test_other_kinds_of_tokenizers_are_named(tmp_path: Path) -> None:
     refused(tmp_path, spm_metadata() | {"tokenizer.ggml.model": None}, "tokenizer.ggml.model", "is missing")
-    with pytest.raises(UnsupportedError, match="tokenizer.ggml.model is 'bert'"):
+    with pytest.raises(UnsupportedError, match=r"tokenizer\.ggml\.model is 'bert'"):
         load(tmp_path / "a.gguf", spm_metadata() | {"tokenizer.ggml.model": "bert"})
 
 

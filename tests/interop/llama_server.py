@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 
@@ -30,3 +31,13 @@ class LlamaServer:
         request = {"prompt": prompt, "n_predict": n_predict, "temperature": 0, "cache_prompt": False}
         answer = self._server.handle_completions(request)
         return answer["choices"][0]["text"] if "choices" in answer else answer["content"]
+
+    def log_probs(self, prompt: Sequence[int], n_vocab: int) -> np.ndarray:
+        """Log-probabilities of the token after the prompt, (n_vocab,) float64, normalized again: the server's sum
+        to 1.0002."""
+        request = {"prompt": list(prompt), "n_predict": 1, "temperature": 0, "n_probs": n_vocab, "cache_prompt": False}
+        answer = self._server.handle_completions(request)["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
+        found = np.full(n_vocab, -np.inf)
+        for entry in answer:
+            found[entry["id"]] = entry["logprob"]
+        return found - np.log(np.exp(found).sum())

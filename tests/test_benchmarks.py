@@ -1,0 +1,82 @@
+"""The benchmarks run: each one's help, and a tiny round of each. What they measure is no test's business."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from llamakit.formats.gguf import GGUFFile
+from tests.helpers import ROOT
+
+BENCHMARKS = ROOT / "benchmarks"
+SCRIPTS = ("models.py", "finetune.py", "seven_b.py", "startup.py")
+
+
+def bench(script: str, *arguments: str | os.PathLike[str]) -> str:
+    """Run a benchmark with one thread and return what it printed."""
+    ran = subprocess.run(
+        [sys.executable, str(BENCHMARKS / script), *map(os.fspath, arguments)],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        check=False,
+        text=True,
+        timeout=110,
+    )
+    assert ran.returncode == 0, ran.stderr
+    return ran.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help(script: str) -> None:
+    assert "usage:" in bench(script, "--help")
+
+
+@pytest.mark.slow
+def test_a_random_model_has_its_shape_and_type(tmp_path: Path) -> None:
+    assert "tiny-q4_0.gguf" in bench("models.py", "tiny-q4_0", "--dir", tmp_path)
+    with GGUFFile(tmp_path / "tiny-q4_0.gguf") as file:
+        assert file.tensors["blk.1.ffn_down.weight"].shape == (64, 128)
+        assert file.tensors["output.weight"].type.name == "Q4_0"
+        assert len(set(file.metadata["tokenizer.ggml.tokens"])) == 400
+
+
+@pytest.mark.slow
+def test_seven_b_on_a_tiny_model(tmp_path: Path) -> None:
+    report = tmp_path / "report.json"
+    arguments = ("--model", "tiny-q4_0", "--steps", "2", "--threads", "1", "--dir", tmp_path / "work")
+    assert "seconds a step" in bench("seven_b.py", *arguments, "--json", report)
+    results = json.loads(report.read_text())["results"]
+    assert len(results["job"]["step_s"]) == 2
+    assert results["parts"]["decode_s"] > 0
+    assert not list((tmp_path / "work").iterdir()), "what was written is deleted without --keep"
+
+
+@pytest.mark.slow
+def test_startup_on_a_tiny_model(tmp_path: Path) -> None:
+    report = tmp_path / "report.json"
+    bench("startup.py", "--model", "tiny-q8_0", "--runs", "1", "--threads", "1", "--json", report)
+    results = json.loads(report.read_text())["results"]
+    assert results["torch_imported"] is False
+    assert results["loading_peak_bytes"] > results["imports_bytes"]
+
+
+@pytest.mark.slow
+@pytest.mark.interop
+def test_finetune_and_peft_take_the_same_steps(tmp_path: Path) -> None:
+    for module in ("transformers", "peft"):
+        if importlib.util.find_spec(module) is None:
+            pytest.skip(f"{module} is not installed (pip install -e .[interop])")
+    report = tmp_path / "report.json"
+    arguments = ("--case", "tiny", "--rounds", "2", "--threads", "1", "--json", report)
+    assert "ratio" in bench("finetune.py", *arguments)
+    (results,) = json.loads(report.read_text())["results"]
+    losses = results["losses"]
+    # The same weights, batches, start and optimizer: what is apart is bf16's rounding.
+    assert losses["ours"] == pytest.approx(losses["peft"], abs=0.02)
