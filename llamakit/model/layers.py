@@ -15,11 +15,29 @@ from llamakit.quant import QTensor, dequantize
 _VIEWS = {GGMLType.F32: torch.float32, GGMLType.F16: torch.float16, GGMLType.BF16: torch.bfloat16}
 
 
-class PackedWeight(nn.Module):
-    """A frozen matrix in the file's own blocks; decoded when asked for, or once if `keep_dense` was called."""
+class Scratch:
+    """Memory that all matrices of a model are decoded into, one after another: fresh pages cost half of a decode."""
 
-    def __init__(self, weight: QTensor) -> None:
+    def __init__(self) -> None:
+        self._buffer = torch.empty(0)
+
+    def take(self, shape: tuple[int, int], like: Tensor, dtype: torch.dtype) -> Tensor:
+        """A (rows, columns) tensor on like's device; it is the same memory at the next call."""
+        size = shape[0] * shape[1]
+        if self._buffer.numel() < size or self._buffer.dtype != dtype or self._buffer.device != like.device:
+            self._buffer = torch.empty(size, dtype=dtype, device=like.device)
+        return self._buffer[:size].view(shape)
+
+
+class PackedWeight(nn.Module):
+    """A frozen matrix in the file's own blocks; decoded when asked for, or once if `keep_dense` was called.
+
+    scratch: where to decode into; what `dense` gives is then valid until the next matrix is decoded.
+    """
+
+    def __init__(self, weight: QTensor, scratch: Scratch | None = None) -> None:
         super().__init__()
+        self._scratch = scratch
         self.weight = nn.Parameter(weight.data, requires_grad=False)
         self.type, self.shape = weight.type, weight.shape
         self._dense: Tensor | None = None
@@ -30,11 +48,16 @@ class PackedWeight(nn.Module):
             return self._dense
         if _VIEWS.get(self.type) == dtype:
             return self.weight.view(dtype)
-        return dequantize(self.weight, self.type, dtype)
+        out = None
+        if self._scratch is not None:
+            with torch.inference_mode(False):  # the memory outlives the call
+                out = self._scratch.take((self.shape[0], self.shape[-1]), self.weight, dtype)
+        return dequantize(self.weight, self.type, dtype, out)
 
     def keep_dense(self, dtype: torch.dtype) -> None:
         """Decode now and keep the result: 2 bytes per weight in bf16 buy every later decode."""
-        self._dense = self.dense(dtype)
+        if self.is_packed(dtype):
+            self._dense = dequantize(self.weight, self.type, dtype)
 
     def is_packed(self, dtype: torch.dtype) -> bool:
         """Whether `dense` has to decode."""
@@ -76,8 +99,8 @@ class _FrozenLinear(torch.autograd.Function):
 class QuantizedLinear(PackedWeight):
     """y = x W^T + bias, W frozen and packed."""
 
-    def __init__(self, weight: QTensor, bias: Tensor | None = None) -> None:
-        super().__init__(weight)
+    def __init__(self, weight: QTensor, bias: Tensor | None = None, scratch: Scratch | None = None) -> None:
+        super().__init__(weight, scratch)
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
 
     def bias_in(self, dtype: torch.dtype) -> Tensor | None:

@@ -11,7 +11,7 @@ from llamakit.errors import FormatError, LlamakitError, UnsupportedError
 from llamakit.files import available_memory_bytes
 from llamakit.formats.base import ModelFile
 from llamakit.model.config import ModelConfig
-from llamakit.model.layers import Embedding, PackedWeight, QuantizedLinear, RMSNorm
+from llamakit.model.layers import Embedding, PackedWeight, QuantizedLinear, RMSNorm, Scratch
 from llamakit.model.llama import Llama
 from llamakit.quant import QTensor, can_decode, dequantize
 
@@ -30,6 +30,12 @@ def load_config(file: ModelFile) -> ModelConfig:
     for name, info in file.tensors.items():
         if not can_decode(info.type):
             raise UnsupportedError(f"tensor {name} has type {info.type.name}, which has no decoder", path=file.path)
+    vocabulary = file.metadata.get("tokenizer.ggml.tokens")
+    if vocabulary is not None and len(vocabulary) != config.n_vocab:
+        raise FormatError(
+            f"tokenizer.ggml.tokens has {len(vocabulary)} entries (token_embd.weight has {config.n_vocab} rows)",
+            path=file.path,
+        )
     return config
 
 
@@ -50,7 +56,7 @@ def load_model(
     """
     config = config or load_config(file)
     model = Llama(config, _vector(file, "rope_freqs.weight") if "rope_freqs.weight" in file.tensors else None)
-    embedding = _packed(file, "token_embd.weight", device)
+    embedding, scratch = _packed(file, "token_embd.weight", device), Scratch()
     model.token_embd = Embedding(embedding, dtype)
     for name in config.tensor_shapes():
         path = name.removesuffix(".weight")
@@ -59,9 +65,9 @@ def load_model(
         elif path != "token_embd":
             bias = f"{path}.bias"
             bias_vector = _vector(file, bias).to(device) if bias in file.tensors else None
-            model.set_submodule(path, QuantizedLinear(_packed(file, name, device), bias_vector))
+            model.set_submodule(path, QuantizedLinear(_packed(file, name, device), bias_vector, scratch))
     if config.tied_output:
-        model.output = QuantizedLinear(embedding)
+        model.output = QuantizedLinear(embedding, scratch=scratch)
     _keep_dense(model, dtype, weight_cache)
     return model.eval().requires_grad_(False)
 

@@ -196,6 +196,9 @@ class _Run:
         if norms:
             yield Remark("warning", f"llama.cpp ignores the trained changes of {', '.join(norms)}: an adapter without"
                          " them is what it runs; llamakit applies them")  # fmt: skip
+        if self.ranks["token_embd"] and self.shape.tied_output:
+            yield Remark("warning", "this model uses token_embd as its output matrix too: llama.cpp of 2026 ends with a"
+                         " failed assertion on adapters that change it")  # fmt: skip
         first = self.saved.progress.iterations if self.saved else 0
         last = first + config.adam_iter
         if last < config.warmup and not config.only_write_lora:
