@@ -183,7 +183,7 @@ def prepare_for_peft(job: Job) -> None:
     from llamakit.formats.open import open_model
     from llamakit.model import load_config
     from llamakit.tokenizer import load_tokenizer
-    from llamakit.training.finetune import initial_weights
+    from llamakit.training.lora import initial_weights
 
     directory, config = Path(job.hf), job.config()
     directory.mkdir(exist_ok=True)

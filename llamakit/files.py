@@ -90,11 +90,11 @@ def replace_with_link(source: Path, target: Path) -> None:
             temporary.unlink(missing_ok=True)
 
 
-def remove_stale_temporaries(path: Path) -> None:
-    """Remove what killed runs left beside `path`: temporary files of processes that no longer exist."""
-    for stale in path.parent.glob(f".{path.name}.tmp-*"):
-        pid = stale.name.rpartition("-")[2]
-        if pid.isdigit() and not Path(f"/proc/{pid}").exists():
+def remove_stale_temporaries(directory: Path, names: re.Pattern[str]) -> None:
+    """Remove what killed runs left in a directory: temporaries, for names that match whole, of ended processes."""
+    for stale in directory.glob(".*.tmp-*"):
+        name, _, pid = stale.name[1:].rpartition(".tmp-")
+        if names.fullmatch(name) and pid.isdigit() and not Path(f"/proc/{pid}").exists():
             with contextlib.suppress(OSError):
                 stale.unlink()
 

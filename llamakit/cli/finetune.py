@@ -495,7 +495,8 @@ def finetune(
     with View(run_config, json=json) as view, _signals(control, view):
         for report in run(run_config, control):
             view.show(report)
-    raise typer.Exit({signal.SIGINT: EXIT_INTERRUPTED, signal.SIGTERM: EXIT_TERMINATED}.get(control.signal, 0))
+    codes: dict[int, int] = {signal.SIGINT: EXIT_INTERRUPTED, signal.SIGTERM: EXIT_TERMINATED}
+    raise typer.Exit(codes.get(control.signal, 0))
 
 
 def _device_for_layers(device: str, n_gpu_layers: int) -> str:

@@ -142,9 +142,7 @@ def _check_kind(path: Path, metadata: Mapping[str, Any]) -> None:
 def _alpha(path: Path, metadata: Mapping[str, Any]) -> float:
     alpha = metadata.get("adapter.lora.alpha", 0.0)
     if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
-        raise FormatError(
-            f"adapter.lora.alpha is no finite number (got {escape_control(str(alpha))})", path=path
-        )
+        raise FormatError(f"adapter.lora.alpha is no finite number (got {escape_control(str(alpha))})", path=path)
     return float(alpha)
 
 
@@ -180,8 +178,7 @@ def _pairs(path: Path, stored: Mapping[str, np.ndarray], suffix_a: str, suffix_b
         suffix = suffix_a if name.endswith(suffix_a) else suffix_b
         if not name.endswith(suffix):
             raise FormatError(
-                f"LoRA tensor '{escape_control(name)}' has an unexpected suffix "
-                f"(expected {suffix_a} or {suffix_b})",
+                f"LoRA tensor '{escape_control(name)}' has an unexpected suffix (expected {suffix_a} or {suffix_b})",
                 path=path,
             )
         halves.setdefault(name.removesuffix(suffix), {})[suffix] = matrix
@@ -199,9 +196,7 @@ def _oriented(path: Path, name: str, a: np.ndarray, b: np.ndarray) -> Pair:
     shown = escape_control(name)
     if name.endswith(_FLIPPED):
         if a.shape[1] != b.shape[1]:
-            raise FormatError(
-                f"LoRA tensors of '{shown}' differ in rank ({a.shape[1]}, {b.shape[1]})", path=path
-            )
+            raise FormatError(f"LoRA tensors of '{shown}' differ in rank ({a.shape[1]}, {b.shape[1]})", path=path)
         return np.ascontiguousarray(b.T), a
     if a.shape[0] == b.shape[1]:
         return a, b
@@ -258,13 +253,9 @@ def _check_stamps(adapter: Adapter, base: ModelFile, force: bool) -> list[str]:
         return []
     here = base_stamps(base)
     if trained.model != here.model:
-        difference = (
-            f"trained on another model (stamp {_short(trained.model)}, {base.path} has {_short(here.model)})"
-        )
+        difference = f"trained on another model (stamp {_short(trained.model)}, {base.path} has {_short(here.model)})"
         if not force:
-            raise MismatchError(
-                f"the adapter was {difference}", path=adapter.path, hint="--force uses it all the same"
-            )
+            raise MismatchError(f"the adapter was {difference}", path=adapter.path, hint="--force uses it all the same")
         return [f"the adapter was {difference}; used all the same"]
     if trained.file != here.file:
         return ["the adapter was trained on another quantization of this model"]

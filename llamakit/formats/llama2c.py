@@ -153,9 +153,7 @@ class Llama2cFile:
     def _checked(self, head: bytes) -> _Config:
         parsed = parse_header(head)
         if parsed is None:
-            raise FormatError(
-                "is no llama2.c model: no sensible header at its start", path=self.path, offset=0
-            )
+            raise FormatError("is no llama2.c model: no sensible header at its start", path=self.path, offset=0)
         config, fault = parsed
         fault = fault or config.fault()
         if fault:
@@ -215,9 +213,7 @@ class Llama2cFile:
         first, last = start * n, stop * n
         codes = self._source.read(info.offset + first, last - first).view(np.int8)
         group0, group1 = first // group, -(-last // group)
-        scales = self._source.read(info.offset + info.n_elements + 4 * group0, 4 * (group1 - group0)).view(
-            "<f4"
-        )
+        scales = self._source.read(info.offset + info.n_elements + 4 * group0, 4 * (group1 - group0)).view("<f4")
         each = np.repeat(scales, group)[first - group0 * group :][: last - first]
         return (codes.astype(np.float32) * each).view(np.uint8).reshape(stop - start, info.row_bytes)
 

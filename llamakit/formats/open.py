@@ -88,9 +88,7 @@ def _is_text(head: bytes) -> bool:
     try:
         head.decode("utf-8")
     except UnicodeDecodeError as error:
-        return (
-            error.start > len(head) - 4 and len(head) == _HEAD_BYTES
-        )  # a character cut by the end of the head
+        return error.start > len(head) - 4 and len(head) == _HEAD_BYTES  # a character cut by the end of the head
     return True
 
 

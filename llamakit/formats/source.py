@@ -62,9 +62,7 @@ class FileSource:
             try:
                 n = os.preadv(self._fd, [view[done:]], offset + done)
             except OSError as error:
-                raise FormatError(
-                    f"cannot be read: {error.strerror}", path=self.path, offset=offset
-                ) from error
+                raise FormatError(f"cannot be read: {error.strerror}", path=self.path, offset=offset) from error
             if n == 0:
                 raise FormatError(
                     f"the file ends inside what is being read (expected {n_bytes} bytes, got {done})",

@@ -67,7 +67,7 @@ class _CausalAttention(torch.autograd.Function):
             dv[:, :stop].baddbmm_(weights.transpose(1, 2), grad_tile)
             d_weights = torch.bmm(grad_tile, v[:, :stop].transpose(1, 2))
             # The tiles' mask needs no care here: a masked weight is 0, and so is its gradient.
-            d_scores = torch._softmax_backward_data(d_weights, weights, -1, weights.dtype).mul_(scale)
+            d_scores = torch.ops.aten._softmax_backward_data(d_weights, weights, -1, weights.dtype).mul_(scale)
             dq[:, :, start:stop] = torch.bmm(d_scores, k[:, :stop]).view(n, g, stop - start, d)
             dk[:, :stop].baddbmm_(d_scores.transpose(1, 2), q_tile)
         return dq, dk, dv

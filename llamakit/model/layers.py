@@ -39,33 +39,33 @@ class PackedWeight(nn.Module):
         super().__init__()
         self._scratch = scratch
         self.weight = nn.Parameter(weight.data, requires_grad=False)
-        self.type, self.shape = weight.type, weight.shape
+        self.ggml_type, self.shape = weight.type, weight.shape
         self._dense: Tensor | None = None
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         """The matrix (O, I) in dtype; a view where the file's type is that dtype already."""
         if self._dense is not None and self._dense.dtype == dtype:
             return self._dense
-        if _VIEWS.get(self.type) == dtype:
+        if _VIEWS.get(self.ggml_type) == dtype:
             return self.weight.view(dtype)
         out = None
         if self._scratch is not None:
             with torch.inference_mode(False):  # the memory outlives the call
                 out = self._scratch.take((self.shape[0], self.shape[-1]), self.weight, dtype)
-        return dequantize(self.weight, self.type, dtype, out)
+        return dequantize(self.weight, self.ggml_type, dtype, out)
 
     def keep_dense(self, dtype: torch.dtype) -> None:
         """Decode now and keep the result: 2 bytes per weight in bf16 buy every later decode."""
         if self.is_packed(dtype):
-            self._dense = dequantize(self.weight, self.type, dtype)
+            self._dense = dequantize(self.weight, self.ggml_type, dtype)
 
     def is_packed(self, dtype: torch.dtype) -> bool:
         """Whether `dense` has to decode."""
-        return _VIEWS.get(self.type) != dtype and (self._dense is None or self._dense.dtype != dtype)
+        return _VIEWS.get(self.ggml_type) != dtype and (self._dense is None or self._dense.dtype != dtype)
 
     def dense_bytes(self, dtype: torch.dtype) -> int:
         """Bytes that `keep_dense` takes beyond the packed ones."""
-        if _VIEWS.get(self.type) == dtype:
+        if _VIEWS.get(self.ggml_type) == dtype:
             return 0
         return self.shape[0] * self.shape[-1] * dtype.itemsize
 
@@ -80,7 +80,7 @@ class Embedding(PackedWeight):
     def forward(self, tokens: Tensor) -> Tensor:
         """int64 (B, T) -> (B, T, I)."""
         rows = self.weight[tokens.reshape(-1)]
-        return dequantize(rows, self.type, self.dtype).view(*tokens.shape, self.shape[-1])
+        return dequantize(rows, self.ggml_type, self.dtype).view(*tokens.shape, self.shape[-1])
 
 
 class _FrozenLinear(torch.autograd.Function):

@@ -61,10 +61,10 @@ class Llama(nn.Module):
         super().__init__()
         self.config = config
         self.rope = Rope(config, rope_freqs)
-        self.token_embd = nn.Embedding(config.n_vocab, config.n_embd, device="meta")
+        self.token_embd: nn.Module = nn.Embedding(config.n_vocab, config.n_embd, device="meta")
         self.blk = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
-        self.output_norm = nn.RMSNorm(config.n_embd, config.rms_eps, device="meta")
-        self.output = nn.Linear(config.n_embd, config.n_vocab, bias=False, device="meta")
+        self.output_norm: nn.Module = nn.RMSNorm(config.n_embd, config.rms_eps, device="meta")
+        self.output: nn.Module = nn.Linear(config.n_embd, config.n_vocab, bias=False, device="meta")
         self.use_checkpointing = False
 
     def forward(self, tokens: Tensor, positions: Tensor | None = None, cache: KVCache | None = None) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,7 +48,7 @@ def write_checkpoint(path: Path, state: TrainState) -> None:
             _HASH_KEY: _digest(description, arrays),
         },
         tensors=[TensorData(name, array.shape, GGMLType.F32, array) for name, array in arrays.items()],
-        verify=lambda file: _check_hash(file, description),
+        verify=lambda file: _check(file, description),
     )
 
 
@@ -55,7 +56,7 @@ def _digest(description: str, arrays: dict[str, np.ndarray]) -> str:
     digest = hashlib.sha256(description.encode())
     for name, array in arrays.items():
         digest.update(f"{name}{array.shape}".encode())
-        digest.update(array)
+        digest.update(array.tobytes())
     return digest.hexdigest()
 
 
@@ -73,6 +74,10 @@ def _check_hash(file: GGUFFile, description: str) -> dict[str, np.ndarray]:
     if file.metadata.get(_HASH_KEY) != _digest(description, arrays):
         raise FormatError("the checkpoint is damaged: its content does not match its checksum", path=file.path)
     return arrays
+
+
+def _check(file: GGUFFile, description: str) -> None:
+    _check_hash(file, description)
 
 
 @dataclass(frozen=True)
@@ -157,8 +162,11 @@ class CheckpointManager:
         self._config, self._base = config, base
         self._templates = [t for t in (config.checkpoint_out, config.lora_out) if t]
         for template in self._templates:
-            for path in (file_name(template, config, 0), file_name(template, config, None)):
-                remove_stale_temporaries(path)
+            name = Path(template).name
+            before, pattern, after = name.partition(config.pattern_fn_it) if config.pattern_fn_it else (name, "", "")
+            numbered = rf"(\d+|{re.escape(config.fn_latest)})" if pattern else ""
+            names = re.compile(re.escape(before) + numbered + re.escape(after))
+            remove_stale_temporaries(Path(template).parent, names)
 
     def latest(self) -> tuple[str, ...]:
         """The names under which the newest files are found."""

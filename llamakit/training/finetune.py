@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from llamakit.dataset.order import SampleOrder, counter_normal
+from llamakit.dataset.order import SampleOrder
 from llamakit.dataset.text import BatchBuilder, TrainingText, read_training_text
 from llamakit.errors import MismatchError, UnsupportedError, UsageError
 from llamakit.files import RunLock, check_writable
@@ -23,19 +23,18 @@ from llamakit.formats.stamps import base_stamps
 from llamakit.model import Llama, ModelConfig, RopeScaling, load_config, load_model
 from llamakit.model.device import dtype_name, resolve_device, training_dtype
 from llamakit.model.layers import Dropout
-from llamakit.model.lora import make_lora_leaf
 from llamakit.tokenizer import Tokenizer, load_tokenizer
 from llamakit.training.checkpoint import CheckpointManager, OldCheckpoint, file_name, read_checkpoint
 from llamakit.training.config import FinetuneConfig
 from llamakit.training.log import StepLog
-from llamakit.training.loop import Control, Parameters, Trainer, evaluate, validation_windows
+from llamakit.training.loop import Control, Parameters, Trainer
+from llamakit.training.lora import attach_trainable, check_shapes, initial_weights, rank_field, trained_tensors
 from llamakit.training.optim import schedule
 from llamakit.training.plan import make_plan
 from llamakit.training.report import (
     Begin,
     Counters,
     DataFacts,
-    Evaluation,
     Finished,
     Loading,
     ModelFacts,
@@ -45,14 +44,13 @@ from llamakit.training.report import (
 from llamakit.training.state import (
     Progress,
     TrainState,
-    Weights,
     changed_settings,
     check_identity,
     make_identity,
     make_settings,
 )
+from llamakit.training.validation import HeldOut
 
-_TOKENS_AT_A_SAVE = 4096
 _NOT_IN_ADAPTER_USE = ("attn_norm", "ffn_norm", "output_norm")
 
 
@@ -78,34 +76,6 @@ def finetune(config: FinetuneConfig, control: Control | None = None) -> Iterator
             run.manager.latest(),
             run.control.signal,
         )
-
-
-def trained_tensors(model: ModelConfig, ranks: dict[str, int]) -> dict[str, tuple[int, int, int]]:
-    """Every tensor that gets a LoRA pair: name -> (rank, n_out, n_in). Raises UsageError for a rank that cannot be.
-
-    A norm counts as a matrix of one row.
-    """
-    chosen = {}
-    for name, shape in model.tensor_shapes().items():
-        kind = name.removesuffix(".weight").rpartition(".")[2]
-        rank = ranks[kind]
-        n_out, n_in = shape if len(shape) == 2 else (1, shape[0])
-        if rank > max(n_out, n_in):
-            raise UsageError(f"rank {rank} for {kind} is larger than the matrix, {n_out} x {n_in}")
-        if rank:
-            chosen[name] = (rank, n_out, n_in)
-    return chosen
-
-
-def initial_weights(model: ModelConfig, ranks: dict[str, int], seed: int) -> dict[str, Weights]:
-    """LoRA's start: B = 0, A ~ clamp(N(0, 1), -1, 1) / sqrt(rank + n_in), as the old tool's, from a counter."""
-    order = {name: i for i, name in enumerate(model.tensor_shapes())}
-    weights = {}
-    for name, (rank, n_out, n_in) in trained_tensors(model, ranks).items():
-        normal = counter_normal(seed, -1 - order[name], rank * n_in).clip(-1, 1) / np.sqrt(rank + n_in)
-        a = normal.astype(np.float32).reshape(rank, n_in)
-        weights[name] = Weights(a, np.zeros((n_out, rank), dtype=np.float32))
-    return weights
 
 
 class _Run:
@@ -157,7 +127,7 @@ class _Run:
         ranks = self.config.rank_of()
         if isinstance(self.saved, OldCheckpoint):
             given = {k for k, v in vars(self.config).items() if k.startswith("rank_") and v is not None}
-            ranks |= {k: r for k, r in self.saved.ranks.items() if k in ranks and _rank_flag(k) not in given}
+            ranks |= {k: r for k, r in self.saved.ranks.items() if k in ranks and rank_field(k) not in given}
             for kind, rank in self.saved.ranks.items():
                 if ranks.get(kind) != rank:
                     raise MismatchError(
@@ -190,8 +160,8 @@ class _Run:
             yield Remark("note", f"{path} is a checkpoint of llama.cpp's finetune: its LoRA tensors and counters are"
                          " taken, its shuffle state and optimizer moments are not")  # fmt: skip
             if any(rank and config.alpha != rank for rank in self.ranks.values()):
-                yield Remark("warning", "the old tool trained without the factor alpha / rank that was applied when its"
-                             f" adapters were used; here --lora-alpha {config.alpha:g} is part of the training")  # fmt: skip
+                yield Remark("warning", "the old tool trained without the factor alpha / rank that was applied when"
+                             f" its adapters were used; --lora-alpha {config.alpha:g} is part of it here")  # fmt: skip
         norms = [kind for kind in _NOT_IN_ADAPTER_USE if self.ranks[kind]]
         if norms:
             yield Remark("warning", f"llama.cpp ignores the trained changes of {', '.join(norms)}: an adapter without"
@@ -226,7 +196,7 @@ class _Run:
         )
         trainer = self._trainer(model, text, tokenizer)
         yield from self._facts(text, trainer)
-        windows = _Windows(text.validation, config.ctx, _bos(tokenizer, config.model_base), trainer)
+        windows = HeldOut(text.validation, config.ctx, _bos(tokenizer, config.model_base), model, self.device)
         if windows and not self.progress.iterations:
             yield windows.evaluate("start")
         yield from self._steps(trainer, windows, identity)
@@ -274,10 +244,10 @@ class _Run:
         model.use_checkpointing = config.use_checkpointing
         weights = initial_weights(self.shape, self.ranks, self.seed)
         dropout = Dropout(config.lora_dropout)
-        pairs = _attach_trainable(model, weights, config.alpha, dropout)
+        pairs = attach_trainable(model, weights, config.alpha, dropout)
         parameters = Parameters(pairs, config)
         if self.saved is not None:
-            _check_shapes(self.saved.weights, weights, config.checkpoint_in)
+            check_shapes(self.saved.weights, weights, config.checkpoint_in)
             parameters.restore(self.saved.weights, self.progress.updates)
             self.saved.weights.clear()
         order = SampleOrder(self.seed, len(text.train.begins), self.progress.order_epoch, self.progress.next_sample)
@@ -314,7 +284,7 @@ class _Run:
         )
         yield Begin(progress.iterations, config.adam_iter)
 
-    def _steps(self, trainer: Trainer, windows: _Windows, identity: dict[str, Any]) -> Iterator[Report]:
+    def _steps(self, trainer: Trainer, windows: HeldOut, identity: dict[str, Any]) -> Iterator[Report]:
         config, control, progress = self.config, self.control, self.progress
         last_save, self.reason = progress.iterations, "all iterations are done"
         for left in range(config.adam_iter - 1, -1, -1):
@@ -362,28 +332,11 @@ class _Run:
             mine = self._identity(saved.identity["text"])
             adapter_keys = {k: v for k, v in mine.items() if k.startswith(("base ", "rank ", "--lora-alpha"))}
             check_identity(saved.identity, adapter_keys, path=config.checkpoint_in, restart_data=False)
-        _check_shapes(saved.weights, initial_weights(self.shape, self.ranks, 0), config.checkpoint_in)
+        check_shapes(saved.weights, initial_weights(self.shape, self.ranks, 0), config.checkpoint_in)
         self.progress, self.reason = saved.progress, "the adapter is written"
         tensors = {name: (w.a, w.b) for name, w in saved.weights.items()}
         state = TrainState({}, {}, {}, saved.progress, {})
         yield from self.manager.save_adapter(state, Adapter(alpha=config.alpha, tensors=tensors))
-
-
-class _Windows:
-    """The held-out text, ready to be evaluated: some of it at a save, all of it at the end."""
-
-    def __init__(self, tokens: np.ndarray, ctx: int, bos: int, trainer: Trainer) -> None:
-        self._tokens, self._ctx, self._bos, self._trainer = tokens, ctx, bos, trainer
-
-    def __bool__(self) -> bool:
-        return len(self._tokens) > 0
-
-    def evaluate(self, when: Any) -> Evaluation:
-        """Mean loss and perplexity; `when` decides how much of the text."""
-        at_most = None if when == "end" else _TOKENS_AT_A_SAVE
-        windows = validation_windows(self._tokens, self._ctx, self._bos, at_most)
-        loss, n_tokens = evaluate(self._trainer.model, windows, self._trainer.parameters.flat[0].device)
-        return Evaluation(when, loss, float(np.exp(np.float64(loss))), n_tokens, len(self._tokens))
 
 
 def _overridden(shape: ModelConfig, config: FinetuneConfig) -> ModelConfig:
@@ -403,44 +356,11 @@ def _overridden(shape: ModelConfig, config: FinetuneConfig) -> ModelConfig:
     return dataclasses.replace(shape, **changes)
 
 
-def _attach_trainable(model: Llama, weights: dict[str, Weights], alpha: float, dropout: Dropout) -> dict[str, tuple]:
-    pairs = {}
-    for number, (name, pair) in enumerate(weights.items()):
-        path = name.removesuffix(".weight")
-        base = model.get_submodule(path)
-        device = next(base.parameters()).device
-        a, b = (torch.from_numpy(x).to(device) for x in (pair.a, pair.b))
-        leaf = make_lora_leaf(base, a, b, alpha / len(pair.a), dropout=dropout, number=number)
-        model.set_submodule(path, leaf)
-        pairs[name] = (leaf.lora_a, leaf.lora_b)
-    return pairs
-
-
-def _check_shapes(saved: dict[str, Weights], expected: dict[str, Weights], path: str) -> None:
-    if saved.keys() != expected.keys():
-        names = sorted(saved.keys() ^ expected.keys())
-        raise MismatchError(f"checkpoint and run train different tensors: {', '.join(names[:3])}", path=path)
-    for name, pair in expected.items():
-        for mine, theirs in ((pair.a, saved[name].a), (pair.b, saved[name].b)):
-            if mine.shape != theirs.shape:
-                raise MismatchError(
-                    f"{name} has LoRA shape {list(theirs.shape)} in the checkpoint, and {list(mine.shape)} in this run",
-                    path=path,
-                )
-
-
 def _bos(tokenizer: Tokenizer, path: str) -> int:
     bos = tokenizer.bos_id if tokenizer.bos_id is not None else tokenizer.eos_id
     if bos is None:
         raise UnsupportedError("the vocabulary has neither a BOS nor an EOS token", path=path)
     return bos
-
-
-def _rank_flag(kind: str) -> str:
-    """The config field that sets the rank of a tensor kind."""
-    special = {"attn_q": "wq", "attn_k": "wk", "attn_v": "wv", "attn_output": "wo", "attn_norm": "att_norm",
-               "token_embd": "tok_embd", "output": "out", "output_norm": "out_norm"}  # fmt: skip
-    return "rank_" + special.get(kind, kind)
 
 
 def _same_file(a: str | Path, b: str | Path) -> bool:

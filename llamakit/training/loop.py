@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,7 +20,7 @@ from llamakit.errors import DivergedError
 from llamakit.model import Llama
 from llamakit.model.layers import Dropout
 from llamakit.training.config import FinetuneConfig
-from llamakit.training.loss import backpropagate, evaluate_loss
+from llamakit.training.loss import backpropagate
 from llamakit.training.optim import clip_gradient, make_optimizer, schedule
 from llamakit.training.report import StepReport
 from llamakit.training.state import Progress, Weights
@@ -183,31 +183,3 @@ class Trainer:
         if 0 < config.opt_max_no_improvement <= progress.no_improvement:
             reason = f"--opt-max-no-improvement {config.opt_max_no_improvement}: no better loss"
         return reason
-
-
-def validation_windows(tokens: np.ndarray, ctx: int, bos: int, at_most: int | None) -> list[tuple[Tensor, Tensor]]:
-    """Held-out tokens (m,) as batches of inputs and targets (B, T): BOS, then ctx tokens, one after another.
-
-    at_most: so many tokens, in windows spread evenly; None: all, the last shorter one included.
-    """
-    starts: Iterable[int] = range(0, len(tokens), ctx)
-    if at_most is not None and len(tokens) > at_most:
-        whole = range(0, len(tokens) - ctx + 1, ctx)
-        count = max(1, at_most // ctx)
-        starts = [whole[i * len(whole) // count] for i in range(min(count, len(whole)))]
-    windows = [torch.from_numpy(tokens[at : at + min(ctx, at_most or ctx)].astype(np.int64)) for at in starts]
-    pairs = [(torch.cat([torch.tensor([bos]), w[:-1]]), w) for w in windows]
-    full = [p for p in pairs if len(p[1]) == len(pairs[0][1])]
-    short = [(i[None], t[None]) for i, t in pairs if len(t) != len(pairs[0][1])]
-    per_batch = max(1, 2048 // ctx)
-    batches = [full[at : at + per_batch] for at in range(0, len(full), per_batch)]
-    return [(torch.stack([p[0] for p in b]), torch.stack([p[1] for p in b])) for b in batches] + short
-
-
-def evaluate(model: Llama, windows: list[tuple[Tensor, Tensor]], device: torch.device) -> tuple[float, int]:
-    """Mean token loss over windows and how many tokens they have; dropout off."""
-    model.eval()
-    total = sum(evaluate_loss(model, inputs.to(device), targets.to(device)) for inputs, targets in windows)
-    model.train()
-    n_tokens = sum(targets.numel() for _, targets in windows)
-    return total / n_tokens, n_tokens

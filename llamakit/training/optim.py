@@ -60,5 +60,6 @@ def clip_gradient(parameters: Sequence[Tensor], limit: float) -> float:
     gradients = [p.grad for p in parameters if p.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients)
     if limit > 0 and float(norm) > limit:
-        torch._foreach_mul_(gradients, limit / float(norm))
+        for gradient in gradients:
+            gradient.mul_(limit / float(norm))
     return float(norm)

@@ -174,9 +174,8 @@ def test_a_full_disk_ends_the_run_and_leaves_the_old_files(place):
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
 
-    result = subprocess.run(
-        [sys.executable, "-m", "llamakit", *short], cwd=place, capture_output=True, text=True, preexec_fn=limit
-    )
+    arguments = [sys.executable, "-m", "llamakit", *short]
+    result = subprocess.run(arguments, check=False, cwd=place, capture_output=True, text=True, preexec_fn=limit)
     assert_error(result, 3, "cannot save", "intact")
     assert {p.name: p.read_bytes() for p in place.iterdir() if p.suffix in (".gguf", ".bin")} == before
     assert not [p for p in place.iterdir() if ".tmp-" in p.name]

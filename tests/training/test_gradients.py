@@ -10,7 +10,7 @@ from llamakit.formats.open import open_model
 from llamakit.model import load_model
 from llamakit.model.layers import Dropout
 from llamakit.quant import dequantize
-from llamakit.training.finetune import _attach_trainable, initial_weights
+from llamakit.training.lora import attach_trainable, initial_weights
 from llamakit.training.loss import backpropagate, evaluate_loss
 from tests.tiny import ALL_TYPES, cached_tiny_gguf
 
@@ -80,7 +80,7 @@ def setup(path, rank_of, dtype=torch.float32, weight_cache="none"):
     generator = torch.Generator().manual_seed(0)
     for pair in weights.values():
         pair.b[:] = torch.randn(pair.b.shape, generator=generator).numpy() * 0.05
-    pairs = _attach_trainable(model, weights, ALPHA, Dropout(0.0))
+    pairs = attach_trainable(model, weights, ALPHA, Dropout(0.0))
     tokens, targets = torch.randint(0, model.config.n_vocab, (2, 3, 9), generator=generator)
     return file, model.train(), pairs, tokens, targets
 
@@ -158,7 +158,7 @@ def test_bf16_is_near_float32():
 def test_a_vocabulary_larger_than_a_tile_gives_the_same_loss(monkeypatch):
     from llamakit.training import loss as module
 
-    file, model, pairs, tokens, targets = setup(cached_tiny_gguf(type="Q8_0"), ranks())
+    _file, model, pairs, tokens, targets = setup(cached_tiny_gguf(type="Q8_0"), ranks())
     whole, mine = gradients(model, pairs, tokens, targets)
     monkeypatch.setattr(module, "_TILE_LOGITS", 7)
     monkeypatch.setattr(module, "_CHUNK_TOKENS", 5)

@@ -1,5 +1,6 @@
 """The schedule and AdamW, against the definitions."""
 
+import itertools
 import math
 
 import numpy as np
@@ -15,7 +16,7 @@ def test_the_warmup_begins_with_an_effect_and_ends_without_a_jump():
     factors = [schedule(i, config) for i in range(1, 200)]
     assert factors[0] == pytest.approx(0.1)
     assert factors[9] == 1.0
-    assert all(abs(a - b) <= 0.1 + 1e-9 for a, b in zip(factors, factors[1:], strict=False))
+    assert all(abs(a - b) <= 0.1 + 1e-9 for a, b in itertools.pairwise(factors))
     assert factors[10] == pytest.approx(0.9 * 0.5 * (1 + math.cos(math.pi / 100)) + 0.1)
     assert factors[-1] == pytest.approx(0.1)
 

@@ -1,0 +1,70 @@
+"""Runs killed at random instants: what is on disk always loads, and the next run goes on."""
+
+import os
+import random
+import signal
+import time
+
+import pytest
+
+from llamakit.formats.adapter import read_adapter
+from llamakit.training.checkpoint import read_checkpoint
+from llamakit.training.finetune import finetune
+from llamakit.training.report import StepReport
+from tests.training.runs import run_config
+
+OPTIONS = {"adam_iter": 10_000, "save_every": 1, "batch": 1, "ctx": 8, "keep_last": 3, "val_split": 0.0}
+
+
+def killed_run(directory, rng):
+    """A child process that trains and saves after every step, killed after a while."""
+    child = os.fork()
+    if child == 0:
+        try:
+            for _ in finetune(run_config(directory, **OPTIONS)):
+                pass
+        finally:
+            os._exit(1)
+    latest, before = directory / "chk-LATEST.gguf", _stamp(directory / "chk-LATEST.gguf")
+    for _ in range(2000):  # a loaded machine may need long for the first save
+        if _stamp(latest) != before or os.waitpid(child, os.WNOHANG)[0]:
+            break
+        time.sleep(0.005)
+    time.sleep(rng.random() * 0.2)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+
+
+def _stamp(path):
+    return path.stat().st_mtime_ns if path.exists() else 0
+
+
+def campaign(tmp_path, n):
+    rng = random.Random(1)
+    run_config(tmp_path)  # writes the text, outside the children
+    highest = 0
+    for _ in range(n):
+        killed_run(tmp_path, rng)
+        latest = tmp_path / "chk-LATEST.gguf"
+        if latest.exists():
+            iterations = read_checkpoint(latest).progress.iterations
+            assert iterations >= highest
+            highest = iterations
+        for path in tmp_path.glob("chk-*.gguf"):
+            read_checkpoint(path)
+        for path in tmp_path.glob("lora-*.bin"):
+            read_adapter(path)
+    assert highest > 0
+    reports = list(finetune(run_config(tmp_path, **(OPTIONS | {"adam_iter": 1}))))
+    assert [r.step for r in reports if isinstance(r, StepReport)] == [highest + 1]
+    assert not [p for p in tmp_path.iterdir() if ".tmp-" in p.name]
+
+
+def test_a_few_kills(tmp_path):
+    campaign(tmp_path, 4)
+
+
+@pytest.mark.prove
+@pytest.mark.timeout(600)
+def test_two_hundred_kills(tmp_path):
+    campaign(tmp_path, 200)
