@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from llamakit.dataset.order import counter_normal
 from llamakit.errors import MismatchError, UsageError
