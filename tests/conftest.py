@@ -8,8 +8,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("MKL_NUM_THREADS", "1")
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(autouse=True)
 def _one_torch_thread():
     import torch
 
-    torch.set_num_threads(1)
+    if torch.get_num_threads() != 1:  # `llamakit finetune` sets it, and runs in this process in some tests
+        torch.set_num_threads(1)

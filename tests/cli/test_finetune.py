@@ -29,6 +29,12 @@ STEP = re.compile(
 )
 
 
+@pytest.fixture(autouse=True)
+def _one_thread(monkeypatch):
+    """Two threads on tiny matrices only wait for each other."""
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0})
+
+
 @pytest.fixture
 def place(tmp_path, monkeypatch):
     """A directory with the files that the old command names."""
