@@ -23,6 +23,22 @@ def escape_control(text: str) -> str:
     return _UNPRINTABLE.sub(lambda m: f"\\x{ord(m[0]):02x}" if ord(m[0]) < 256 else f"\\u{ord(m[0]):04x}", text)
 
 
+_ESCAPE = re.compile(rb"\\(?:([nrt'\"\\])|x([0-9a-fA-F]{2}))")
+_PLAIN = {b"n": b"\n", b"r": b"\r", b"t": b"\t"}
+
+
+def process_escapes(text: str) -> str:
+    r"""Text with \n \r \t \' \" \\ and \xNN (a byte of UTF-8) as what they stand for; anything else stays as it is.
+
+    Raises UsageError for bytes that are not UTF-8.
+    """
+    try:
+        data = text.encode()
+        return _ESCAPE.sub(lambda m: bytes([int(m[2], 16)]) if m[2] else _PLAIN.get(m[1], m[1]), data).decode()
+    except (UnicodeEncodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"the text is not UTF-8: {error.reason}") from error
+
+
 def _fsync_directory(directory: Path) -> None:
     fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
     try:

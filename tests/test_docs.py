@@ -87,6 +87,8 @@ def _known_flags() -> set[str]:
             flags |= {*param.opts, *param.secondary_opts}
     for table in (*ALIASES.values(), *NO_OPS.values()):
         flags |= set(table)
+    for program in (ROOT / "benchmarks").glob("*.py"):
+        flags |= set(re.findall(r'"(--[a-z][\w-]*)"', program.read_text(encoding="utf-8")))
     return flags | {flag.replace("_", "-") for flag in flags}
 
 

@@ -25,6 +25,9 @@ GLOBAL_TORCH_STATE = {
 }  # fmt: skip
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 450, 60
 
+#: run as a process of its own, with JSON on its standard streams: see tokenizer/chat.py
+PROGRAMS = {"llamakit.tokenizer.render_template"}
+
 
 def modules() -> dict[str, ast.Module]:
     """Dotted name -> syntax tree of every module of the package."""

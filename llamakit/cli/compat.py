@@ -78,6 +78,8 @@ NO_OPS: dict[str, dict[str, tuple[int, str]]] = {
         "--threads-batch": (1, "--threads sets the threads of everything"),
         "-no-cnv": (0, "the text is completed as it is unless -cnv is given"),
         "--no-conversation": (0, "the text is completed as it is unless -cnv is given"),
+        "-e": (0, "escapes are processed unless --no-escape is given"),
+        "--escape": (0, "escapes are processed unless --no-escape is given"),
         "--display-prompt": (0, "the prompt is shown unless --no-display-prompt is given"),
         "--color": (0, "the text is never coloured"),
         "--simple-io": (0, "input and output are always simple"),

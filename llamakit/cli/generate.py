@@ -116,8 +116,6 @@ def generate(
     config: ConfigOption = None,
 ) -> int:
     """Continue a prompt, from the command line, a file or standard input; without one, from the start of a text."""
-    if conversation:
-        raise UsageError("-cnv: conversations are not supported, a prompt is completed as it is")
     wanted = GenerateConfig(
         n_predict=n_predict, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
         repeat_penalty=repeat_penalty, repeat_last_n=repeat_last_n, seed=seed, ctx=ctx,
@@ -125,7 +123,9 @@ def generate(
     adapters = [(path, 1.0) for path in lora or ()] + [_scaled(item) for item in lora_scaled or ()]
     text = read_prompt(prompt, prompt_option, prompt_file, escape=not no_escape, use_stdin=vocabulary is None) or ""
     loaded = _load(model, vocabulary, adapters, force, threads, device, dtype)
-    return _run(loaded, text, wanted, display_prompt=not no_display_prompt, json=json)
+    shown = "" if no_display_prompt or conversation else text
+    ids = _prompt_ids(loaded, text, conversation)
+    return _run(loaded, ids, wanted, shown=shown, prompt=text, json=json)
 
 
 @dataclass(frozen=True)
@@ -229,19 +229,33 @@ def _device_and_dtype(
     return where, inference_dtype(dtype, where, n_weights=n_weights, free_bytes=available_memory_bytes())
 
 
-def _run(loaded: _Loaded, text: str, config: GenerateConfig, *, display_prompt: bool, json: bool) -> int:
-    from llamakit.inference.completion import Done, encode_prompt
+def _prompt_ids(loaded: _Loaded, text: str, conversation: bool) -> list[int]:
+    """The prompt as it is, or (-cnv) as the first message of a user, in the model's own chat template."""
+    from llamakit.inference.completion import encode_prompt
+    from llamakit.tokenizer.chat import encode_chat
+
+    if not conversation:
+        if loaded.tokenizer.chat_template:
+            render.hint("this model has a chat template; a plain completion does not apply it, -cnv answers as a chat")
+        return encode_prompt(loaded.tokenizer, text)
+    if not text:
+        raise UsageError("-cnv needs a prompt: the first message of the chat", hint="give it with -p")
+    return encode_chat(loaded.tokenizer, [{"role": "user", "content": text}])
+
+
+def _run(loaded: _Loaded, ids: list[int], config: GenerateConfig, *, shown: str, prompt: str, json: bool) -> int:
+    """Generate and render; shown: what stands on stdout before the continuation."""
+    from llamakit.inference.completion import Done
     from llamakit.inference.completion import generate as continue_prompt
 
-    ids = encode_prompt(loaded.tokenizer, text)
     config = _for_file(loaded, ids, config)
     _remarks(loaded, config)
     tokens: list[Token] = []
     pieces: list[str] = []
     done: Done | None = None
     reports = continue_prompt(loaded.model, loaded.tokenizer, ids, config)
-    if display_prompt and not json:
-        render.stream(text)
+    if shown and not json:
+        render.stream(shown)
     try:
         for report in reports:
             if isinstance(report, Done):
@@ -254,7 +268,7 @@ def _run(loaded: _Loaded, text: str, config: GenerateConfig, *, display_prompt: 
     except KeyboardInterrupt:
         pass  # what there is so far counts
     if json:
-        render.print_json(_as_json(loaded, text, ids, tokens, "".join(pieces), done))
+        render.print_json(_as_json(loaded, prompt, ids, tokens, "".join(pieces), done))
     else:
         render.stream("\n")
         _timings(loaded, done, sampled=config.temperature > 0)
@@ -274,8 +288,6 @@ def _remarks(loaded: _Loaded, config: GenerateConfig) -> None:
         render.warn(f"--ctx {config.ctx} is more than the {n_ctx} tokens that the model was trained for")
     for warning in loaded.tokenizer.warnings:
         render.note(f"{loaded.file.path}: {warning}")
-    if loaded.tokenizer.chat_template:
-        render.hint("this model has a chat template; plain completion does not apply it (the chat command will)")
 
 
 def _timings(loaded: _Loaded, done: Done | None, *, sampled: bool) -> None:

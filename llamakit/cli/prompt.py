@@ -3,28 +3,12 @@
 from __future__ import annotations
 
 import os
-import re
 import stat
 import sys
 from pathlib import Path
 
 from llamakit.errors import UsageError
-from llamakit.files import read_text
-
-_ESCAPE = re.compile(rb"\\(?:([nrt'\"\\])|x([0-9a-fA-F]{2}))")
-_PLAIN = {b"n": b"\n", b"r": b"\r", b"t": b"\t"}
-
-
-def process_escapes(text: str) -> str:
-    r"""Text with \n \r \t \' \" \\ and \xNN (a byte of UTF-8) as what they stand for; anything else stays as it is.
-
-    Raises UsageError for bytes that are not UTF-8.
-    """
-    try:
-        data = text.encode()
-        return _ESCAPE.sub(lambda m: bytes([int(m[2], 16)]) if m[2] else _PLAIN.get(m[1], m[1]), data).decode()
-    except (UnicodeEncodeError, UnicodeDecodeError) as error:
-        raise UsageError(f"the prompt is not UTF-8 text: {error.reason}") from error
+from llamakit.files import process_escapes, read_text
 
 
 def read_prompt(

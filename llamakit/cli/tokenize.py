@@ -10,9 +10,8 @@ import typer
 
 from llamakit.cli import render
 from llamakit.cli.options import FILES, OUTPUT
-from llamakit.cli.prompt import process_escapes
 from llamakit.errors import UsageError
-from llamakit.files import escape_control
+from llamakit.files import escape_control, process_escapes
 
 if TYPE_CHECKING:
     from llamakit.tokenizer import Tokenizer

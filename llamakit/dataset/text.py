@@ -7,7 +7,6 @@ the pattern starts one. Shapes: B batch, T ctx.
 from __future__ import annotations
 
 import hashlib
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,12 +15,11 @@ import numpy as np
 from llamakit.dataset.config import SampleOptions
 from llamakit.dataset.order import SampleOrder
 from llamakit.errors import DataError
-from llamakit.files import read_text
+from llamakit.files import process_escapes, read_text
 from llamakit.tokenizer import Tokenizer
 
 # Below this many windows of ctx tokens a text is too short to give any of it away for validation.
 _MIN_WINDOWS_FOR_VALIDATION = 20
-_ESCAPES = {"n": "\n", "r": "\r", "t": "\t", "'": "'", '"': '"', "\\": "\\"}
 
 
 @dataclass(frozen=True)
@@ -41,16 +39,6 @@ class TrainingText:
     validation: np.ndarray
     sha256: str
     warnings: tuple[str, ...]
-
-
-def process_escapes(text: str) -> str:
-    r"""Replace \n, \r, \t, \', \", \\ and \xNN by what they stand for; anything else stays."""
-
-    def replace(match: re.Match[str]) -> str:
-        code = match[1]
-        return chr(int(code[1:], 16)) if code[0] == "x" else _ESCAPES[code]
-
-    return re.sub(r"\\(x[0-9a-fA-F]{2}|[nrt'\"\\])", replace, text)
 
 
 def read_training_text(path: str | Path, tokenizer: Tokenizer, options: SampleOptions) -> TrainingText:

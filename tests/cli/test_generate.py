@@ -193,7 +193,7 @@ def test_files_that_are_no_models(model, tmp_path, cli):
         (("--lora-scaled", "x:y"), "--lora-scaled is 'x:y'"),
         (("-p", "a", "b"), "more than once"),
         (("-z", "tok.bin"), "-z is for llama2.c"),
-        (("-cnv",), "-cnv"),
+        (("-cnv", "-p", "hello"), "no chat template"),
     ],
 )
 def test_mistakes_are_one_line(arguments, fragment, model, cli):

@@ -1,7 +1,8 @@
 import pytest
 
-from llamakit.cli.prompt import process_escapes, read_prompt
+from llamakit.cli.prompt import read_prompt
 from llamakit.errors import UsageError
+from llamakit.files import process_escapes
 
 
 @pytest.mark.parametrize(

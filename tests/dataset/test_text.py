@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from llamakit.dataset.config import SampleOptions
 from llamakit.dataset.order import SampleOrder
-from llamakit.dataset.text import BatchBuilder, Samples, process_escapes, read_training_text
+from llamakit.dataset.text import BatchBuilder, Samples, read_training_text
 from llamakit.errors import DataError, LlamakitError
 from llamakit.formats.open import open_model
 from llamakit.tokenizer import load_tokenizer
@@ -174,7 +174,3 @@ def test_a_text_of_one_token_is_refused(tmp_path, tokenizer):
     if len(tokenizer.encode(path.read_text(), add_special=False, parse_special=False)) < 2:
         with pytest.raises(DataError, match="at least 2"):
             read_training_text(path, tokenizer, SampleOptions())
-
-
-def test_escapes():
-    assert process_escapes(r"a\nb\t\\n\x41\q") == "a\nb\t\\nA\\q"

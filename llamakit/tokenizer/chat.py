@@ -1,0 +1,65 @@
+"""Chat templates: messages -> the prompt that a model was trained on."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from llamakit.errors import FormatError, UnsupportedError
+from llamakit.tokenizer.base import Tokenizer
+
+_RENDERER = Path(__file__).with_name("render_template.py")
+_LONGEST_TEMPLATE, _DEADLINE_S = 256 << 10, 10
+
+
+def render_chat(
+    tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool = True
+) -> str:
+    """The prompt for messages ({"role", "content"} each), by the vocabulary's own Jinja template.
+
+    The template runs in a sandbox, in a process of its own with 512 MB of memory and 2 s of processor time.
+    Raises UnsupportedError where there is no template, FormatError for one that fails or exceeds its limits.
+    """
+    template = tokenizer.chat_template
+    if not template:
+        raise UnsupportedError("the model has no chat template (tokenizer.chat_template)")
+    if len(template) > _LONGEST_TEMPLATE:
+        raise FormatError(
+            f"tokenizer.chat_template has {len(template)} characters (expected at most {_LONGEST_TEMPLATE})"
+        )
+    variables = {
+        "messages": [dict(message) for message in messages],
+        "add_generation_prompt": add_generation_prompt,
+        "bos_token": _text(tokenizer, tokenizer.bos_id),
+        "eos_token": _text(tokenizer, tokenizer.eos_id),
+    }
+    answer = _run(json.dumps({"template": template, "variables": variables}))
+    if "text" not in answer:
+        reason = " ".join(answer.get("error", "it exceeded its limits on time and memory").split())
+        raise FormatError(f"tokenizer.chat_template cannot be rendered: {reason[:300]}")
+    return answer["text"]
+
+
+def encode_chat(tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]]) -> list[int]:
+    """The rendered messages as ids; a BOS that the template wrote itself is not written twice."""
+    text = render_chat(tokenizer, messages)
+    bos = _text(tokenizer, tokenizer.bos_id)
+    return tokenizer.encode(text, add_special=not (bos and text.startswith(bos)), parse_special=True)
+
+
+def _text(tokenizer: Tokenizer, token: int | None) -> str:
+    return "" if token is None else tokenizer.piece(token, special=True).decode("utf-8", "replace")
+
+
+def _run(request: str) -> dict[str, str]:
+    try:
+        result = subprocess.run(
+            [sys.executable, "-I", str(_RENDERER)],
+            check=False, input=request, capture_output=True, text=True, encoding="utf-8", timeout=_DEADLINE_S,
+        )  # fmt: skip
+        return json.loads(result.stdout)
+    except (subprocess.TimeoutExpired, json.JSONDecodeError):
+        return {}
