@@ -66,7 +66,7 @@ def test_bad_input(spm: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str])
         (spm, ["-p", "a", "-f", "b"], "twice"),
         (spm, ["-f", str(tmp_path / "none")], str(tmp_path / "none"), "cannot be read"),
         (spm, ["-f", str(tmp_path / "latin")], "latin:2: is not UTF-8 text (byte 0xe9)"),
-        (spm, ["-p", "\\xff"], "is not UTF-8 text"),
+        (spm, ["-p", "\\xff"], "the text is not UTF-8"),
         (tmp_path / "none.gguf", ["-p", "a"], "none.gguf"),
         (bad, ["-p", "a"], "bad.gguf", "'kimi-k2'"),
     ):
