@@ -47,7 +47,7 @@ class Case:
     batch: int
     ctx: int
     steps: int
-    weight_cache: str = "bf16"
+    weight_cache: str = "auto"
 
 
 CASES = {
@@ -266,6 +266,10 @@ def worker(role: str, job: Job) -> None:
     if role == "prepare":
         prepare_for_peft(job)
         return
+    if role == "ours":
+        from llamakit.cli.finetune import keep_freed_memory
+
+        keep_freed_memory()  # as the command does
     steps, flop = (our_steps if role == "ours" else peft_steps)(job)
     loading = peak_rss_bytes()
     Path("/proc/self/clear_refs").write_text("5")  # the peak is counted anew

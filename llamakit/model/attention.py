@@ -6,6 +6,7 @@ Shapes: B batch, T tokens, K key/value heads, G query heads per key/value head (
 from __future__ import annotations
 
 import math
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,13 @@ _TILE = 128
 _KEEP_SOFTMAX_CTX = 1024
 
 
+@cache
+def _future(n: int) -> Tensor:
+    """True where a key stands after its query, (n, n), on the CPU."""
+    with torch.inference_mode(False):
+        return torch.ones(n, n, dtype=torch.bool).triu_(1)
+
+
 def _tile_softmax(q: Tensor, k: Tensor, start: int, stop: int, scale: float) -> Tensor:
     """Attention weights of the queries [start, stop) over keys [0, stop).
 
@@ -27,8 +35,7 @@ def _tile_softmax(q: Tensor, k: Tensor, start: int, stop: int, scale: float) -> 
     n, g, _, d = q.shape
     tile = q[:, :, start:stop].reshape(n, g * (stop - start), d)
     scores = torch.bmm(tile, k[:, :stop].transpose(1, 2)).mul_(scale)
-    future = torch.ones(stop - start, stop - start, dtype=torch.bool, device=q.device).triu_(1)
-    scores.view(n, g, stop - start, stop)[..., start:].masked_fill_(future, -math.inf)
+    scores.view(n, g, stop - start, stop)[..., start:].masked_fill_(_future(stop - start), -math.inf)
     return torch.softmax(scores, dim=-1)
 
 

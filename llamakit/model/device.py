@@ -22,6 +22,16 @@ def has_fast_bf16(device: torch.device) -> bool:
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
+def can_prepack(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether oneDNN can hold matrices of dtype in its own layouts here."""
+    return (
+        device.type == "cpu"
+        and dtype == torch.bfloat16
+        and has_fast_bf16(device)
+        and torch.backends.mkldnn.is_available()
+    )
+
+
 def training_dtype(requested: str, device: torch.device) -> torch.dtype:
     """`f32` or `bf16` as asked; `auto`: bf16 where it is fast (float16 never: its backward crawls on a CPU)."""
     if requested == "auto":

@@ -11,7 +11,8 @@ from llamakit.errors import FormatError, LlamakitError, UnsupportedError
 from llamakit.files import available_memory_bytes
 from llamakit.formats.base import ModelFile
 from llamakit.model.config import ModelConfig
-from llamakit.model.layers import Embedding, PackedWeight, QuantizedLinear, RMSNorm, Scratch
+from llamakit.model.device import can_prepack
+from llamakit.model.layers import Embedding, QuantizedLinear, RMSNorm, Scratch
 from llamakit.model.llama import Llama
 from llamakit.quant import QTensor, can_decode, dequantize
 
@@ -46,11 +47,13 @@ def load_model(
     dtype: torch.dtype = torch.float32,
     weight_cache: WeightCache = "auto",
     config: ModelConfig | None = None,
+    for_training: bool = False,
 ) -> Llama:
     """Read a model; its matrices stay packed, decoded to dtype for every product, or once (weight_cache).
 
     dtype: what activations and products are computed in. weight_cache: "bf16" keeps every matrix decoded in dtype,
-    "none" decodes for each use, "auto" keeps them when they take at most 60 % of the free memory.
+    "none" decodes for each use, "auto" keeps them when they take at most 60 % of the free memory; for_training it
+    then keeps them, where they fit, in the two layouts that training multiplies fastest.
     config: hyper-parameters to use instead of the file's own.
     Raises FormatError or UnsupportedError, naming the file and the tensor or key.
     """
@@ -68,7 +71,7 @@ def load_model(
             model.set_submodule(path, QuantizedLinear(_packed(file, name, device), bias_vector, scratch))
     if config.tied_output:
         model.output = QuantizedLinear(embedding, scratch=scratch)
-    _keep_dense(model, dtype, weight_cache)
+    _keep_decoded(model, dtype, weight_cache, for_training)
     return model.eval().requires_grad_(False)
 
 
@@ -90,13 +93,19 @@ def linear_layers(model: Llama) -> list[QuantizedLinear]:
     return [module for module in model.modules() if isinstance(module, QuantizedLinear)]
 
 
-def _keep_dense(model: Llama, dtype: torch.dtype, weight_cache: WeightCache) -> None:
-    layers: list[PackedWeight] = list(linear_layers(model))
+def _keep_decoded(model: Llama, dtype: torch.dtype, weight_cache: WeightCache, for_training: bool) -> None:
+    layers = linear_layers(model)
     if weight_cache == "none":
         return
     if weight_cache == "auto":
         needed, free = sum(layer.dense_bytes(dtype) for layer in layers), _free_bytes(layers[0].weight.device)
         if free is not None and needed > _CACHE_SHARE * free:
+            return
+        n_bytes = sum(layer.shape[0] * layer.shape[-1] * dtype.itemsize for layer in layers)
+        fits_twice = free is None or 2 * n_bytes <= _CACHE_SHARE * free
+        if for_training and fits_twice and can_prepack(layers[0].weight.device, dtype):
+            for layer in layers:
+                layer.prepack(dtype)
             return
     for layer in layers:
         layer.keep_dense(dtype)

@@ -71,14 +71,13 @@ def step_seconds(model: Llama, config: FinetuneConfig, dtype: torch.dtype, devic
     n_tokens = config.batch * config.ctx
     rows = min(n_tokens, 512)
     x: Tensor = torch.zeros(rows, layer.shape[1], dtype=dtype, device=device)
-    w = layer.dense(dtype)
-    rate = 2 * rows * w.numel() / max(_best_of(3, lambda: torch.nn.functional.linear(x, w)), 1e-9)
+    n_weights = layer.shape[0] * layer.shape[1]
+    decode = _best_of(2, lambda: layer.dense(dtype)) if layer.is_packed(dtype) else 0.0
+    rate = 2 * rows * n_weights / max(_best_of(3, lambda: layer.product(x)) - decode, 1e-9)
     attention = 2 * config.ctx * shape.n_head * shape.head_dim * shape.n_layer  # causal: half of 4
     passes = 6 if config.use_checkpointing else 4
     seconds = n_tokens * passes * (shape.n_matmul + attention) / (rate * _EFFICIENCY)
-    if layer.is_packed(dtype):
-        decode = _best_of(2, lambda: layer.dense(dtype)) / w.numel()
-        seconds += decode * shape.n_matmul * passes / 2
+    seconds += decode / n_weights * shape.n_matmul * passes / 2
     return seconds * config.grad_acc
 
 

@@ -12,7 +12,9 @@ from llamakit.formats.adapter import Adapter
 from llamakit.formats.open import open_model
 from llamakit.model import KVCache, ModelConfig, attach, detach, load_model
 from llamakit.model.attention import causal_attention
+from llamakit.model.device import can_prepack
 from llamakit.model.layers import RMSNorm, gated_silu
+from llamakit.model.load import linear_layers
 from tests.tiny import cached_tiny_gguf
 
 VARIANTS = {
@@ -179,6 +181,21 @@ def test_an_adapter_of_another_model_is_refused_and_changes_nothing():
     with pytest.raises(MismatchError, match="does not have"):
         attach(load(tied=True), random_adapter(model, names=["output.weight"]))
     assert not any("lora" in name for name, _ in model.named_parameters())
+
+
+@pytest.mark.skipif(not can_prepack(torch.device("cpu"), torch.bfloat16), reason="no fast bf16 on this processor")
+def test_the_layouts_for_training_change_no_bit():
+    tokens = torch.arange(24).view(2, 12)
+    results = []
+    with open_model(cached_tiny_gguf(type="Q4_0", biases=True)) as file:
+        for for_training in (False, True):
+            model = load_model(file, dtype=torch.bfloat16, for_training=for_training)
+            assert all((layer._prepacked is not None) == for_training for layer in linear_layers(model))
+            x = torch.ones(2, 12, model.config.n_embd, dtype=torch.bfloat16, requires_grad=True)
+            y = model.output(model.blk[0](x, model.rope.rotations(torch.arange(12)), None))
+            y.float().square().sum().backward()
+            results.append((model(tokens), y, x.grad))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 @pytest.mark.parametrize("weight_cache", ["auto", "bf16", "none"])
