@@ -193,6 +193,7 @@ class _Run:
             dtype=self.dtype,
             weight_cache=config.weight_cache,
             config=self.shape,
+            for_training=True,
         )
         trainer = self._trainer(model, text, tokenizer)
         yield from self._facts(text, trainer)
