@@ -88,9 +88,9 @@ class Embedding(PackedWeight):
 class _Prepacked:
     """A matrix in oneDNN's own layouts, one for x W^T and one for g W: the same products, 10 and 15 % faster."""
 
-    def __init__(self, dense: Tensor) -> None:
+    def __init__(self, dense: Tensor, transposed: Tensor) -> None:
         reorder = torch.ops.mkldnn._reorder_linear_weight
-        self._forward, self._backward = reorder(dense, None), reorder(dense.t().contiguous(), None)
+        self._forward, self._backward = reorder(dense, None), reorder(transposed, None)
 
     def forward(self, x: Tensor, bias: Tensor | None) -> Tensor:
         return torch.ops.mkldnn._linear_pointwise(x, self._forward, bias, "none", [], "")
@@ -120,9 +120,14 @@ class QuantizedLinear(PackedWeight):
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
         self._prepacked: _Prepacked | None = None
 
-    def prepack(self, dtype: torch.dtype) -> None:
-        """Decode now, into the two layouts that training multiplies fastest: 4 bytes per weight in bf16."""
-        self._prepacked, self._dense = _Prepacked(dequantize(self.weight, self.ggml_type, dtype)), None
+    def prepack(self, dtype: torch.dtype, scratch: Scratch) -> None:
+        """Decode now, into the two layouts that training multiplies fastest: 4 bytes per weight in bf16.
+
+        scratch: for the transposed copy that is on the way; fresh memory for each would leave holes of its size.
+        """
+        dense = self.dense(dtype)
+        transposed = scratch.take((self.shape[-1], self.shape[0]), dense, dtype).copy_(dense.t())
+        self._prepacked = _Prepacked(dense, transposed)
 
     def is_packed(self, dtype: torch.dtype) -> bool:
         """Whether a product has to decode first."""

@@ -104,8 +104,9 @@ def _keep_decoded(model: Llama, dtype: torch.dtype, weight_cache: WeightCache, f
         n_bytes = sum(layer.shape[0] * layer.shape[-1] * dtype.itemsize for layer in layers)
         fits_twice = free is None or 2 * n_bytes <= _CACHE_SHARE * free
         if for_training and fits_twice and can_prepack(layers[0].weight.device, dtype):
+            scratch = Scratch()
             for layer in layers:
-                layer.prepack(dtype)
+                layer.prepack(dtype, scratch)
             return
     for layer in layers:
         layer.keep_dense(dtype)
