@@ -458,7 +458,7 @@ def finetune(
         Literal["auto", "bf16", "none"],
         typer.Option(
             "--weight-cache",
-            help="Keep the decoded weights (bf16), decode them for each use (none), or decide by the free memory.",
+            help="Keep decoded weights (bf16), decode for each use (none), or decide by the free memory (auto).",
             rich_help_panel=options.COMPUTE,
         ),
     ] = _D.weight_cache,

@@ -64,7 +64,12 @@ def generate(
             "--no-escape", help=r"Leave \n, \t, \xNN ... in PROMPT and -p as they are.", rich_help_panel=_PROMPT
         ),
     ] = False,
-    conversation: Annotated[bool, typer.Option("-cnv", hidden=True)] = False,
+    conversation: Annotated[
+        bool,
+        typer.Option(
+            "-cnv", help="Answer the prompt as a chat, in the model's own template.", rich_help_panel=SAMPLING
+        ),
+    ] = False,
     n_predict: Annotated[
         int,
         typer.Option("-n", help="Tokens to generate at most; -1: until an end token.", rich_help_panel=SAMPLING),

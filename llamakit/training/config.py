@@ -134,7 +134,7 @@ class FinetuneConfig(SampleOptions):
     dtype: Dtype = "auto"
     """what to compute in; auto: bf16 where the processor multiplies it fast"""
     weight_cache: Cache = "auto"
-    """keep the decoded weights (bf16), decode them for each use (none), or decide by the free memory"""
+    """keep the decoded weights once (bf16), decode them for each use (none), or decide by the free memory (auto)"""
     threads: int = 6
     """CPU threads, at most the cores that there are"""
 
