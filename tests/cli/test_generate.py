@@ -214,7 +214,7 @@ def test_a_reader_that_goes_away_is_no_error(model):
 
 @pytest.mark.slow
 def test_ctrl_c_keeps_the_text_so_far_and_exits_130(model):
-    long = cached_tiny_gguf(n_ctx=100_000)
+    long = cached_tiny_gguf(n_ctx=100_000, seed=1)  # greedy text of this one goes round in a circle for ever
     command = [sys.executable, "-u", "-m", "llamakit", "generate", "-m", str(long), PROMPT, "-t", "0"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT) as process:
         assert process.stdout is not None
