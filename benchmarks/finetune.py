@@ -48,6 +48,7 @@ class Case:
     ctx: int
     steps: int
     weight_cache: str = "auto"
+    use_checkpointing: bool = False  # of ours; peft's is off, its default
 
 
 CASES = {
@@ -55,6 +56,7 @@ CASES = {
     "smollm2-4x512": Case("smollm2", 4, 512, steps=1),
     "1b-4x64": Case("1b-q8_0", 4, 64, steps=1),
     "1b-4x64-packed": Case("1b-q8_0", 4, 64, steps=1, weight_cache="none"),
+    "1b-4x64-small": Case("1b-q8_0", 4, 64, steps=1, weight_cache="none", use_checkpointing=True),
     "tiny": Case("tiny-q8_0", 2, 16, steps=1),
 }
 
@@ -83,6 +85,7 @@ class Job:
     ctx: int
     threads: int
     weight_cache: str
+    use_checkpointing: bool
 
     def config(self) -> Any:
         """The run as llamakit's options."""
@@ -101,7 +104,7 @@ class Job:
             ctx=self.ctx,
             seed=SEED,
             lora_r=RANK,
-            use_checkpointing=False,
+            use_checkpointing=self.use_checkpointing,
             device="cpu",
             dtype="bf16",
             weight_cache=self.weight_cache,  # pyright: ignore[reportArgumentType]
@@ -125,7 +128,7 @@ def our_steps(job: Job) -> tuple[Iterator[Step], Callable[[], float]]:
         if isinstance(report, Begin):
             break
     steps = ((report.step_s, report.loss) for report in reports if isinstance(report, StepReport))
-    return steps, lambda: step_flop(facts, batch=job.batch, ctx=job.ctx, checkpointing=False)
+    return steps, lambda: step_flop(facts, batch=job.batch, ctx=job.ctx, checkpointing=job.use_checkpointing)
 
 
 def peft_steps(job: Job) -> tuple[Iterator[Step], Callable[[], float]]:
@@ -305,6 +308,7 @@ def measure(name: str, case: Case, directory: Path, *, threads: int, rounds: int
         ctx=case.ctx,
         threads=threads,
         weight_cache=case.weight_cache,
+        use_checkpointing=case.use_checkpointing,
     )
     start("prepare", job).close()
     children = {role: start(role, job) for role in ("ours", "peft")}
