@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import codecs
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from itertools import chain
 
@@ -45,7 +46,7 @@ class TokenStream:
         return rest
 
 
-class Tokenizer:
+class Tokenizer(ABC):
     """A vocabulary and its way of cutting text. Made by `load_tokenizer` or `load_llama2c_tokenizer`.
 
     n_vocab: number of tokens. bos_id, eos_id, unk_id: None where the vocabulary has none. add_bos, add_eos: what
@@ -121,13 +122,13 @@ class Tokenizer:
         """A decoder for ids that arrive one by one."""
         return TokenStream(self)
 
+    @abstractmethod
     def _encode_text(self, text: str, after_special: bool) -> list[int]:
         """Ids of a text without special tokens; after_special: it begins the input or follows a special token."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _text_of(self, text: str) -> bytes:
         """Bytes of a normal token, from its spelling in the vocabulary."""
-        raise NotImplementedError
 
     def _piece(self, id: int) -> bytes:
         text, attr = self.vocabulary.tokens[id], self.vocabulary.attrs[id]

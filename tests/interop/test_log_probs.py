@@ -7,24 +7,13 @@ import torch
 from llamakit.formats.open import open_model
 from llamakit.model import load_model
 from tests.interop.llama_server import LlamaServer
+from tests.model.test_llama import VARIANTS as TINY_VARIANTS
 from tests.smollm import f32_copy, smollm2_path
 from tests.tiny import cached_tiny_gguf
 
 pytestmark = pytest.mark.interop
 TOLERANCE = 1e-4
-VARIANTS = {
-    "gqa": {},
-    "mha": {"n_head_kv": 4},
-    "mqa": {"n_head_kv": 1},
-    "tied": {"tied": True},
-    "biases": {"biases": True},
-    "head_dim": {"head_dim": 32},
-    "linear": {"rope": "linear"},
-    "llama3": {"rope": "llama3"},
-    "yarn": {"rope": "yarn"},
-    "theta": {"rope_base": 500000.0},
-    "wide": {"n_embd": 128, "n_head": 8, "n_head_kv": 4, "n_ff": 320, "n_layer": 3},
-}
+VARIANTS = TINY_VARIANTS | {"wide": {"n_embd": 128, "n_head": 8, "n_head_kv": 4, "n_ff": 320, "n_layer": 3}}
 
 
 def ours(path, tokens):
