@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -31,8 +33,10 @@ def load_config(file: ModelFile) -> ModelConfig:
     for name, info in file.tensors.items():
         if not can_decode(info.type):
             raise UnsupportedError(f"tensor {name} has type {info.type.name}, which has no decoder", path=file.path)
-    vocabulary = file.metadata.get("tokenizer.ggml.tokens")
-    if vocabulary is not None and len(vocabulary) != config.n_vocab:
+    vocabulary = file.metadata.get("tokenizer.ggml.tokens", ())
+    if not isinstance(vocabulary, (Sequence, np.ndarray)) or isinstance(vocabulary, str):
+        raise FormatError("tokenizer.ggml.tokens is no list", path=file.path)
+    if len(vocabulary) not in (0, config.n_vocab):
         raise FormatError(
             f"tokenizer.ggml.tokens has {len(vocabulary)} entries (token_embd.weight has {config.n_vocab} rows)",
             path=file.path,

@@ -30,7 +30,7 @@ def _hostile_value(rng: random.Random, key: str, value):
     elif kind == 2:
         items = items + items[-3:]
     elif isinstance(items[0], str):
-        items[rng.randrange(len(items))] = rng.choice(["", "<0xZZ>", "<0x-1>", "\ud800", "a" * 5000, items[0], "\0"])
+        items[rng.randrange(len(items))] = rng.choice(["", "<0xZZ>", "<0x-1>", "\udcff", "a" * 5000, items[0], "\0"])
     else:
         items[rng.randrange(len(items))] = rng.choice([0, 1, 100])
     if isinstance(items[:1], list) and items and isinstance(items[0], str):

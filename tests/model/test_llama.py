@@ -9,12 +9,13 @@ import torch.nn.functional as F
 
 from llamakit.errors import FormatError, LlamakitError, MismatchError, UnsupportedError
 from llamakit.formats.adapter import Adapter
+from llamakit.formats.gguf import copied_tensor, typed_metadata, write_gguf
 from llamakit.formats.open import open_model
 from llamakit.model import KVCache, ModelConfig, attach, detach, load_model
 from llamakit.model.attention import causal_attention
 from llamakit.model.device import can_prepack
 from llamakit.model.layers import RMSNorm, gated_silu
-from llamakit.model.load import linear_layers
+from llamakit.model.load import linear_layers, load_config
 from tests.tiny import cached_tiny_gguf
 
 VARIANTS = {
@@ -258,3 +259,13 @@ def test_rope_turns_pairs_by_position_times_frequency():
     for i in range(d // 2):
         angle = 3 * 10000 ** (-2 * i / d)
         assert complex(rotations[0, i]) == pytest.approx(complex(math.cos(angle), math.sin(angle)), abs=1e-6)
+
+
+@pytest.mark.parametrize(("tokens", "reason"), [(7, "no list"), ("abc", "no list"), (["a", "b"], "has 2 entries")])
+def test_a_vocabulary_that_cannot_be_the_models_is_named(tmp_path, tokens, reason):
+    source = open_model(cached_tiny_gguf())
+    metadata = typed_metadata(source) | {"tokenizer.ggml.tokens": tokens}
+    path = tmp_path / "m.gguf"
+    write_gguf(path, metadata=metadata, tensors=[copied_tensor(source, name) for name in source.tensors])
+    with pytest.raises(FormatError, match=f"tokenizer.ggml.tokens {reason}|is {reason}"):
+        load_config(open_model(path))
