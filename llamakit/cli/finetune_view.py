@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Iterator
 from types import TracebackType
 
@@ -103,11 +104,11 @@ class View:
         self._last = dataclasses.asdict(step)
         done = step.step - self._steps_before
         self._bar.update(done, loss=f"{step.loss:.4f}", lr=f"{step.lr:.2e}", **{"tok/s": f"{step.tok_per_s:.0f}"})
-        if not self._bar.visible or not render.is_terminal(_stdout()):
+        if not self._bar.visible or not render.is_terminal(sys.stdout):
             line = step_line(step, self._dt_s, self._first_loss)
             (render.log if self._json else render.say)(line)
             if not self._json:
-                _stdout().flush()
+                sys.stdout.flush()
         if step.skipped:
             render.warn(f"iteration {step.step}: the loss or its gradient is not finite; the step was skipped")
 
@@ -121,12 +122,6 @@ class View:
             summary = {"reason": finished.reason, "total_s": finished.total_s, "iterations": finished.iterations,
                        "files": finished.files, "last_step": self._last}  # fmt: skip
             render.print_json(summary)
-
-
-def _stdout():
-    import sys
-
-    return sys.stdout
 
 
 def _lines(report: Report) -> Iterator[str]:
