@@ -9,7 +9,7 @@ from __future__ import annotations
 import codecs
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from itertools import chain
 
 from llamakit.errors import UsageError
@@ -19,6 +19,9 @@ _C_SPACES = " \t\n\v\f\r"  # isspace() of the C locale
 
 #: a piece of the input: text still to be encoded, or the id of a special token found in it
 Fragment = str | int
+# Parts of a text whose ids are remembered, and how long they may be.
+_CACHED_PARTS = 1 << 17
+_CACHED_LENGTH = 64
 
 
 class TokenStream:
@@ -60,6 +63,7 @@ class Tokenizer(ABC):
 
     def __init__(self, vocabulary: Vocabulary) -> None:
         v = self.vocabulary = vocabulary
+        self._cache: dict[str, list[int]] = {}
         self.n_vocab = len(v.tokens)
         self.bos_id, self.eos_id, self.unk_id = v.bos_id, v.eos_id, v.unk_id
         self.add_bos, self.add_eos = v.add_bos, v.add_eos
@@ -121,6 +125,19 @@ class Tokenizer(ABC):
     def stream(self) -> TokenStream:
         """A decoder for ids that arrive one by one."""
         return TokenStream(self)
+
+    def _encode_each(self, parts: Iterable[str], encode: Callable[[str], list[int]]) -> list[int]:
+        """Ids of parts of a text that do not depend on each other; a short part is encoded once."""
+        ids: list[int] = []
+        cache = self._cache
+        for part in parts:
+            known = cache.get(part)
+            if known is None:
+                known = encode(part)
+                if len(part) <= _CACHED_LENGTH and len(cache) < _CACHED_PARTS:
+                    cache[part] = known
+            ids += known
+        return ids
 
     @abstractmethod
     def _encode_text(self, text: str, after_special: bool) -> list[int]:

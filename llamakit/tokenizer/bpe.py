@@ -15,8 +15,6 @@ from llamakit.tokenizer.vocabulary import Vocabulary
 #: bytes that ordinary text has; vocabularies that were trained without control characters and rare planes are sound
 _TEXT_BYTES = frozenset((0x09, 0x0A, 0x0D, *range(0x20, 0x7F), *range(0x80, 0xC0), *range(0xC2, 0xF1)))
 
-_CACHED_WORDS = 1 << 17
-_CACHED_LENGTH = 64
 # Words of this length are cut where no merge can reach across before they are merged.
 _LONG_WORD = 512
 
@@ -54,23 +52,13 @@ class BpeTokenizer(Tokenizer):
         self._pre = pre
         ranks = self._ranks = merge_ranks(merges)
         self._rank_of = lambda a, b: ranks.get(f"{a} {b}", NO_MERGE)
-        self._cache: dict[str, list[int]] = {}
         self._joined: set[str] | None = None
         missing = [b for b, letter in enumerate(_LETTERS) if b in _TEXT_BYTES and letter not in vocabulary.ids]
         if missing:
             self.warnings.append(f"the vocabulary has no token for {len(missing)} bytes of text: they are dropped")
 
     def _encode_text(self, text: str, after_special: bool) -> list[int]:
-        ids: list[int] = []
-        cache = self._cache
-        for word in self._pre.split(text):
-            known = cache.get(word)
-            if known is None:
-                known = self._encode_word(word)
-                if len(word) <= _CACHED_LENGTH and len(cache) < _CACHED_WORDS:
-                    cache[word] = known
-            ids += known
-        return ids
+        return self._encode_each(self._pre.split(text), self._encode_word)
 
     def _encode_word(self, word: str) -> list[int]:
         letters = word.encode().decode("latin-1").translate(_TO_LETTERS)

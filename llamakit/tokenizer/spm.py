@@ -17,8 +17,6 @@ from llamakit.tokenizer.vocabulary import Vocabulary
 SPACE = "\u2581"
 
 # Parts of a text that were encoded before: words repeat. Long ones seldom do.
-_CACHED_PARTS = 1 << 17
-_CACHED_LENGTH = 64
 
 
 def merge_ranks(tokens: list[str], scores: np.ndarray | None) -> dict[str, int]:
@@ -45,7 +43,6 @@ class SpmTokenizer(Tokenizer):
         self._rank_of = lambda a, b: ranks.get(a + b, NO_MERGE)
         self._joined = joined_pairs(vocabulary.tokens)
         self._byte_ids = [_byte_id(vocabulary.ids, b) for b in range(256)]
-        self._cache: dict[str, list[int]] = {}
         missing = self._byte_ids.count(None)
         if missing:
             reads_as = "no text with them can be encoded" if self.unk_id is None else "they are encoded as <unk>"
@@ -54,16 +51,7 @@ class SpmTokenizer(Tokenizer):
     def _encode_text(self, text: str, after_special: bool) -> list[int]:
         if self.vocabulary.add_space_prefix and after_special:
             text = " " + text
-        ids: list[int] = []
-        cache = self._cache
-        for part in cut_apart(text.replace(" ", SPACE), self._joined):
-            known = cache.get(part)
-            if known is None:
-                known = self._encode_part(part)
-                if len(part) <= _CACHED_LENGTH and len(cache) < _CACHED_PARTS:
-                    cache[part] = known
-            ids += known
-        return ids
+        return self._encode_each(cut_apart(text.replace(" ", SPACE), self._joined), self._encode_part)
 
     def _encode_part(self, part: str) -> list[int]:
         ids: list[int] = []
