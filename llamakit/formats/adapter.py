@@ -18,10 +18,10 @@ import numpy as np
 
 from llamakit.errors import FormatError, MismatchError, UnsupportedError
 from llamakit.files import escape_control
-from llamakit.formats.base import ModelFile
+from llamakit.formats.base import ModelFile, TensorData
 from llamakit.formats.ggla import read_ggla
 from llamakit.formats.gguf_reader import GGUFFile
-from llamakit.formats.gguf_writer import TensorData, write_gguf
+from llamakit.formats.gguf_writer import write_gguf
 from llamakit.formats.open import sniff
 from llamakit.formats.stamps import BaseStamps, base_stamps
 from llamakit.ggml import GGMLType

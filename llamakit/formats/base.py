@@ -1,12 +1,16 @@
-"""What every model file looks like from inside the house: metadata with GGUF keys, tensors with GGUF names."""
+"""What every model file looks like from inside the house: metadata with GGUF keys, tensors with GGUF names.
+
+A reader of a format is a `ModelFile`; a writer takes metadata and `TensorData` in the same dialect. So N readers and
+M writers make every conversion.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol, Self
 
 import numpy as np
 
@@ -47,6 +51,20 @@ class TensorInfo:
         return prod(self.shape)
 
 
+class TensorData(NamedTuple):
+    """One tensor to be written.
+
+    shape: rows first, in elements. data: its packed bytes, as an array of any dtype and shape (uint8 rows, or
+    float32 for F32), or a function that gives such an array, or an iterable of such arrays (slices, in
+    order), when it is the tensor's turn: memory then holds no more than one of them.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    type: GGMLType
+    data: np.ndarray | Callable[[], np.ndarray | Iterable[np.ndarray]]
+
+
 class ModelFile(Protocol):
     """An opened file: metadata under GGUF's keys, tensors under GGUF's names; the only source of tensors.
 
@@ -71,3 +89,11 @@ class ModelFile(Protocol):
         Raises KeyError for an unknown name, FormatError when the file is shorter than it was when opened.
         """
         ...
+
+    def close(self) -> None:
+        """Give files back to the system; `read` fails afterwards, metadata and the tensor table stay."""
+        ...
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(self, *_: object) -> None: ...

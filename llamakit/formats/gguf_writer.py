@@ -13,13 +13,13 @@ import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from llamakit.errors import LlamakitError
 from llamakit.files import atomic_path
-from llamakit.formats.base import ModelFile, TensorInfo
+from llamakit.formats.base import ModelFile, TensorData, TensorInfo
 from llamakit.formats.gguf_reader import (
     DEFAULT_ALIGNMENT,
     MAGIC,
@@ -42,20 +42,6 @@ class Typed:
     value: Any
     type: GGUFValueType
     element_type: GGUFValueType | None = None
-
-
-class TensorData(NamedTuple):
-    """One tensor to be written.
-
-    shape: rows first, in elements. data: its packed bytes, as an array of any dtype and shape (uint8 rows, or
-    float32 for F32), or a function that gives such an array, or an iterable of such arrays (slices, in
-    order), when it is the tensor's turn: memory then holds no more than one of them.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    type: GGMLType
-    data: np.ndarray | Callable[[], np.ndarray | Iterable[np.ndarray]]
 
 
 def write_gguf(

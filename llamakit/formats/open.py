@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import struct
+from collections.abc import Callable
 from pathlib import Path
 
 from llamakit.errors import FormatError, LlamakitError, UnsupportedError, UsageError
@@ -100,11 +101,16 @@ def open_model(path: str | os.PathLike[str]) -> ModelFile:
     for what is known but no model here, FormatError for the rest and for broken files.
     """
     kind = sniff(path)
-    if kind == "gguf":
-        return GGUFFile(path)
-    if kind == "llama2c":
-        return llama2c.Llama2cFile(path)
+    if kind in _OPENERS:
+        return _OPENERS[kind](path)
     raise _refusal(path, kind)
+
+
+#: kind -> what opens it as a model
+_OPENERS: dict[str, Callable[[str | os.PathLike[str]], ModelFile]] = {
+    "gguf": GGUFFile,
+    "llama2c": llama2c.Llama2cFile,
+}
 
 
 def _refusal(path: str | os.PathLike[str], kind: str) -> LlamakitError:
