@@ -39,8 +39,9 @@ def process_escapes(text: str) -> str:
         raise UsageError(f"the text is not UTF-8: {error.reason}") from error
 
 
-def _fsync_directory(directory: Path) -> None:
-    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+def _fsync_path(path: Path) -> None:
+    """Flush a file, or the names in a directory, to the disk."""
+    fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)
     finally:
@@ -67,20 +68,52 @@ def atomic_path(path: str | os.PathLike[str], verify: Callable[[Path], None] | N
     temporary = _temporary(path)
     try:
         yield temporary
-        fd = os.open(temporary, os.O_RDONLY)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
+        _fsync_path(temporary)
         if verify is not None:
             verify(temporary)
         os.replace(temporary, path)
-        _fsync_directory(path.parent)
+        _fsync_path(path.parent)
     except OSError as error:
         raise _save_error(path, error) from error
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def atomic_directory(path: str | os.PathLike[str], verify: Callable[[Path], None] | None = None) -> Iterator[Path]:
+    """A temporary directory beside `path`, to be filled by the caller; it becomes `path` only once it is whole.
+
+    An empty directory may stand there already. On leaving: fsync of every file, `verify(temporary)`, rename, fsync of
+    the parent. On any error the temporary directory is removed and `path` stays as it was. Raises UsageError where
+    `path` is a file or a directory that is not empty, SaveError for what the disk refuses.
+    """
+    path = Path(path)
+    _refuse_occupied(path)
+    temporary = _temporary(path)
+    try:
+        temporary.mkdir()
+        yield temporary
+        for file in temporary.rglob("*"):
+            _fsync_path(file)
+        _fsync_path(temporary)
+        if verify is not None:
+            verify(temporary)
+        os.rename(temporary, path)
+        _fsync_path(path.parent)
+    except OSError as error:
+        raise _save_error(path, error) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _refuse_occupied(path: Path) -> None:
+    """A folder is written anew or not at all: mixing two models' files would give neither."""
+    if path.is_dir():
+        if any(path.iterdir()):
+            raise UsageError("is not empty", path=path, hint="name a new folder, or remove this one first")
+    elif os.path.lexists(path):
+        raise UsageError("is a file, a folder is to be written", path=path)
 
 
 def replace_with_link(source: Path, target: Path) -> None:
@@ -98,7 +131,7 @@ def replace_with_link(source: Path, target: Path) -> None:
             with temporary.open("rb") as file:
                 os.fsync(file.fileno())
         os.replace(temporary, target)
-        _fsync_directory(target.parent)
+        _fsync_path(target.parent)
     except OSError as error:
         raise _save_error(target, error) from error
     finally:
