@@ -62,21 +62,28 @@ def load_model(
     Raises FormatError or UnsupportedError, naming the file and the tensor or key.
     """
     config = config or load_config(file)
-    model = Llama(config, _vector(file, "rope_freqs.weight") if "rope_freqs.weight" in file.tensors else None)
+    model = Llama(config, load_vector(file, "rope_freqs.weight") if "rope_freqs.weight" in file.tensors else None)
     embedding, scratch = _packed(file, "token_embd.weight", device), Scratch()
     model.token_embd = Embedding(embedding, dtype)
     for name in config.tensor_shapes():
-        path = name.removesuffix(".weight")
-        if "norm" in path:
-            model.set_submodule(path, RMSNorm(_vector(file, name).to(device), config.rms_eps))
-        elif path != "token_embd":
-            bias = f"{path}.bias"
-            bias_vector = _vector(file, bias).to(device) if bias in file.tensors else None
-            model.set_submodule(path, QuantizedLinear(_packed(file, name, device), bias_vector, scratch))
+        if name != "token_embd.weight":
+            model.set_submodule(name.removesuffix(".weight"), load_leaf(file, name, config, scratch, device))
     if config.tied_output:
         model.output = QuantizedLinear(embedding, scratch=scratch)
     _keep_decoded(model, dtype, weight_cache, for_training)
     return model.eval().requires_grad_(False)
+
+
+def load_leaf(
+    file: ModelFile, name: str, config: ModelConfig, scratch: Scratch, device: torch.device | str = "cpu"
+) -> RMSNorm | QuantizedLinear:
+    """The module of one tensor, a norm or a matrix with its bias where the file has one; the matrix stays packed."""
+    path = name.removesuffix(".weight")
+    if path.endswith("norm"):
+        return RMSNorm(load_vector(file, name).to(device), config.rms_eps)
+    bias = f"{path}.bias"
+    bias_vector = load_vector(file, bias).to(device) if bias in file.tensors else None
+    return QuantizedLinear(_packed(file, name, device), bias_vector, scratch)
 
 
 def _packed(file: ModelFile, name: str, device: torch.device | str) -> QTensor:
@@ -84,8 +91,8 @@ def _packed(file: ModelFile, name: str, device: torch.device | str) -> QTensor:
     return QTensor(torch.from_numpy(file.read(name)).to(device), info.type, info.shape)
 
 
-def _vector(file: ModelFile, name: str) -> Tensor:
-    """A one-dimensional tensor, float32 (n,)."""
+def load_vector(file: ModelFile, name: str) -> Tensor:
+    """A one-dimensional tensor, float32 (n,). Raises FormatError for one with more axes."""
     info = file.tensors[name]
     if len(info.shape) != 1:
         raise FormatError(f"tensor {name} has {len(info.shape)} dimensions (expected 1)", path=file.path)
