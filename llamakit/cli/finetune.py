@@ -486,13 +486,12 @@ def finetune(
         render.loading(model_base)  # said before torch is imported: nobody waits in silence
 
     keep_freed_memory()
-    import torch
 
     from llamakit.cli.finetune_view import View
     from llamakit.training.finetune import finetune as run
     from llamakit.training.loop import Control
 
-    torch.set_num_threads(min(threads, len(os.sched_getaffinity(0))))
+    options.set_threads(threads)
     control = Control()
     with View(run_config, json=json) as view, _signals(control, view):
         for report in run(run_config, control):

@@ -20,6 +20,7 @@ from llamakit.cli.options import (
     DtypeOption,
     JsonOption,
     ThreadsOption,
+    set_threads,
 )
 from llamakit.cli.prompt import read_prompt
 from llamakit.errors import EXIT_INTERRUPTED, EXIT_OK, UnsupportedError, UsageError
@@ -221,14 +222,11 @@ def _tokenizer(file: ModelFile, vocabulary: Path | None) -> Tokenizer:
 def _device_and_dtype(
     file: ModelFile, device: str, dtype: str, threads: int | None
 ) -> tuple[torch.device, torch.dtype]:
-    import torch
-
     from llamakit.files import available_memory_bytes
     from llamakit.model import load_config
     from llamakit.model.device import inference_dtype, resolve_device
 
-    if threads is not None:
-        torch.set_num_threads(threads)
+    set_threads(threads)
     where = resolve_device(device)
     n_weights = load_config(file).n_matmul
     return where, inference_dtype(dtype, where, n_weights=n_weights, free_bytes=available_memory_bytes())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 import re
 import tomllib
 import types
@@ -159,3 +160,11 @@ DtypeOption = Annotated[
         "--dtype", help="Type to compute in; auto is bf16 where the processor has it.", rich_help_panel=COMPUTE
     ),
 ]
+
+
+def set_threads(threads: int | None) -> None:
+    """Use this many CPU threads, all that there are by default; more than there are would only get in their way."""
+    if threads is not None:
+        import torch
+
+        torch.set_num_threads(min(threads, len(os.sched_getaffinity(0))))
