@@ -121,7 +121,7 @@ def _row_power(rows: Tensor) -> Tensor:
         part = rows[start : start + 4096]
         total = rows.new_zeros(1, len(part))
         for column in range(0, n_in, 32):
-            squares = part[:, column : column + 32].t().contiguous()
-            total = accumulate(torch.cat([total, squares.mul_(squares)])).unsqueeze(0)
+            columns = part[:, column : column + 32]
+            total = accumulate(torch.cat([total, (columns * columns).t()])).unsqueeze(0)
         out[start : start + 4096] = total[0]
     return over(out, n_in)

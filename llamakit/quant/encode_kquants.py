@@ -30,6 +30,9 @@ from llamakit.quant.encode_search import (
 )
 from llamakit.quant.kquants import q3_k_scales, q45_k_scales
 
+#: the smallest float32 above 0
+_SMALLEST = 2.0**-149
+
 
 def _requantize(x: Tensor, fit: Fit, scale: Tensor, offset: Tensor | None, low: int, high: int) -> Tensor:
     """The levels nearest to (x - offset) / scale, less `low`: uint8 (N, 256).
@@ -124,12 +127,16 @@ def q5_k(blocks: Tensor, importance: Importance | None) -> Tensor:
     return join(header, pack(levels >> 4, range(8)), pack(levels & 0x0F, (0, 4), pieces=4))
 
 
-def _by_signed_largest(values: Tensor, n_max: int) -> tuple[Tensor, Tensor]:
-    """Values (N, G) as int32 (N, G) times a scale (N,): the one of the largest magnitude becomes -n_max."""
+def _by_signed_largest(values: Tensor, n_max: int, least: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Values (N, G) as int32 (N, G) times a scale (N,): the one of the largest magnitude becomes -n_max.
+
+    Third, which blocks have no magnitude from `least` on, and so levels and a scale of 0: bool (N, 1).
+    """
     peak = largest(values.t())
+    zero = peak.abs() < least
     inverse = divide(-n_max, peak)
-    scale = divide(1, inverse).masked_fill_(peak == 0, 0)
-    return nearest(values * inverse.masked_fill_(peak == 0, 0).unsqueeze(1)), scale
+    scale = divide(1, inverse).masked_fill_(zero, 0)
+    return nearest(values * inverse.masked_fill_(zero, 0).unsqueeze(1)), scale, zero.unsqueeze(1)
 
 
 def q3_k(blocks: Tensor, importance: Importance | None) -> Tensor:
@@ -137,10 +144,9 @@ def q3_k(blocks: Tensor, importance: Importance | None) -> Tensor:
     x = lanes(blocks, 16)
     if importance is None:
         fit = fit_scale_by_descent(x, 4)
-        values = fit.scale.view(len(blocks), 16)
-        scales, d = _by_signed_largest(values, 32)
+        scales, d, zero = _by_signed_largest(fit.scale.view(len(blocks), 16), 32, _SMALLEST)
         # All scales zero: ggml leaves the bytes at zero, which stand for -32.
-        scales = scales.clamp_(-32, 31).add_(32).masked_fill_((values == 0).all(1, keepdim=True), 0)
+        scales = scales.clamp_(-32, 31).add_(32).masked_fill_(zero, 0)
     else:
         weight = weights(blocks, importance, power(blocks).mul_(2).div_(256), 16)
         fit = fit_scale(x, weight, 4)
@@ -162,10 +168,8 @@ def q6_k(blocks: Tensor, importance: Importance | None) -> Tensor:
     """Groups of 16, weighted by the square or by the importance alone."""
     x = lanes(blocks, 16)
     fit = fit_scale(x, x * x if importance is None else lanes(importance.column, 16), 32)
-    values = fit.scale.view(len(blocks), 16)
-    zero = values.abs().amax(1) < TINY
-    scales, d = _by_signed_largest(values, 128)
-    scales, d = scales.clamp_(max=127).to(torch.int8), d.masked_fill(zero, 0)
+    scales, d, zero = _by_signed_largest(fit.scale.view(len(blocks), 16), 128, TINY)
+    scales = scales.clamp_(max=127).to(torch.int8)
     decoded = d.half().float().unsqueeze(1) * scales
     levels = _requantize(x, fit, decoded, None, -32, 31)
     out = join(
@@ -174,4 +178,4 @@ def q6_k(blocks: Tensor, importance: Importance | None) -> Tensor:
         scales.view(torch.uint8),
         half_bytes(d),
     )
-    return out.masked_fill_(zero.unsqueeze(1), 0)
+    return out.masked_fill_(zero, 0)

@@ -29,8 +29,9 @@ class Fit(NamedTuple):
 
 
 def lanes(blocks: Tensor, size: int) -> Tensor:
-    """Groups side by side: (N, B) -> contiguous (size, N * B / size), a block's groups being neighbours."""
-    return blocks.view(-1, size).t().contiguous()
+    """A copy with groups side by side: (N, B) -> contiguous (size, N * B / size), a block's groups being neighbours."""
+    # Not contiguous(), which gives a view where there is one group.
+    return blocks.view(-1, size).t().clone(memory_format=torch.contiguous_format)
 
 
 def unlanes(groups: Tensor, n_blocks: int) -> Tensor:
@@ -79,8 +80,14 @@ def around(n_max: int, reach: int) -> list[float]:
 
 
 def largest(x: Tensor) -> Tensor:
-    """The signed element of the largest magnitude, the first of several; 0 is positive: (S, N) -> (N,)."""
+    """The signed element of the largest magnitude, the first of several; 0 is positive: (S, N) -> (N,).
+
+    NaN counts as 0: scales are NaN where squares of weights overflow.
+    """
     high, low = x.amax(0), x.amin(0)
+    if high.isnan().any():
+        x = torch.where(x.isnan(), 0.0, x)
+        high, low = x.amax(0), x.amin(0)
     peak = torch.where(high >= -low, high, low).add_(0.0)
     tied = (high == -low) & (high > 0)
     if tied.any():
