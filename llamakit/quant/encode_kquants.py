@@ -159,9 +159,8 @@ def q3_k(blocks: Tensor, importance: Importance | None) -> Tensor:
     packed = torch.cat([low, high], dim=1).to(torch.uint8)
     decoded = d.half().float().unsqueeze(1) * q3_k_scales(packed)
     levels = _requantize(x, fit, decoded, None, -4, 3)
-    return join(
-        pack(levels >> 2, range(8)), pack(levels & 0x03, (0, 2, 4, 6), pieces=2), packed, half_bytes(d)
-    )  # fmt: skip
+    low_bits = pack(levels & 0x03, (0, 2, 4, 6), pieces=2)
+    return join(pack(levels >> 2, range(8)), low_bits, packed, half_bytes(d))
 
 
 def q6_k(blocks: Tensor, importance: Importance | None) -> Tensor:

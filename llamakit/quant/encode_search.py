@@ -40,8 +40,10 @@ def unlanes(groups: Tensor, n_blocks: int) -> Tensor:
 
 
 def nearest(x: Tensor) -> Tensor:
-    """Float32 -> int32, half to even. Out of +-2^22 it is what the trick of ggml's nearest_int gives, NaN is 0: adding
-    1.5 * 2^23 leaves the integer in the mantissa."""
+    """Float32 -> int32, half to even: adding 1.5 * 2^23 leaves the integer in the mantissa.
+
+    Beyond +-2^22, where ggml's nearest_int is not defined, it is what its arithmetic gives; NaN is 0.
+    """
     return (x + 12582912.0).view(torch.int32).bitwise_and_(0x7FFFFF).sub_(0x400000)
 
 
