@@ -1,4 +1,4 @@
-"""llama.cpp itself as the judge of tokenizers: libllama, as the xllamacpp wheel carries it, through ctypes."""
+"""llama.cpp itself as the judge of tokenizers and encoders: what the xllamacpp wheel carries, through ctypes."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 # llama_model_params is passed by value, on the stack: more room than it needs does no harm. Where vocab_only stands
@@ -25,12 +26,17 @@ _QUIET = _LOG(lambda level, text, data: None)
 
 
 @cache
-def _library() -> Any:
+def _shared_object() -> Any:
     spec = importlib.util.find_spec("xllamacpp")
     if spec is None or not spec.submodule_search_locations:
         pytest.skip("llama.cpp is not installed (pip install xllamacpp)")
     path = next(Path(next(iter(spec.submodule_search_locations))).glob("*.so"))
-    library = ctypes.CDLL(str(path))
+    return ctypes.CDLL(str(path))
+
+
+@cache
+def _library() -> Any:
+    library = _shared_object()
     pointer, i32, flag = ctypes.c_void_p, ctypes.c_int32, ctypes.c_bool
     ids, text = ctypes.POINTER(i32), ctypes.c_char_p
     for name, result, arguments in (
@@ -118,3 +124,17 @@ def llama_vocab(path: str | Path) -> LlamaVocab:
     """The vocabulary of a GGUF file in llama.cpp; skips the test where xllamacpp is missing. Raises ValueError where
     llama.cpp refuses the file."""
     return LlamaVocab(path)
+
+
+def ggml_quantize(rows: np.ndarray, ggml_type: int, n_bytes: int, imatrix: np.ndarray | None = None) -> np.ndarray:
+    """Rows as ggml encodes them: float32 (n_rows, n_in) -> uint8 (n_rows, n_bytes); skips the test where xllamacpp is
+    missing."""
+    encode = _shared_object().ggml_quantize_chunk
+    pointer, i64 = ctypes.c_void_p, ctypes.c_int64
+    encode.restype, encode.argtypes = ctypes.c_size_t, [ctypes.c_int, pointer, pointer, i64, i64, i64, pointer]
+    rows = np.ascontiguousarray(rows, dtype=np.float32)
+    out = np.full((len(rows), n_bytes), 0xA5, dtype=np.uint8)
+    importance = None if imatrix is None else np.ascontiguousarray(imatrix, dtype=np.float32)
+    address = None if importance is None else importance.ctypes.data
+    assert encode(int(ggml_type), rows.ctypes.data, out.ctypes.data, 0, *rows.shape, address) == out.size
+    return out

@@ -23,11 +23,11 @@ def q3_k(blocks: Tensor) -> Levels:
     # The third bit at the top, inverted, makes a level signed: 32 (q - 4).
     low = planes(words(blocks, 32, 64, pieces=2), (-5, -3, -1, 1), 0x60)
     high = planes(words(blocks, 0, 32).bitwise_not_(), range(-7, 1), 0x80)
-    scale = half(blocks, 108) / 32 * _q3_k_scales(take(blocks, 96, 12))
+    scale = half(blocks, 108) / 32 * q3_k_scales(take(blocks, 96, 12))
     return Levels(merged(low, high).view(torch.int8), scale)
 
 
-def _q3_k_scales(packed: Tensor) -> Tensor:
+def q3_k_scales(packed: Tensor) -> Tensor:
     """uint8 (N, 12) -> int8 (N, 16) in -32..31: low nibbles in bytes 0-7, the upper two bits in bytes 8-11."""
     low, high = packed.view(torch.int32).split((2, 1), dim=1)
     low = planes(low, (0, 4), 0x0F)
@@ -35,7 +35,7 @@ def _q3_k_scales(packed: Tensor) -> Tensor:
     return merged(low, high).view(torch.int8).view(-1, 16).sub_(32)
 
 
-def _scales_and_mins(blocks: Tensor) -> tuple[Tensor, Tensor]:
+def q45_k_scales(blocks: Tensor) -> tuple[Tensor, Tensor]:
     """d sc and -dmin m of Q4_K and Q5_K, float32 (N, 8): f16 d; f16 dmin; 12 bytes of 6-bit scales and mins.
 
     As int32 words of four: bytes 0-3 are the first four scales, 4-7 the first four mins, each with two upper bits of
@@ -56,14 +56,14 @@ def _scales_and_mins(blocks: Tensor) -> tuple[Tensor, Tensor]:
 def q4_k(blocks: Tensor) -> Levels:
     """f16 d; f16 dmin; 12 bytes of scales; 128 of nibbles: d sc q - dmin m, 8 groups of 32."""
     level = planes(words(blocks, 16, 128, pieces=4), (0, 4), 0x0F)
-    return Levels(level.view(torch.uint8), *_scales_and_mins(blocks))
+    return Levels(level.view(torch.uint8), *q45_k_scales(blocks))
 
 
 def q5_k(blocks: Tensor) -> Levels:
     """f16 d; f16 dmin; 12 bytes of scales; 32 of fifth bits; 128 of nibbles: d sc q - dmin m, 8 groups of 32."""
     low = planes(words(blocks, 48, 128, pieces=4), (0, 4), 0x0F)
     high = planes(words(blocks, 16, 32), range(-4, 4), 0x10)
-    return Levels(merged(low, high).view(torch.uint8), *_scales_and_mins(blocks))
+    return Levels(merged(low, high).view(torch.uint8), *q45_k_scales(blocks))
 
 
 def q6_k(blocks: Tensor) -> Levels:

@@ -68,10 +68,15 @@ def tq2_0(blocks: Tensor) -> Levels:
 def mxfp4(blocks: Tensor) -> Levels:
     """u8 exponent; 16 bytes of nibbles: table(q) 2^(e - 128), the table holding E2M1 doubled (OCP MX v1.0)."""
     level = look_up("MXFP4", planes(words(blocks, 1, 16), (0, 4), 0x0F))
-    exponent = blocks[:, :1].int()
+    return Levels(level, mxfp4_scale(blocks[:, :1]))
+
+
+def mxfp4_scale(exponent: Tensor) -> Tensor:
+    """2^(e - 128) of bytes of any shape, as float32."""
+    exponent = exponent.int()
     # As a float32's exponent field e stands for 2^(e - 127); so e - 1, and the two smallest are subnormal.
     scale = torch.where(exponent < 2, 0x00200000 << exponent.clamp(max=1), (exponent - 1) << 23)
-    return Levels(level, scale.view(torch.float32))
+    return scale.view(torch.float32)
 
 
 def nvfp4(blocks: Tensor) -> Levels:

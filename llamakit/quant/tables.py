@@ -68,6 +68,32 @@ def _code_book(name: str, device: torch.device) -> Tensor:
     return values[index].view(torch.int32).reshape(-1).to(device)
 
 
+#: how far from 0, in halves, the tables below reach: beyond every value of a code book of int8
+HALF_STEPS = 270
+
+
+@cache
+def code_book_index(name: str, device: torch.device) -> Tensor:
+    """uint8 (2 HALF_STEPS + 1,): which value of the code book is nearest to k / 2, for k from -HALF_STEPS on.
+
+    Midpoints between values are multiples of 1/2 and count as the upper one's, so that floor(2 x) decides for any x.
+    """
+    from gguf import quants
+
+    values = torch.tensor(getattr(quants, name).kvalues)
+    midpoints = values[1:] + values[:-1]
+    return (torch.arange(-HALF_STEPS, HALF_STEPS + 1).unsqueeze(1) >= midpoints).sum(1).to(torch.uint8).to(device)
+
+
+@cache
+def code_book_values(name: str, device: torch.device) -> Tensor:
+    """float32 (2 HALF_STEPS + 1,): the values that `code_book_index` stands for."""
+    from gguf import quants
+
+    values = torch.tensor(getattr(quants, name).kvalues, dtype=torch.float32, device=device)
+    return values[code_book_index(name, device).long()]
+
+
 def look_up(name: str, nibbles: Tensor) -> Tensor:
     """Nibbles, one in each byte of int64 words, through a code book of 16 values -> int8, eight for a word.
 

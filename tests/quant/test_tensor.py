@@ -102,7 +102,7 @@ class Allocations(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
         for tensor in result if isinstance(result, (tuple, list)) else [result]:
-            if tensor.untyped_storage().data_ptr() not in self.but:
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().data_ptr() not in self.but:
                 self.largest = max(self.largest, tensor.untyped_storage().nbytes())
         return result
 

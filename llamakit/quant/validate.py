@@ -1,0 +1,67 @@
+"""What must not get into a file: weights that are no numbers, and blocks whose scale overflowed."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from llamakit.errors import UnsupportedError
+from llamakit.ggml import BLOCK_SIZES, GGMLType
+
+_CHUNK = 1 << 18
+#: where the float16 scales and offsets stand in a block; layouts stand with the decoders
+_HALVES: dict[GGMLType, tuple[int, ...]] = {
+    GGMLType.F16: (0,),
+    GGMLType.Q4_0: (0,),
+    GGMLType.Q4_1: (0, 2),
+    GGMLType.Q5_0: (0,),
+    GGMLType.Q5_1: (0, 2),
+    GGMLType.Q8_0: (0,),
+    GGMLType.Q2_K: (80, 82),
+    GGMLType.Q3_K: (108,),
+    GGMLType.Q4_K: (0, 2),
+    GGMLType.Q5_K: (0, 2),
+    GGMLType.Q6_K: (208,),
+    GGMLType.IQ4_NL: (0,),
+    GGMLType.IQ4_XS: (0,),
+    GGMLType.TQ1_0: (52,),
+    GGMLType.TQ2_0: (64,),
+}
+
+
+def first_non_finite(rows: Tensor) -> tuple[int, int] | None:
+    """Row and column of the first NaN or infinity of rows (n_rows, n_in), or None.
+
+    Block types cannot hold such a value; it would spoil its whole block.
+    """
+    step = max(1, _CHUNK // max(1, rows.shape[1]))
+    for start in range(0, len(rows), step):
+        finite = rows[start : start + step].isfinite()
+        if not finite.all():
+            row, column = (~finite).nonzero()[0].tolist()
+            return start + row, column
+    return None
+
+
+def first_bad_block(packed: Tensor, ggml_type: GGMLType) -> tuple[int, int] | None:
+    """Row and block of the first block whose scale or offset is NaN or infinite, or None: uint8 (n_rows, row_bytes).
+
+    Finite rows have such blocks where a scale is beyond float16's 65504, or, in MXFP4, where all is smaller than the
+    format's exponents go. ggml_validate_row_data in ggml-quants.c refuses the same.
+    Raises UnsupportedError for a type that `quantize` does not make.
+    """
+    n_bytes = BLOCK_SIZES[ggml_type][1]
+    blocks = packed.contiguous().view(-1, n_bytes)
+    if ggml_type == GGMLType.MXFP4:
+        bad = blocks[:, 0] == 0xFF
+    elif ggml_type in _HALVES:
+        halves = blocks.view(torch.float16)[:, [position // 2 for position in _HALVES[ggml_type]]]
+        bad = ~halves.isfinite().all(1)
+    elif ggml_type in (GGMLType.F32, GGMLType.BF16):
+        bad = ~blocks.view(torch.float32 if ggml_type == GGMLType.F32 else torch.bfloat16).isfinite().view(-1)
+    else:
+        raise UnsupportedError(f"tensor type {GGMLType(ggml_type).name} has no encoder")
+    if not bad.any():
+        return None
+    row, block = divmod(int(bad.int().argmax()), packed.shape[1] // n_bytes)
+    return row, block
