@@ -2,7 +2,8 @@
 
 All three hold the seven integers of a `Config`, then every weight stacked over the layers in a fixed order:
 float32 in versions 0 and 1, groups of int8 with float32 scales (read back as float32) in version 2. Rows of q
-and k are already in GGUF's order. Layouts: llama2.c export.py, run.c, runq.c at 350e04f.
+and k are already in GGUF's order. No version names the base of the rotary embedding, run.c takes 10000; but
+version 0 stores its tables, and they tell it. Layouts: llama2.c export.py, run.c, runq.c at 350e04f.
 """
 
 from __future__ import annotations
@@ -24,15 +25,17 @@ from llamakit.formats.source import FileSource
 from llamakit.ggml import GGMLType
 
 MAGIC = struct.pack("<I", 0x616B3432)  # "ak42", versions 1 and 2
-_HEADER_BYTES = 256  # of versions 1 and 2
-# run.c fixes both
-_RMS_EPS, _ROPE_FREQ_BASE = 1e-5, 10000.0
+HEADER_BYTES = 256  # of versions 1 and 2
+#: run.c fixes both
+RMS_EPS, ROPE_FREQ_BASE = 1e-5, 10000.0
+# An angle, its sine and its cosine have each been rounded to float32, by functions that may be an ulp off.
+_TABLE_PRECISION, _SMALLEST_SINE = 2.0**-22, 1e-12
 # Generous, and yet such that no product of them is a surprise.
 _MAX_DIM, _MAX_LAYERS, _MAX_VOCAB, _MAX_CTX = 1 << 17, 1 << 10, 1 << 22, 1 << 24
 
 
 @dataclass(frozen=True)
-class _Config:
+class Config:
     """The header: version, the seven integers, whether token_embd is the output too, int8 group (0:
     float32)."""
 
@@ -49,6 +52,7 @@ class _Config:
 
     @property
     def head_dim(self) -> int:
+        """Size of one head."""
         return self.n_embd // self.n_head
 
     def fault(self) -> str | None:
@@ -71,19 +75,19 @@ class _Config:
         return None
 
 
-def parse_header(head: bytes) -> tuple[_Config, str | None] | None:
+def parse_header(head: bytes) -> tuple[Config, str | None] | None:
     """The header in the first 256 bytes (28 for version 0), and its fault; None when it is no such file."""
     if head[:4] == MAGIC:
-        if len(head) < _HEADER_BYTES:
+        if len(head) < HEADER_BYTES:
             return None
         version, *numbers, tied, group = struct.unpack_from("<i7iBi", head, 4)
-        config = _Config(version, *numbers, tied=tied != 0, group=group if version == 2 else 0)
+        config = Config(version, *numbers, tied=tied != 0, group=group if version == 2 else 0)
         return config, None if version in (1, 2) else f"unknown version {version} (expected 1 or 2)"
     if len(head) < 28:
         return None
     numbers = list(struct.unpack_from("<7i", head))
     tied, numbers[5] = numbers[5] > 0, abs(numbers[5])
-    config = _Config(0, *numbers, tied=tied)
+    config = Config(0, *numbers, tied=tied)
     # Without a magic number, only sensible numbers make it a llama2.c file.
     return None if config.fault() else (config, None)
 
@@ -101,7 +105,7 @@ _ORDER: dict[int, tuple[str, ...]] = {
 }
 
 
-def _shape(c: _Config, part: str) -> tuple[int, ...]:
+def _shape(c: Config, part: str) -> tuple[int, ...]:
     """Rows first; of one layer, where the part is stacked."""
     n_kv = c.n_head_kv * c.head_dim
     return {
@@ -109,12 +113,15 @@ def _shape(c: _Config, part: str) -> tuple[int, ...]:
         "attn_norm": (c.n_embd,), "ffn_norm": (c.n_embd,), "norm": (c.n_embd,),
         "q": (c.n_embd, c.n_embd), "k": (n_kv, c.n_embd), "v": (n_kv, c.n_embd), "o": (c.n_embd, c.n_embd),
         "w1": (c.n_ff, c.n_embd), "w2": (c.n_embd, c.n_ff), "w3": (c.n_ff, c.n_embd),
-        "freqs": (c.n_ctx, c.head_dim),  # cos, then sin, each (n_ctx, head_dim/2); every reader skips them
+        "freqs": (c.n_ctx, c.head_dim),  # run.c skips them
     }[part]  # fmt: skip
 
 
-def _walk(c: _Config) -> Iterator[tuple[str, tuple[int, ...], int]]:
-    """(GGUF name, shape, number of bytes) of everything after the header, in the order of the file."""
+def walk(c: Config) -> Iterator[tuple[str, tuple[int, ...], int]]:
+    """(GGUF name, shape, number of bytes) of everything after the header, in the order of the file.
+
+    The tables of version 0 have the name "": cos, then sin, each (n_ctx, head_dim/2) float32.
+    """
     top = {"embd": "token_embd.weight", "norm": "output_norm.weight", "output": "output.weight", "freqs": ""}
     for part in _ORDER[c.version]:
         if part == "output" and c.tied:
@@ -142,15 +149,15 @@ class Llama2cFile:
         self._source = FileSource(path)
         self.path: Path = self._source.path
         try:
-            head = self._source.read(0, min(_HEADER_BYTES, self._source.size)).tobytes()
+            head = self._source.read(0, min(HEADER_BYTES, self._source.size)).tobytes()
             self._config = self._checked(head)
             self._tensors = MappingProxyType(self._place())
+            self._metadata = MappingProxyType(_metadata(self._config, self._rope_base()))
         except BaseException:
             self._source.close()
             raise
-        self._metadata = MappingProxyType(_metadata(self._config))
 
-    def _checked(self, head: bytes) -> _Config:
+    def _checked(self, head: bytes) -> Config:
         parsed = parse_header(head)
         if parsed is None:
             raise FormatError("is no llama2.c model: no sensible header at its start", path=self.path, offset=0)
@@ -163,10 +170,12 @@ class Llama2cFile:
     def _place(self) -> dict[str, TensorInfo]:
         config = self._config
         tensors: dict[str, TensorInfo] = {}
-        offset = _HEADER_BYTES if config.version else 28
-        for name, shape, n_bytes in _walk(config):
+        offset = HEADER_BYTES if config.version else 28
+        for name, shape, n_bytes in walk(config):
             if name:
                 tensors[name] = TensorInfo(name, shape, GGMLType.F32, offset)
+            else:
+                self._tables_offset = offset
             offset += n_bytes
         if offset != self._source.size:
             raise FormatError(
@@ -176,6 +185,16 @@ class Llama2cFile:
                 hint="the file was cut off, or is no llama2.c model at all",
             )
         return tensors
+
+    def _rope_base(self) -> float:
+        """The base of the rotary embedding, from the tables of version 0; run.c's where they tell none."""
+        c, half = self._config, self._config.head_dim // 2
+        if c.version or c.n_ctx < 2:  # at position 0 every angle is 0
+            return ROPE_FREQ_BASE
+        cos, sin = (
+            self._source.read(self._tables_offset + 4 * half * row, 4 * half).view("<f4") for row in (1, c.n_ctx + 1)
+        )
+        return rope_base_of(cos, sin) or ROPE_FREQ_BASE
 
     @property
     def metadata(self) -> Mapping[str, Any]:
@@ -228,7 +247,28 @@ class Llama2cFile:
         self.close()
 
 
-def _metadata(c: _Config) -> dict[str, Any]:
+def rope_base_of(cos: np.ndarray, sin: np.ndarray) -> float | None:
+    """The base of a rotary embedding from its tables' row for position 1, two arrays (head_dim/2,) float32.
+
+    The i-th angle is base^(-2i/head_dim). Of all the bases that give this row within its precision, the one with the
+    fewest digits: 500000 rather than 500000.03. None where the row is no such row, or has one angle only.
+    """
+    half = len(cos)
+    cos, sin = cos.astype(np.float64), sin.astype(np.float64)
+    exponents = (np.arange(half, dtype=np.float32) / np.float32(half)).astype(np.float64)  # rounded, as export.py's
+    if half < 2 or not (_SMALLEST_SINE < sin[-1] < 1 and 0 < cos[-1] <= 1):
+        return None
+    measured = float(np.arctan2(sin[-1], cos[-1]) ** (-1 / exponents[-1]))
+    for digits in range(1, 10):
+        base = float(f"{measured:.{digits - 1}e}")
+        angles = base**-exponents
+        errors = np.maximum(np.abs(np.sin(angles) - sin) / np.sin(angles), np.abs(np.cos(angles) - cos))
+        if errors.max() <= _TABLE_PRECISION:
+            return base
+    return None
+
+
+def _metadata(c: Config, rope_freq_base: float) -> dict[str, Any]:
     return {
         "general.architecture": "llama",
         "general.type": "model",
@@ -238,9 +278,9 @@ def _metadata(c: _Config) -> dict[str, Any]:
         "llama.feed_forward_length": c.n_ff,
         "llama.attention.head_count": c.n_head,
         "llama.attention.head_count_kv": c.n_head_kv,
-        "llama.rope.freq_base": _ROPE_FREQ_BASE,
+        "llama.rope.freq_base": rope_freq_base,
         "llama.rope.dimension_count": c.head_dim,
-        "llama.attention.layer_norm_rms_epsilon": _RMS_EPS,
+        "llama.attention.layer_norm_rms_epsilon": RMS_EPS,
         "llama.vocab_size": c.n_vocab,
         "general.file_type": 0,
     }

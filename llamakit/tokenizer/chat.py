@@ -15,13 +15,26 @@ _RENDERER = Path(__file__).with_name("render_template.py")
 _LONGEST_TEMPLATE, _DEADLINE_S = 256 << 10, 10
 
 
-def render_chat(
-    tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool = True
-) -> str:
+Messages = Sequence[Mapping[str, str]]
+
+
+def render_chat(tokenizer: Tokenizer, messages: Messages, *, add_generation_prompt: bool = True) -> str:
     """The prompt for messages ({"role", "content"} each), by the vocabulary's own Jinja template.
 
     The template runs in a sandbox, in a process of its own with 512 MB of memory and 2 s of processor time.
     Raises UnsupportedError where there is no template, FormatError for one that fails or exceeds its limits.
+    """
+    (text,) = render_chats(tokenizer, [(messages, add_generation_prompt)])
+    if isinstance(text, FormatError):
+        raise text
+    return text
+
+
+def render_chats(tokenizer: Tokenizer, conversations: Sequence[tuple[Messages, bool]]) -> list[str | FormatError]:
+    """`render_chat` for several (messages, add_generation_prompt), in one process: the prompt of each, or its error.
+
+    Raises UnsupportedError where there is no template, FormatError where the template or all of it together exceeds
+    its limits.
     """
     template = tokenizer.chat_template
     if not template:
@@ -30,20 +43,22 @@ def render_chat(
         raise FormatError(
             f"tokenizer.chat_template has {len(template)} characters (expected at most {_LONGEST_TEMPLATE})"
         )
-    variables = {
-        "messages": [dict(message) for message in messages],
-        "add_generation_prompt": add_generation_prompt,
-        "bos_token": _text(tokenizer, tokenizer.bos_id),
-        "eos_token": _text(tokenizer, tokenizer.eos_id),
-    }
-    answer = _run(json.dumps({"template": template, "variables": variables}))
-    if "text" not in answer:
-        reason = " ".join(answer.get("error", "it exceeded its limits on time and memory").split())
-        raise FormatError(f"tokenizer.chat_template cannot be rendered: {reason[:300]}")
-    return answer["text"]
+    specials = {"bos_token": _text(tokenizer, tokenizer.bos_id), "eos_token": _text(tokenizer, tokenizer.eos_id)}
+    variables = [
+        {"messages": [dict(message) for message in messages], "add_generation_prompt": prompt, **specials}
+        for messages, prompt in conversations
+    ]
+    answers = _run(json.dumps({"template": template, "variables": variables}))
+    if answers is None:
+        raise _failure("it exceeded its limits on time and memory")
+    return [answer["text"] if "text" in answer else _failure(answer["error"]) for answer in answers]
 
 
-def encode_chat(tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]]) -> list[int]:
+def _failure(reason: str) -> FormatError:
+    return FormatError(f"tokenizer.chat_template cannot be rendered: {' '.join(reason.split())[:300]}")
+
+
+def encode_chat(tokenizer: Tokenizer, messages: Messages) -> list[int]:
     """The rendered messages as ids; a BOS that the template wrote itself is not written twice."""
     text = render_chat(tokenizer, messages)
     bos = _text(tokenizer, tokenizer.bos_id)
@@ -54,7 +69,7 @@ def _text(tokenizer: Tokenizer, token: int | None) -> str:
     return "" if token is None else tokenizer.piece(token, special=True).decode("utf-8", "replace")
 
 
-def _run(request: str) -> dict[str, str]:
+def _run(request: str) -> list[dict[str, str]] | None:
     try:
         result = subprocess.run(
             [sys.executable, "-I", str(_RENDERER)],
@@ -62,4 +77,4 @@ def _run(request: str) -> dict[str, str]:
         )  # fmt: skip
         return json.loads(result.stdout)
     except (subprocess.TimeoutExpired, json.JSONDecodeError):
-        return {}
+        return None

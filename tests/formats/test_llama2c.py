@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from llamakit.errors import FormatError
-from llamakit.formats.llama2c import Llama2cFile
+from llamakit.formats.llama2c import Llama2cFile, rope_base_of
 from tests.formats.files import llama2c_file, llama2c_weights, quantized
 
 
@@ -88,3 +88,31 @@ def test_rows_that_are_not_there(tmp_path: Path) -> None:
             file.read("token_embd.weight", 3, 11)
         with pytest.raises(KeyError):
             file.read("output.weight")
+
+
+def rope_row(base: float, head_dim: int) -> tuple[np.ndarray, np.ndarray]:
+    """Position 1 of llama2.c's tables (model.py, precompute_freqs_cis), rounded to float32 once."""
+    exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
+    angles = (base ** -exponents.astype(np.float64)).astype(np.float32).astype(np.float64)
+    return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
+
+
+@pytest.mark.parametrize("head_dim", [4, 6, 48, 128])
+@pytest.mark.parametrize("base", [10000.0, 500000.0, 1e6, 1e7, 81920.0, 26000.5, 1234567.0, 100.0, 1.0])
+def test_the_base_of_a_rotary_table(head_dim: int, base: float) -> None:
+    assert rope_base_of(*rope_row(base, head_dim)) == base
+
+
+def test_tables_that_tell_no_base() -> None:
+    cos, sin = rope_row(10000.0, 16)
+    assert rope_base_of(cos, sin) == 10000.0
+    scaled = (np.arccos(cos.astype(np.float64)) / 4) ** 1.1
+    for row in (
+        (cos[:1], sin[:1]),  # one angle, always 1
+        (np.zeros_like(cos), np.zeros_like(sin)),
+        (np.full_like(cos, np.nan), np.full_like(sin, np.nan)),
+        (np.full_like(cos, np.inf), sin),
+        (np.zeros_like(cos), np.full_like(sin, 1e-40)),
+        (np.cos(scaled).astype(np.float32), np.sin(scaled).astype(np.float32)),
+    ):
+        assert rope_base_of(*row) is None

@@ -6,7 +6,7 @@ from llamakit.cli import run
 from llamakit.errors import FormatError, UnsupportedError
 from llamakit.formats.open import open_model
 from llamakit.tokenizer import load_tokenizer
-from llamakit.tokenizer.chat import encode_chat, render_chat
+from llamakit.tokenizer.chat import encode_chat, render_chat, render_chats
 from tests.tiny import cached_tiny_gguf
 
 CHATML = (
@@ -30,6 +30,13 @@ def test_a_bos_of_the_template_is_not_doubled():
     ids = encode_chat(tokenizer_with("{{ bos_token }}{{ messages[0]['content'] }}"), HELLO)
     assert ids.count(1) == 1 and ids[0] == 1
     assert encode_chat(tokenizer_with("{{ messages[0]['content'] }}"), HELLO) == ids
+
+
+def test_several_conversations_and_the_error_of_each():
+    template = "{% if messages | length > 1 %}{{ raise_exception('too many') }}{% endif %}" + CHATML
+    short, long, open_end = render_chats(tokenizer_with(template), [(HELLO, True), (HELLO * 2, True), (HELLO, False)])
+    assert short == f"{open_end}<|im_start|>assistant\n" and open_end.endswith("<|im_end|>\n")
+    assert isinstance(long, FormatError) and "too many" in long.reason
 
 
 def test_no_template_is_said():

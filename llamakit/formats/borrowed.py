@@ -1,0 +1,69 @@
+"""A model with the vocabulary of another file: llama2.c keeps the two apart, and some GGUF files hold one alone."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Self
+
+import numpy as np
+
+from llamakit.errors import MismatchError, UsageError
+from llamakit.formats.base import ModelFile, TensorInfo
+
+_PREFIX, _TOKENS = "tokenizer.", "tokenizer.ggml.tokens"
+
+
+def with_vocabulary(
+    file: ModelFile, vocabulary: Mapping[str, Any], *, source: str | os.PathLike[str] | None = None
+) -> ModelFile:
+    """The same model with the `tokenizer.*` keys of other metadata in place of its own, after its other keys.
+
+    source: the file that the vocabulary is from, named in errors. Closing the result closes `file`.
+    Raises UsageError where there is no vocabulary, MismatchError for another number of tokens than embeddings.
+    """
+    borrowed = {key: value for key, value in vocabulary.items() if key.startswith(_PREFIX)}
+    if _TOKENS not in borrowed:
+        raise UsageError(f"holds no vocabulary ({_TOKENS})", path=source)
+    if "token_embd.weight" not in file.tensors:
+        raise UsageError("holds no model (token_embd.weight)", path=file.path)
+    n_tokens, n_vocab = len(borrowed[_TOKENS]), file.tensors["token_embd.weight"].shape[0]
+    if n_tokens != n_vocab:
+        theirs = f" of {os.fspath(source)}" if source is not None else ""
+        raise MismatchError(
+            f"has {n_vocab} token embeddings, the vocabulary{theirs} {n_tokens} tokens",
+            path=file.path,
+            hint="give the vocabulary that the model was trained with",
+        )
+    own = {key: value for key, value in file.metadata.items() if not key.startswith(_PREFIX)}
+    return _Borrowed(file, own | borrowed)
+
+
+class _Borrowed:
+    """A `ModelFile` in front of another, with metadata of its own."""
+
+    def __init__(self, file: ModelFile, metadata: Mapping[str, Any]) -> None:
+        self._file, self._metadata = file, MappingProxyType(dict(metadata))
+        self.path: Path = file.path
+
+    @property
+    def metadata(self) -> Mapping[str, Any]:
+        return self._metadata
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        return self._file.tensors
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
+        return self._file.read(name, start, stop)
+
+    def close(self) -> None:
+        self._file.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
