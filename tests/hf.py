@@ -35,9 +35,22 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "linear": {"rope": "linear"},
     "yarn": {"rope": "yarn"},
     "yarn-all": {"rope": "yarn-all"},
-    "llama3": {"rope": "llama3", "theta": 500000.0},
+    "llama3": {"rope": "llama3", "theta": 500000.0, "head_dim": 16},
     "sharded": {"n_shards": 3},
     "sampling": {"generation_config": {"temperature": 0.6, "top_p": 0.9, "top_k": 20, "repetition_penalty": 1.1}},
+}
+
+
+#: what the real converter is held against: every variant in both generations, and the half types
+CONVERTED: dict[str, dict[str, Any]] = {
+    **{
+        f"{name}, generation {g}": {"generation": g, **options}
+        for name, options in VARIANTS.items()
+        for g in (4, 5)
+        if options.get("generation", g) == g
+    },
+    "float16": {"dtype": "float16"},
+    "bfloat16": {"dtype": "bfloat16", "attention_bias": True},
 }
 
 
@@ -69,8 +82,8 @@ def hf_weights(config: dict[str, Any], seed: int = 0) -> dict[str, np.ndarray]:
         shapes["lm_head.weight"] = (config["vocab_size"], c)
     weights = {}
     for name, shape in shapes.items():
-        scale = 2 / math.sqrt(c) if len(shape) == 2 else 0.1
-        weights[name] = (rng.normal(0, scale, shape) + (1.0 if "norm" in name else 0)).astype("<f4")
+        scale = 3 / math.sqrt(c) if len(shape) == 2 else 0.2
+        weights[name] = ((2 * rng.random(shape) - 1) * scale + (1.0 if "norm" in name else 0)).astype("<f4")
     return weights
 
 

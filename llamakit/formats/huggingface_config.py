@@ -174,9 +174,11 @@ def shape_of_config(config: Mapping[str, Any], path: str | os.PathLike[str]) -> 
 
 def _class_of(config: Mapping[str, Any], fields: Fields) -> tuple[str, int | None]:
     names = config.get("architectures")
+    if names is None:
+        raise FormatError("architectures is missing", path=fields.path)
     name = names[0] if isinstance(names, list) and names else None
     if not isinstance(name, str) or name not in _CLASSES:
-        shown = escape_control(repr(name)[:80])
+        shown = escape_control(repr(names if name is None else name)[:80])
         raise UnsupportedError(
             f"architecture {shown} is not supported (expected LlamaForCausalLM or MistralForCausalLM)",
             path=fields.path,
@@ -234,7 +236,7 @@ def sampling_metadata(generation: Mapping[str, Any], path: str | os.PathLike[str
 
 def generation_of_metadata(keys: Fields, tokens: Mapping[str, int | None]) -> dict[str, Any]:
     """generation_config.json: the ids of `special_tokens` (every end of a turn ends the text), and how to sample."""
-    found: dict[str, Any] = {"_from_model_config": False, **tokens}
+    found: dict[str, Any] = {name: token for name, token in tokens.items() if token is not None}
     ends = [keys.raw(f"tokenizer.ggml.{kind}_token_id") for kind in ("eos", "eot", "eom")]
     ends = list(dict.fromkeys(end for end in ends if end is not None))
     if len(ends) > 1:
