@@ -78,7 +78,7 @@ def write_huggingface(
         _write_json(temporary / "config.json", config)
         _write_json(temporary / "generation_config.json", generation)
         _write_weights(temporary, _shards(translated, max_shard_bytes))
-        if any(key.startswith("tokenizer.") for key in plain):
+        if "tokenizer.ggml.tokens" in plain:
             _write_vocabulary(temporary, plain)
 
 
