@@ -56,12 +56,13 @@ class _Source:
 class HuggingFaceModel:
     """A folder with a LlamaForCausalLM or MistralForCausalLM as transformers saves it.
 
-    files: the weight files' names, in order. metadata has no tokenizer keys where the folder has no vocabulary.
+    files: the weight files' names, in order. vocabulary=False leaves the tokenizer's keys out of the metadata, as they
+    are where the folder has no vocabulary.
     Raises UsageError when the folder cannot be read; UnsupportedError for other models, quantized ones included;
     FormatError for everything that does not fit together: a field, a shard, a tensor.
     """
 
-    def __init__(self, directory: str | os.PathLike[str]) -> None:
+    def __init__(self, directory: str | os.PathLike[str], *, vocabulary: bool = True) -> None:
         self.path = Path(directory)
         if not os.path.isdir(directory):
             raise UsageError("is no folder", path=directory)
@@ -71,7 +72,7 @@ class HuggingFaceModel:
         self._files = ExitStack()
         try:
             self._sources = self._map(index)
-            self._metadata = MappingProxyType(self._read_metadata())
+            self._metadata = MappingProxyType(self._read_metadata(vocabulary))
         except BaseException:
             self.close()
             raise
@@ -107,7 +108,7 @@ class HuggingFaceModel:
             table[name] = TensorInfo(name, source.info.shape, source.info.type, source.info.offset)
         return table
 
-    def _read_metadata(self) -> dict[str, Any]:
+    def _read_metadata(self, vocabulary: bool) -> dict[str, Any]:
         generation: dict[str, Any] = {}
         path = member(self.path, "generation_config.json")
         if os.path.exists(path):
@@ -120,7 +121,7 @@ class HuggingFaceModel:
                 file_type=_FILE_TYPES[halves[0] if halves else GGMLType.F32],
                 generation=generation,
             ),
-            **_vocabulary(self.path, self._shape.n_vocab),
+            **(_vocabulary(self.path, self._shape.n_vocab) if vocabulary else {}),
         }
 
     @property
@@ -218,7 +219,7 @@ def _weight_files(directory: Path) -> tuple[list[str], Mapping[str, Any] | None]
         index_path = member(directory, f"{single}.index.json")
         one = os.path.exists(directory / single)
         if os.path.exists(index_path):
-            index = _weight_map(index_path)
+            index = _weight_map(index_path, os.path.splitext(single)[1])
             names = sorted(set(index.values()))
             if one and names != [single]:
                 reason = f"lies beside {single}, which it does not name: they may be two models"
@@ -234,13 +235,14 @@ def _weight_files(directory: Path) -> tuple[list[str], Mapping[str, Any] | None]
     raise FormatError("has no weights (expected model.safetensors or its index)", path=directory, hint=hint)
 
 
-def _weight_map(path: Path) -> Mapping[str, Any]:
-    """An index: name of a tensor -> bare name of its file."""
+def _weight_map(path: Path, suffix: str) -> Mapping[str, Any]:
+    """An index: name of a tensor -> bare name of its file, which must be of the index's own kind."""
     weight_map = read_object(path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise FormatError("has no weight_map (expected names of tensors and files)", path=path)
     for name in weight_map.values():
-        member(path.parent, name)
+        if member(path.parent, name).suffix != suffix:
+            raise FormatError(f"'{_shown(name)}' is no weight file (expected a name in {suffix})", path=path)
     return weight_map
 
 

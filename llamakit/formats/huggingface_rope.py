@@ -29,6 +29,8 @@ _YARN_OPTIONS = {
     "yarn_beta_fast": "beta_fast",
     "yarn_beta_slow": "beta_slow",
 }
+#: pairs of a head up to which parameters are looked for: no model has a tenth of these
+_MAX_PAIRS = 4096
 #: how near to a tensor the one of the right parameters comes: PyTorch's powf errs in the last places
 _TOLERANCE = 4e-6
 
@@ -196,7 +198,7 @@ def _llama3_of(theta: float, freqs: np.ndarray, path: Any) -> Rope:
 def _llama3_candidates(theta: float, freqs: np.ndarray) -> Iterator[tuple[float, float, float, int]]:
     """(factor, low, high, original context): what real models have first, then round numbers, of which heads of few
     pairs show little, then what the ramp's values solve to."""
-    if not np.all(np.isfinite(freqs)) or freqs.min() < 1:
+    if not np.all(np.isfinite(freqs)) or freqs.min() < 1 or len(freqs) > _MAX_PAIRS:
         return
     factors = dict.fromkeys([shortest(float(freqs.max())), 8.0, 32.0])
     yield from ((factor, 1.0, 4.0, 8192) for factor in factors)

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import random
+import re
 import shutil
+import struct
 import sys
 import types
 from collections.abc import Callable
@@ -133,6 +136,8 @@ def test_the_vocabulary_comes_last(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     (folder / "tokenizer.model").write_bytes(b"")
     assert list(HuggingFaceModel(folder).metadata)[-2:] == ["general.quantization_version", "tokenizer.ggml.model"]
     assert asked == [(folder, 40)]
+    assert list(HuggingFaceModel(folder, vocabulary=False).metadata)[-1] == "general.quantization_version"
+    assert len(asked) == 1
 
 
 def test_what_old_checkpoints_carry_along(tmp_path: Path) -> None:
@@ -171,7 +176,8 @@ TAMPERED: dict[str, tuple[Callable[[Path], object], str]] = {
     "NUL": (_map_to("a\0b"), "is no name"),
     "number": (_map_to(1), "1 is no name"),
     "list": (_map_to(["x"]), "is no name"),
-    "itself": (_map_to("config.json"), "broken safetensors|torch"),
+    "itself": (_map_to("config.json"), "'config.json' is no weight file"),
+    "a pickle": (_map_to("pytorch_model.bin"), "'pytorch_model.bin' is no weight file"),
     "missing shard": (lambda d: (d / SHARD).unlink(), "No such file"),
     "another missing shard": (_map_to("x.safetensors"), "No such file"),
     "wrong shard": (_map_to(SHARD), "lm_head.weight is not in it"),
@@ -203,8 +209,6 @@ TAMPERED: dict[str, tuple[Callable[[Path], object], str]] = {
 def test_tampered_folders(tmp_path: Path, name: str) -> None:
     change, reason = TAMPERED[name]
     folder = tiny_hf(tmp_path / "model", n_shards=2)
-    if name == "itself":
-        pytest.importorskip("llamakit.formats.torch_file", reason="no reader of PyTorch's files yet")
     change(folder)
     with pytest.raises(LlamakitError, match=reason) as caught:
         HuggingFaceModel(folder)
@@ -299,3 +303,47 @@ def test_pytorch_weights(tmp_path: Path) -> None:
         assert model.tensors.keys() == expected.tensors.keys()
         for name in model.tensors:
             assert model.read(name).tobytes() == expected.read(name).tobytes()
+
+
+def _mutant(raw: bytes, n_header: int, rng: random.Random) -> bytes:
+    """A few bytes of the first n_header changed, removed, doubled or replaced by another JSON value."""
+    mutant = bytearray(raw)
+    for _ in range(rng.choice((1, 1, 2))):
+        place, n = rng.randrange(min(n_header, len(mutant))), rng.randrange(1, 12)
+        kind = rng.randrange(4)
+        if kind == 0:
+            mutant[place] = rng.randrange(256)
+        elif kind == 1:
+            mutant[place : place + n] = b""
+        elif kind == 2:
+            mutant[place:place] = mutant[max(0, place - n) : place]
+        else:
+            values = [m.span() for m in re.finditer(rb'(?<=[:\[,] )("[^"]*"|[-\d.e]+|\w+)', bytes(mutant[:n_header]))]
+            if values:
+                start, stop = rng.choice(values)
+                mutant[start:stop] = rng.choice([b"null", b"-1", b"0", b"1e400", b"[]", b"{}", b'"../x"', b"9" * 40])
+    return bytes(mutant)
+
+
+def test_mutants_are_opened_or_refused(tmp_path: Path) -> None:
+    folder, rng = tiny_hf(tmp_path, n_shards=2, rope="llama3", generation_config={"top_k": 3}), random.Random(0)
+    sound = {path: path.read_bytes() for path in sorted(folder.iterdir())}
+    outcomes = {True: 0, False: 0}
+    for _ in range(400):
+        path, raw = rng.choice(list(sound.items()))
+        header = len(raw) if path.suffix == ".json" else 8 + struct.unpack_from("<Q", raw)[0]
+        mutant = _mutant(raw, header, rng)
+        if header < len(raw):  # a right length lets the header itself be judged
+            mutant = struct.pack("<Q", max(0, header - 8 + len(mutant) - len(raw))) + mutant[8:]
+        path.write_bytes(mutant)
+        try:
+            with HuggingFaceModel(folder) as model:
+                for name in model.tensors:
+                    model.read(name)
+            outcomes[True] += 1
+        except LlamakitError as error:
+            assert error.exit_code == 2
+            assert "\n" not in str(error)
+            outcomes[False] += 1
+        path.write_bytes(raw)
+    assert outcomes[False] > 200
