@@ -13,6 +13,7 @@ from llamakit.formats.base import ModelFile
 from llamakit.formats.ggla import MAGIC as GGLA_MAGIC
 from llamakit.formats.gguf_reader import MAGIC as GGUF_MAGIC
 from llamakit.formats.gguf_reader import GGUFFile
+from llamakit.formats.huggingface import HuggingFaceModel
 from llamakit.formats.source import FileSource
 
 _HEAD_BYTES = 4096
@@ -35,12 +36,8 @@ _UNSUPPORTED: dict[str, tuple[str, str | None]] = {
         "convert it to GGUF with llama.cpp's convert_hf_to_gguf.py",
     ),
     "safetensors": (
-        "is a safetensors file; models in this format are not supported yet",
-        "convert its directory to GGUF with llama.cpp's convert_hf_to_gguf.py",
-    ),
-    "huggingface": (
-        "is a directory with a Hugging Face model; models in this format are not supported yet",
-        "convert it to GGUF with llama.cpp's convert_hf_to_gguf.py",
+        "is a safetensors file of weights alone, which do not say what model they are",
+        "give its folder, with config.json and the tokenizer beside the weights",
     ),
     "sentencepiece": ("is a SentencePiece vocabulary, not a model", None),
     "llama2c-tokenizer": ("is a llama2.c vocabulary, not a model", "give it with -z, and the model with -m"),
@@ -103,13 +100,25 @@ def open_model(path: str | os.PathLike[str]) -> ModelFile:
     kind = sniff(path)
     if kind in _OPENERS:
         return _OPENERS[kind](path)
+    if kind == "safetensors" and os.path.exists(Path(path).parent / "config.json"):
+        return _folder_of(Path(path))
     raise _refusal(path, kind)
+
+
+def _folder_of(path: Path) -> ModelFile:
+    """The Hugging Face folder that these weights belong to."""
+    model = HuggingFaceModel(path.parent)
+    if path.name not in model.files:
+        model.close()
+        raise _refusal(path, "safetensors")
+    return model
 
 
 #: kind -> what opens it as a model
 _OPENERS: dict[str, Callable[[str | os.PathLike[str]], ModelFile]] = {
     "gguf": GGUFFile,
     "llama2c": llama2c.Llama2cFile,
+    "huggingface": HuggingFaceModel,
 }
 
 

@@ -69,7 +69,7 @@ def test_directories_and_missing_files(tmp_path: Path) -> None:
         open_model(tmp_path)
     (tmp_path / "config.json").write_text("{}")
     assert sniff(tmp_path) == "huggingface"
-    with pytest.raises(UnsupportedError, match="Hugging Face"):
+    with pytest.raises(FormatError, match="architectures is missing"):
         open_model(tmp_path)
     with pytest.raises(UsageError, match="No such file"):
         open_model(tmp_path / "missing")
