@@ -33,6 +33,14 @@ SPECIAL_KEYS: dict[str, str | None] = {
 USUAL_KINDS = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 _ADDED_KINDS = ("bos", "eos", "sep")
 _MAX_TEMPLATES = 64
+#: spellings of control tokens that some folders do not mark as special: whole, or by how they begin and end
+_LOOKS_SPECIAL = ("<pad>", "<mask>", "<2mass>", "[@BOS@]")
+_LOOKS_SPECIAL_AROUND = (("<|", "|>"), ("<\uff5c", "\uff5c>"), ("<unused", ">"))
+
+
+def looks_special(token: str) -> bool:
+    """Whether a token that nothing marks as special is one for convert_hf_to_gguf.py, by its spelling."""
+    return token in _LOOKS_SPECIAL or any(token.startswith(a) and token.endswith(b) for a, b in _LOOKS_SPECIAL_AROUND)
 
 
 @dataclass(frozen=True)

@@ -24,10 +24,11 @@ from llamakit.formats.huggingface_special import (
     USUAL_KINDS,
     HuggingFaceFiles,
     content_of,
+    looks_special,
     optional_object,
     special_metadata,
 )
-from llamakit.formats.huggingface_vocab_writer import ADDED_SCORE, KEPT_IDS, write_vocabulary
+from llamakit.formats.huggingface_vocab_writer import ADDED_SCORE, KEPT, UNSAID, write_vocabulary
 from llamakit.formats.pre_tokenizers import IGNORE_MERGES, names_of
 from llamakit.formats.sentencepiece_model import (
     BYTE,
@@ -52,9 +53,6 @@ __all__ = ["read_vocabulary", "write_vocabulary"]
 
 _PADDING_SCORE = -10000.0
 _BYTE_TOKEN = re.compile("<0x[0-9A-Fa-f]{2}>")
-#: spellings of control tokens that some folders do not mark as special: whole, or by how they begin and end
-_LOOKS_SPECIAL = ("<pad>", "<mask>", "<2mass>", "[@BOS@]")
-_LOOKS_SPECIAL_AROUND = (("<|", "|>"), ("<\uff5c", "\uff5c>"), ("<unused", ">"))
 #: vocabulary of Code Llama, and where its tokens for filling in stand; the size of Granite's, which adds no BOS
 _CODE_LLAMA, _CODE_LLAMA_EOT, _GRANITE = 32016, 32010, 49152
 
@@ -88,21 +86,29 @@ def read_vocabulary(
         found["tokenizer.ggml.add_bos_token"] = False
     for name, id in _kept_ids(files, len(found["tokenizer.ggml.tokens"])).items():
         found.setdefault(f"tokenizer.ggml.{name}_token_id", id)
+    unsaid = _kept(files).get("unsaid")
+    for name in UNSAID:
+        if isinstance(unsaid, list) and name in unsaid:
+            found.pop(f"tokenizer.ggml.{name}", None)
     return found
 
 
+def _kept(files: HuggingFaceFiles) -> Mapping[str, Any]:
+    """What `write_vocabulary` wrote down that transformers has no name for."""
+    kept = (files.tokenizer_config or {}).get(KEPT)
+    return kept if isinstance(kept, Mapping) else {}
+
+
 def _kept_ids(files: HuggingFaceFiles, n_vocab: int) -> dict[str, int]:
-    """Ids that `write_vocabulary` wrote down for tokens that transformers has no name for."""
-    kept = (files.tokenizer_config or {}).get(KEPT_IDS, {})
+    ids = _kept(files).get("token_ids", {})
     path = files.path("tokenizer_config.json")
-    if not isinstance(kept, Mapping):
-        raise FormatError(f"{KEPT_IDS} is no object", path=path)
-    for name, id in kept.items():
+    if not isinstance(ids, Mapping):
+        raise FormatError(f"{KEPT}.token_ids is no object", path=path)
+    for name, id in ids.items():
         if not re.fullmatch("[a-z_]{1,20}", name) or type(id) is not int or not 0 <= id < n_vocab:
-            raise FormatError(
-                f"{KEPT_IDS} has {escape_control(repr((name, id))[:80])} (expected the id of a token)", path=path
-            )
-    return dict(kept)
+            shown = escape_control(repr((name, id))[:80])
+            raise FormatError(f"{KEPT}.token_ids has {shown} (expected the id of a token)", path=path)
+    return dict(ids)
 
 
 def _nothing(directory: Path) -> UsageError:
@@ -208,13 +214,9 @@ def _read_sentencepiece(files: HuggingFaceFiles, path: Path, n_vocab: int | None
     return {**prefix, **keys, **special_metadata(files, n)}
 
 
-def _looks_special(token: str) -> bool:
-    return token in _LOOKS_SPECIAL or any(token.startswith(a) and token.endswith(b) for a, b in _LOOKS_SPECIAL_AROUND)
-
-
 def _added_entry(content: str, special: bool) -> tuple[str, float, int]:
     """(token, score, type) of an added token."""
-    if special or _looks_special(content):
+    if special or looks_special(content):
         return content, ADDED_SCORE, CONTROL
     return content.replace("\u2581", " "), ADDED_SCORE, USER_DEFINED
 
@@ -248,11 +250,9 @@ def _all_added(files: HuggingFaceFiles, file: TokenizerJson) -> dict[int, AddedT
     """Added tokens by id: those of tokenizer.json, of tokenizer_config.json, and the special ones that it names."""
     found = {token.id: token for token in file.added}
     ids = {**file.tokens, **{token.content: token.id for token in file.added}}
+    spelled = {id: content for content, id in ids.items()}
     for id, (content, special, normalized) in _added_decoder(files):
-        if (
-            ids.setdefault(content, id) != id
-            or found.get(id, AddedToken(id, content, special, normalized))[1] != content
-        ):
+        if spelled.setdefault(id, content) != content or ids.setdefault(content, id) != id:
             reason = f"added_tokens_decoder['{id}'] is {content[:80]!r}, which is not that token of tokenizer.json"
             raise FormatError(escape_control(reason), path=files.path("tokenizer_config.json"))
         found.setdefault(id, AddedToken(id, content, special, normalized))
@@ -299,7 +299,7 @@ def _read_bpe(files: HuggingFaceFiles, file: TokenizerJson, n_vocab: int | None,
         table.set(id, token, 0.0, NORMAL)
     for id, (_, content, special, normalized) in added.items():
         token = content if normalized else spelled_text(content)
-        if special or _looks_special(token):
+        if special or looks_special(token):
             table.set(id, token, 0.0, CONTROL)
         else:
             table.set(id, token.replace("\u2581", " "), 0.0, USER_DEFINED)
@@ -328,8 +328,9 @@ def _recognised(files: HuggingFaceFiles, file: TokenizerJson) -> str:
     if not alike and not _merges_make_all(file):
         reason = f"model.ignore_merges is {str(file.ignore_merges).lower()}, which {names[0]} in llama.cpp is not"
         raise UnsupportedError(reason, path=file.path, hint=hint)
-    name = (alike or names)[0]
-    return _kin_of_smollm(files, file) if name == "smollm" else name
+    kept = _kept(files).get("pre")
+    name = kept if isinstance(kept, str) and kept in (alike or names) else (alike or names)[0]
+    return name if name == kept else _kin_of_smollm(files, file) if name == "smollm" else name
 
 
 def _merges_make_all(file: TokenizerJson) -> bool:

@@ -4,12 +4,12 @@ tokenizer.json makes the ids: transformers takes it as it is, since tokenizer_co
 PreTrainedTokenizerFast (LlamaTokenizer would be built anew, from other parts). For SPM, tokenizer.model stands beside
 it for programs that read that.
 
-What these files have no place for: scores of SPM's user-defined tokens, which are read back as -1000; types of BPE's
-tokens other than control and user-defined (padding, [PADi], excepted); that a token is user-defined where its spelling
-looks like a control token's; a U+2581 in a user-defined token, which is read back as a space; which defaults the
-metadata left unsaid, since that BOS is added, and which token it is, is said; and a tokenizer's other data, such as
-`tokenizer.ggml.precompiled_charsmap`. Ids of tokens for the end of a turn and for filling in are kept under a name of
-our own in tokenizer_config.json.
+What these files have no place for: scores of SPM's user-defined tokens, which are read back as -1000; of BPE, types
+other than control and user-defined (padding, [PADi], excepted), that a token is user-defined where it is named as a
+special one or spelled like a control token, and a U+2581 in it, which is read back as a space; ids outside the
+vocabulary, which stand for none; and a tokenizer's other data, such as `tokenizer.ggml.precompiled_charsmap`. `pre`,
+which several names of the same cuts share, ids of tokens for the end of a turn and for filling in, and which defaults
+the metadata left unsaid are kept under a name of our own in tokenizer_config.json.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from typing import Any
 from llamakit.errors import UnsupportedError
 from llamakit.files import escape_control
 from llamakit.formats.byte_letters import spelled_text
+from llamakit.formats.huggingface_special import looks_special
 from llamakit.formats.pre_tokenizers import CLEAN_SPACES, IGNORE_MERGES, structure_of
 from llamakit.formats.sentencepiece_model import (
     BYTE,
@@ -35,8 +36,10 @@ from llamakit.formats.sentencepiece_model import (
 )
 from llamakit.formats.vocabulary_keys import VocabularyKeys, read_keys
 
-#: tokenizer_config.json's name for ids that transformers has no name for: {"eot": 32010}
-KEPT_IDS = "gguf_token_ids"
+#: tokenizer_config.json's name for what transformers has no name for: {"pre": "glm4", "token_ids": {"eot": 32010}}
+KEPT = "gguf"
+#: keys that may be missing, and are then made explicit
+UNSAID = ("pre", "bos_token_id", "eos_token_id", "add_bos_token")
 ADDED_SCORE = -1000.0
 #: transformers' way to say that there is no limit
 _NO_LIMIT = int(1e30)
@@ -62,7 +65,10 @@ def write_vocabulary(directory: Path, metadata: Mapping[str, Any]) -> None:
         config["add_prefix_space"] = keys.add_space_prefix
     if keys.model == "llama":
         tokenizer = _spm_json(keys, special)
-        config["added_tokens_decoder"] = {str(i): _flags(keys, i) for i in _added_decoder(keys)}
+        apart = _listed_apart(keys)
+        config["added_tokens_decoder"] = {str(i): _flags(keys, i) for i in _added_decoder(keys) if i not in apart}
+        if apart:
+            _write_json(directory / "added_tokens.json", {keys.tokens[i]: i for i in apart})
         write_sentencepiece_model(directory / "tokenizer.model", _sentencepiece(keys))
     else:
         tokenizer = _bpe_json(keys, special)
@@ -71,14 +77,23 @@ def write_vocabulary(directory: Path, metadata: Mapping[str, Any]) -> None:
     if keys.templates:
         config["chat_template"] = _templates(keys.templates)
     config["clean_up_tokenization_spaces"] = keys.model == "gpt2" and keys.pre in CLEAN_SPACES
-    kept = {name: id for name, id in keys.ids.items() if name not in _NAMES}
-    if kept:
-        config[KEPT_IDS] = kept
+    config[KEPT] = _kept(keys, metadata)
     config["model_max_length"] = _context_length(metadata)
     config["tokenizer_class"] = "PreTrainedTokenizerFast"
     for name, value in (("tokenizer", tokenizer), ("tokenizer_config", config), ("special_tokens_map", named)):
-        text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
-        (directory / f"{name}.json").write_text(text, encoding="utf-8")
+        _write_json(directory / f"{name}.json", value)
+
+
+def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _kept(keys: VocabularyKeys, metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """Which of several names for the same cuts it was, ids of tokens that transformers has no name for, and which keys
+    are only written since a default holds."""
+    ids = {name: id for name, id in keys.ids.items() if name not in _NAMES}
+    unsaid = [name for name in UNSAID if f"tokenizer.ggml.{name}" not in metadata]
+    return {"pre": keys.pre} | ({"token_ids": ids} if ids else {}) | ({"unsaid": unsaid} if unsaid else {})
 
 
 def _special_ids(keys: VocabularyKeys) -> dict[str, int]:
@@ -247,6 +262,11 @@ def _added_decoder(keys: VocabularyKeys) -> list[int]:
     unknown = _unknown(keys)
     control = [i for i in keys.of_type(CONTROL) if float(keys.scores[i]) == ADDED_SCORE or i == unknown]
     return sorted([*control, *keys.of_type(USER_DEFINED)])
+
+
+def _listed_apart(keys: VocabularyKeys) -> list[int]:
+    """User-defined tokens that tokenizer_config.json would change: added_tokens.json takes them as they are."""
+    return [i for i in keys.of_type(USER_DEFINED) if _SPACE in keys.tokens[i] or looks_special(keys.tokens[i])]
 
 
 def _sentencepiece(keys: VocabularyKeys) -> SentencePieceModel:

@@ -4,9 +4,12 @@ A family is a row of regular expressions: each cuts its matches out of the parts
 tokenizer.json spells them as a sequence of Split, Digits, Punctuation and ByteLevel (whose own expression is GPT-2's);
 names with the same row differ in at most whether a word that is a token is taken as it is (`ignore_merges`), and in
 defaults that a file states anyway. The expressions are those of the models' own tokenizer.json, as the comments in
-llama.cpp's src/llama-vocab.cpp and transformers' tokenization_*.py quote them. llama.cpp departs from them in what
-lies beyond ASCII: it takes a letter of either case for any other in tekken, gpt-4o and their kin, does not fold the
-long s of `(?i:'s)`, and knows Unicode 15.1; for falcon3 it uses llama-bpe's row.
+llama.cpp's src/llama-vocab.cpp and transformers' tokenization_*.py quote them. llama.cpp departs from them in a
+few places, where a tokenizer.json and a GGUF file of the same vocabulary may give other ids: beyond ASCII, it takes a
+letter of either case for any other in tekken, gpt-4o and granite-embed-multi-97m (in tiny_aya, cohere2moe and youtu
+within ASCII, too), takes white space for one character outside of every listed range, does not fold the long s of
+`(?i:'s)`, and knows Unicode 15.1; in deepseek-llm it keeps digits together, in falcon it does not part them from the
+space before them, and for falcon3 it uses llama-bpe's row. Their vocabularies have few merges, or none, that show it.
 """
 
 from __future__ import annotations
@@ -172,14 +175,16 @@ def structure_of(name: str) -> dict[str, Any]:
             f"tokenizer.ggml.pre {escape_control(name)!r} has no form in a tokenizer.json",
             hint=f"known are {', '.join(PRE_NAMES)}",
         )
-    steps = [_step(expression) for expression in row]
-    if _GPT2 not in row:
+    # Falcon's files turn to bytes in the middle; elsewhere all words are cut before their bytes are spelled.
+    inside = row[-1] == _GPT2 or row[0] == _PUNCTUATION
+    steps = [_step(expression, inside) for expression in row]
+    if not inside:
         steps.append(_byte_level(use_regex=False))
     return steps[0] if len(steps) == 1 else {"type": "Sequence", "pretokenizers": steps}
 
 
-def _step(expression: str) -> dict[str, Any]:
-    if expression == _GPT2:
+def _step(expression: str, gpt2_is_byte_level: bool) -> dict[str, Any]:
+    if expression == _GPT2 and gpt2_is_byte_level:
         return _byte_level(use_regex=True)
     if expression in (_DIGIT, _NUMBER):
         return {"type": "Digits", "individual_digits": expression == _DIGIT}
