@@ -7,6 +7,7 @@ classes of characters are of another Unicode version, so the merging and the cut
 
 from __future__ import annotations
 
+from llamakit.formats.byte_letters import LETTERS, TO_BYTES
 from llamakit.tokenizer.base import Tokenizer
 from llamakit.tokenizer.merge import NO_MERGE, cut_apart, merge
 from llamakit.tokenizer.pre import PreTokenizer
@@ -19,17 +20,8 @@ _TEXT_BYTES = frozenset((0x09, 0x0A, 0x0D, *range(0x20, 0x7F), *range(0x80, 0xC0
 _LONG_WORD = 512
 
 
-def _byte_letters() -> list[str]:
-    """GPT-2's printable stand-in for each byte: itself where it is printable, else the next letter from U+0100 on."""
-    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    others = iter(range(0x100, 0x200))
-    return [chr(b if b in printable else next(others)) for b in range(256)]
-
-
-_LETTERS = _byte_letters()
-_TO_LETTERS = dict(enumerate(_LETTERS))
-_TO_BYTES = {ord(letter): b for b, letter in enumerate(_LETTERS)}
-_IS_LETTER = frozenset(_LETTERS)
+_TO_LETTERS = dict(enumerate(LETTERS))
+_IS_LETTER = frozenset(LETTERS)
 
 
 def merge_ranks(merges: list[str]) -> dict[str, int]:
@@ -53,7 +45,7 @@ class BpeTokenizer(Tokenizer):
         ranks = self._ranks = merge_ranks(merges)
         self._rank_of = lambda a, b: ranks.get(f"{a} {b}", NO_MERGE)
         self._joined: set[str] | None = None
-        missing = [b for b, letter in enumerate(_LETTERS) if b in _TEXT_BYTES and letter not in vocabulary.ids]
+        missing = [b for b, letter in enumerate(LETTERS) if b in _TEXT_BYTES and letter not in vocabulary.ids]
         if missing:
             self.warnings.append(f"the vocabulary has no token for {len(missing)} bytes of text: they are dropped")
 
@@ -87,14 +79,14 @@ class BpeTokenizer(Tokenizer):
 
     def _text_of(self, text: str) -> bytes:
         if _IS_LETTER.issuperset(text):
-            return text.translate(_TO_BYTES).encode("latin-1")
+            return text.translate(TO_BYTES).encode("latin-1")
         spelled = text.encode("utf-8", "surrogateescape")
         return b"".join(_byte_of(letter, spelled) for letter in text)
 
 
 def _byte_of(letter: str, spelled: bytes) -> bytes:
     """A letter's byte; what is no byte's letter is spelled out as llama.cpp does, the whole token after it."""
-    byte = _TO_BYTES.get(ord(letter))
+    byte = TO_BYTES.get(ord(letter))
     if byte is not None:
         return bytes([byte])
     return b"[UNK_BYTE_0x" + letter.encode("utf-8", "surrogateescape").hex().encode() + spelled + b"]"

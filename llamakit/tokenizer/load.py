@@ -5,9 +5,9 @@ from __future__ import annotations
 from llamakit.errors import UnsupportedError
 from llamakit.files import escape_control
 from llamakit.formats.base import ModelFile
+from llamakit.formats.metadata import Metadata
 from llamakit.tokenizer.base import Tokenizer
 from llamakit.tokenizer.bpe import BpeTokenizer
-from llamakit.tokenizer.metadata import Metadata
 from llamakit.tokenizer.pre import find_pre_tokenizer
 from llamakit.tokenizer.spm import SpmTokenizer
 from llamakit.tokenizer.vocabulary import Defaults, check_scores, read_vocabulary

@@ -14,6 +14,18 @@ from itertools import pairwise, repeat
 
 from llamakit.errors import UnsupportedError
 from llamakit.files import escape_control
+from llamakit.formats.pre_tokenizers import (
+    ADD_BOS,
+    BLOOM_SEPARATORS,
+    CASED_LETTERS,
+    CLEAN_SPACES,
+    EAST_ASIAN,
+    HAN_HANGUL,
+    HAN_KANA,
+    IGNORE_MERGES,
+    NO_BOS,
+    WIDE_PUNCTUATION,
+)
 from llamakit.tokenizer.unicode import COLLAPSED, LETTER, MARK, NUMBER, PLAIN_SPACES, PUNCTUATION, SYMBOL
 
 # The classes as members of [...]: their ASCII characters and the stand-in for all others.
@@ -30,7 +42,7 @@ _OTHER = rf" ?[^\s{_L}{_N}]+"
 _GPT2 = rf"'s|'t|'re|'ve|'m|'ll|'d| ?[{_L}]+| ?[{_N}]+|{_OTHER}|\s+(?!\S)|\s+"
 _DIGIT = f"[{_N}]"
 _THREE_DIGITS = "[0-9][0-9][0-9]"
-_NO_SEPARATOR = r" ?[^(\s|.,!?\u2026\u3002\uff0c\u3001\u0964\u06d4\u060c)]+"
+_NO_SEPARATOR = rf" ?[^(\s|{BLOOM_SEPARATORS})]+"
 
 
 def _llama3(digits: str) -> str:
@@ -47,26 +59,8 @@ def _cased(upper: str, lower: str, ending: str, digits: str) -> str:
 
 
 _UPPER, _LOWER = f"A-Z{LETTER}", f"a-z{LETTER}"
-#: cased letters of Unicode 11 or so, as DeepSeek lists them
-_CASED = (
-    r"A-Za-z\u00b5\u00c0-\u00d6\u00d8-\u00f6\u00f8-\u01ba\u01bc-\u01bf\u01c4-\u0293\u0295-\u02af\u0370-\u0373\u0376\u0377"
-    r"\u037b-\u037d\u037f\u0386\u0388-\u038a\u038c\u038e-\u03a1\u03a3-\u03f5\u03f7-\u0481\u048a-\u052f\u0531-\u0556"
-    r"\u10a0-\u10c5\u13a0-\u13f5\u13f8-\u13fd\u1c90-\u1cba\u1cbd-\u1cbf\u1d00-\u1d2b\u1d6b-\u1d77\u1d79-\u1d9a"
-    r"\u1e00-\u1f15\u1f18-\u1f1d\u1f20-\u1f45\u1f48-\u1f4d\u1f50-\u1f57\u1f59\u1f5b\u1f5d\u1f5f-\u1f7d\u1f80-\u1fb4"
-    r"\u1fb6-\u1fbc\u1fbe\u1fc2-\u1fc4\u1fc6-\u1fcc\u1fd0-\u1fd3\u1fd6-\u1fdb\u1fe0-\u1fec\u1ff2-\u1ff4\u1ff6-\u1ffc"
-    r"\u2102\u2107\u210a-\u2113\u2115\u2119-\u211d\u2124\u2126\u2128\u212a-\u212d\u212f-\u2134\u2139\u213c-\u213f"
-    r"\u2145-\u2149\u214e\u2183\u2184\u2c00-\u2c7b\u2c7e-\u2ce4\u2ceb-\u2cee\u2cf2\u2cf3\ua640-\ua66d\ua680-\ua69b"
-    r"\ua722-\ua76f\ua771-\ua787\ua78b-\ua78e\uab70-\uabbf\ufb00-\ufb06\ufb13-\ufb17\uff21-\uff3a\uff41-\uff5a"
-    r"\U00010400-\U0001044f\U000104b0-\U000104d3\U000104d8-\U000104fb\U00010c80-\U00010cb2\U00010cc0-\U00010cf2"
-    r"\U000118a0-\U000118df\U0001e900-\U0001e943"
-)
-_WIDE_PUNCTUATION = r"\s?[!-/:-~\uff01-\uff0f\uff1a-\uff5e\u2018-\u201f\u3000-\u3002]+"
-_HAN_HANGUL = r"[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+"
-_HAN_KANA = r"[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+"
-_EAST_ASIAN = (
-    r"[\uac00-\ud7a3\u3131-\u318e]+|[\uff01\u2026\u201c\u201d\u2018\u2019\u2014\uff1a\uff1b\uff0c\u3001-\u303f"
-    r"\ufe30-\ufe4f]+|[\u3105-\u312f]+|" + _HAN_KANA
-)
+_WIDE_PUNCTUATION = rf"\s?[{WIDE_PUNCTUATION}]+"
+_HAN_HANGUL, _HAN_KANA = f"[{HAN_HANGUL}]+", f"[{HAN_KANA}]+"
 #: cuts after each group of three digits, counted from the end of a number
 _NUMBER_GROUPS = rf"[^{_N}]*(?:(?<![{_N}])[{_N}]{{1,2}}(?=(?:[{_N}]{{3}})+(?![{_N}]))|[{_N}]{{1,3}}|\Z)"
 _ASCII_WORD = r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+"
@@ -168,11 +162,11 @@ _EXPRESSIONS: dict[str, tuple[str, ...]] = {
         _NUMBER_GROUPS, _cased(_L + _M, _L + _M, f"(?:{_ENDINGS})?", f"[{_N}]{{1,3}}"),
     ),
     "youtu": (
-        _EAST_ASIAN,
+        EAST_ASIAN,
         _cased(_L + _M, _L + _M, f"(?:{_ENDINGS})?", _DIGIT),
     ),
     "deepseek-llm": (
-        r"[\r\n]", rf"\s?[{_CASED}]+", _WIDE_PUNCTUATION, r"\s+\Z", _HAN_HANGUL, f"[{_N}]+",
+        r"[\r\n]", rf"\s?[{CASED_LETTERS}]+", _WIDE_PUNCTUATION, r"\s+\Z", _HAN_HANGUL, f"[{_N}]+",
     ),
     "deepseek-coder": (r"[\r\n]", rf"\s?[{_L}]+", rf"\s?[{_P}]+", _HAN_HANGUL, _DIGIT),
     "deepseek-v3 hunyuan-dense joyai-llm hy_v4": (
@@ -182,23 +176,6 @@ _EXPRESSIONS: dict[str, tuple[str, ...]] = {
     "superbpe": (f"[{_N}]+", r"(?=(?:\d{3})+(?!\d))"),
 }  # fmt: skip
 
-
-def _names(text: str) -> frozenset[str]:
-    return frozenset(text.split())
-
-
-_IGNORE_MERGES = _names(
-    "minicpm5 llama3 llama-v3 llama-bpe falcon3 falcon-h1 pixtral midm-2.0 lfm2 jina-v5-nano youtu tekken "
-    "granite-embed-multi-97m"
-)
-_ADD_BOS = _names("llama3 llama-v3 llama-bpe falcon3 falcon-h1 pixtral midm-2.0 lfm2 jina-v5-nano tekken chameleon")
-_CLEAN_SPACES = _names(
-    "default minicpm5 llama3 llama-v3 llama-bpe falcon3 falcon-h1 pixtral midm-2.0 lfm2 jina-v5-nano falcon mpt "
-    "starcoder gpt-2 phi-2 jina-es jina-de gigachat jina-v2-es jina-v2-de a.x-4.0 mellum modern-bert jais-2 "
-    "jina-v1-en jina-v2-code roberta-bpe refact stablelm2 olmo dbrx smaug-bpe glm4 chatglm-bpe jais codeshell bloom "
-    "gpt3-finnish exaone exaone4 exaone-moe minerva-7b megrez mellum2"
-)
-_NO_BOS = _names("glm4 chatglm-bpe")
 
 _BY_NAME = {name: expressions for names, expressions in _EXPRESSIONS.items() for name in names.split()}
 
@@ -220,8 +197,8 @@ def find_pre_tokenizer(name: str) -> PreTokenizer:
     return PreTokenizer(
         name,
         tuple((re.compile(e, re.ASCII), any(c in e for c in _STAND_INS)) for e in expressions),
-        ignore_merges=name in _IGNORE_MERGES,
-        add_bos=name in _ADD_BOS,
-        clean_spaces=name in _CLEAN_SPACES,
-        has_bos=name not in _NO_BOS,
+        ignore_merges=name in IGNORE_MERGES,
+        add_bos=name in ADD_BOS,
+        clean_spaces=name in CLEAN_SPACES,
+        has_bos=name not in NO_BOS,
     )

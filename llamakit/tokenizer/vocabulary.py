@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from llamakit.tokenizer.metadata import Metadata
+from llamakit.formats.metadata import Metadata
 
 
 class Attr:

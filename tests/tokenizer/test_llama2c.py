@@ -87,7 +87,7 @@ def test_lengths_and_scores(tmp_path: Path) -> None:
     path.write_bytes(data[:4] + struct.pack("<f", float("nan")) + data[8:])
     with pytest.raises(FormatError, match="score of token 0"):
         load_llama2c_tokenizer(path, 266)
-    with pytest.raises(UsageError, match="cannot be read"):
+    with pytest.raises(UsageError, match="cannot be opened"):
         load_llama2c_tokenizer(tmp_path / "nonesuch", 266)
 
 

@@ -1,4 +1,4 @@
-"""Reading metadata strictly: every value is checked for its type, every error names its key."""
+"""A vocabulary's metadata, read strictly: every value is checked for its type, every error names its key."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ _NO_ID = 0xFFFFFFFF
 
 
 class Metadata:
-    """The metadata of one file, asked key by key; collects what is odd but no error in `warnings`."""
+    """The metadata of one file (path: for the errors), asked key by key; what is odd but no error is in `warnings`."""
 
-    def __init__(self, values: Mapping[str, Any], path: Path) -> None:
+    def __init__(self, values: Mapping[str, Any], path: Path | None) -> None:
         self._values, self._path = values, path
         self.warnings: list[str] = []
 
