@@ -38,6 +38,7 @@ _UNSUPPORTED: dict[str, tuple[str, str | None]] = {
         "is a safetensors file; models in this format are not supported yet",
         "convert its directory to GGUF with llama.cpp's convert_hf_to_gguf.py",
     ),
+    "peft": ("is a folder with a LoRA adapter (PEFT), not a model", "give it with --lora, and the model with -m"),
     "huggingface": (
         "is a directory with a Hugging Face model; models in this format are not supported yet",
         "convert it to GGUF with llama.cpp's convert_hf_to_gguf.py",
@@ -52,10 +53,12 @@ def sniff(path: str | os.PathLike[str]) -> str:
     """The kind of a file or directory, from its first bytes.
 
     One of: gguf, llama2c, llama2c-tokenizer, ggla, ggml, zip, pickle, safetensors, sentencepiece, gzip,
-    huggingface, directory, empty, text, unknown. Nothing is promised about the rest of the file. Raises
+    huggingface, peft, directory, empty, text, unknown. Nothing is promised about the rest of the file. Raises
     UsageError when it cannot be read.
     """
     if os.path.isdir(path):
+        if (Path(path) / "adapter_config.json").is_file():  # some trainers put the model's config.json beside it
+            return "peft"
         return "huggingface" if (Path(path) / "config.json").is_file() else "directory"
     with FileSource(path) as source:
         head = source.read(0, min(_HEAD_BYTES, source.size)).tobytes()
