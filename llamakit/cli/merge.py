@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,7 +15,7 @@ from llamakit.cli.options import FILES, LORA, OUTPUT, ConfigOption, JsonOption, 
 from llamakit.conversion.merge_config import MergeConfig
 
 if TYPE_CHECKING:
-    from llamakit.conversion.merge import Merged, MergedTensor, MergePlan, Report
+    from llamakit.conversion.merge import Merged, MergedTensor, Report
 
 _MB = 1e6
 
@@ -70,17 +70,13 @@ def merge(
         outtype=outtype,
         force=force,
     )
-    from llamakit.conversion.merge import Merged, MergedTensor, merge
+    from llamakit.conversion.merge import merge
 
     _set_threads(threads)
     render.loading(model)
     started = time.perf_counter()
-    tensors: list[MergedTensor] = []
-    for report in _shown(merge(wanted)):
-        if isinstance(report, MergedTensor):
-            tensors.append(report)
-        elif isinstance(report, Merged):
-            _finish(wanted, report, tensors, time.perf_counter() - started, json)
+    tensors, merged = _watch(merge(wanted))
+    _finish(wanted, merged, tensors, time.perf_counter() - started, json)
 
 
 def _listed(items: Iterable[str]) -> list[str]:
@@ -95,29 +91,26 @@ def _set_threads(threads: int | None) -> None:
         torch.set_num_threads(threads)
 
 
-def _shown(reports: Iterable[Report]) -> Iterable[Report]:
-    """The reports, with notes and a progress bar on the way."""
-    from llamakit.conversion.merge import MergePlan
+def _watch(reports: Iterator[Report]) -> tuple[list[MergedTensor], Merged]:
+    """Take the reports to their end, with notes and a progress bar on the way."""
+    from llamakit.conversion.merge import Merged, MergedTensor, MergePlan
 
-    iterator = iter(reports)
-    plan = next(iterator)
+    tensors: list[MergedTensor] = []
+    plan = next(reports)
     assert isinstance(plan, MergePlan)
     for note in plan.notes:
         render.note(note)
     render.log(f"merging: {plan.n_changed} of {plan.n_tensors} tensors change, {render.human_bytes(plan.n_bytes)}")
-    yield from _with_bar(iterator, plan)
-
-
-def _with_bar(reports: Iterable[Report], plan: MergePlan) -> Iterable[Report]:
-    from llamakit.conversion.merge import MergedTensor
-
     started = time.perf_counter()
-    with render.Progress("merging (MB)", total=round(plan.n_bytes / _MB), fields=("MB/s", "tensor")) as bar:
+    with render.Progress("merging (MB)", total=round(plan.n_bytes / _MB), fields=("MB/s",)) as bar:
         for report in reports:
             if isinstance(report, MergedTensor):
+                tensors.append(report)
                 speed = report.bytes_done / _MB / max(1e-9, time.perf_counter() - started)
-                bar.update(round(report.bytes_done / _MB), **{"MB/s": f"{speed:.0f}", "tensor": report.name})
-            yield report
+                bar.update(round(report.bytes_done / _MB), **{"MB/s": f"{speed:.0f}"})
+            elif isinstance(report, Merged):
+                return tensors, report
+    raise AssertionError("a merge ends with Merged")
 
 
 def _finish(config: MergeConfig, merged: Merged, tensors: Sequence[MergedTensor], seconds: float, json: bool) -> None:

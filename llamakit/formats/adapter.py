@@ -83,7 +83,7 @@ def read_adapter(path: str | os.PathLike[str], base: ModelFile | None = None) ->
     kind, folder = sniff(path), Path(path)
     if kind in ("safetensors", "zip", "pickle") and folder.name in (WEIGHTS, OLD_WEIGHTS):
         folder = folder.parent
-    if kind == "peft" or (folder != Path(path) and (folder / PEFT_CONFIG).is_file()):
+    if (folder / PEFT_CONFIG).is_file():
         return _read_peft(folder, base)
     if kind == "ggla":
         return _read_old(Path(path))

@@ -17,6 +17,9 @@ from llamakit.formats.source import FileSource
 
 _HEAD_BYTES = 4096
 _OLD_GGML = {b"lmgg": "ggml", b"fmgg": "ggmf", b"tjgg": "ggjt"}
+_MODEL_WEIGHTS = (
+    "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json",
+)  # fmt: skip
 _TEXT_CONTROLS = frozenset(range(32)) - {*b"\t\n\r\f\x1b"}
 
 #: kind -> (what it is, what to do); the kinds that no model can be opened from
@@ -57,12 +60,18 @@ def sniff(path: str | os.PathLike[str]) -> str:
     UsageError when it cannot be read.
     """
     if os.path.isdir(path):
-        if (Path(path) / "adapter_config.json").is_file():  # some trainers put the model's config.json beside it
-            return "peft"
-        return "huggingface" if (Path(path) / "config.json").is_file() else "directory"
+        return _folder_kind(Path(path))
     with FileSource(path) as source:
         head = source.read(0, min(_HEAD_BYTES, source.size)).tobytes()
         return _kind(head, source.size) if head else "empty"
+
+
+def _folder_kind(folder: Path) -> str:
+    """Some trainers leave the model's config.json beside an adapter: the model is there only if its weights are."""
+    adapter = (folder / "adapter_config.json").is_file()
+    if adapter and not any((folder / name).exists() for name in _MODEL_WEIGHTS):
+        return "peft"
+    return "huggingface" if (folder / "config.json").is_file() else "directory"
 
 
 def _kind(head: bytes, size: int) -> str:

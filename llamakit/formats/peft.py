@@ -12,6 +12,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -66,7 +67,7 @@ def read_peft(folder: str | os.PathLike[str], base: ModelFile) -> PeftWeights:
     """
     folder = Path(folder)
     config = parse_config(folder / CONFIG, read_object(folder / CONFIG))
-    with _open_weights(folder) as file:
+    with closing(_open_weights(folder)) as file:
         halves, whole = _sorted_out(file)
         weights = PeftWeights(config.alpha)
         for module, half in halves.items():

@@ -114,6 +114,9 @@ def test_where_the_folder_may_be_named(tmp_path: Path, base: ModelFile) -> None:
     assert sniff(path) == "peft"
     (path / "config.json").write_text("{}")  # of the model: some trainers copy it there
     assert sniff(path) == "peft"
+    (path / "model.safetensors").touch()  # a model and an adapter in one folder
+    assert sniff(path) == "huggingface" and read_adapter(path, base).path == path
+    (path / "model.safetensors").unlink()
     one, two = read_adapter(path, base), read_adapter(path / "adapter_model.safetensors", base)
     assert one.architecture == "llama" and one.path == two.path == path and one.stamps is None
     assert np.array_equal(one.tensors[Q][1], two.tensors[Q][1])
