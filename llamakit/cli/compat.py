@@ -50,6 +50,16 @@ ALIASES: dict[str, dict[str, str]] = {
         "--conversation": "-cnv",
         "-no-display-prompt": "--no-display-prompt",
     },
+    "merge": {
+        "--model": "-m",
+        "--model-base": "-m",
+        "--model-out": "-o",
+        "--output": "-o",
+        "--output-file": "-o",
+        "-l": "--lora",
+        "-s": "--lora-scaled",
+        "-t": "--threads",
+    },
     "tokenize": {"--model": "-m", "--prompt": "-p", "--file": "-f"},
     "inspect": {"-m": "", "--model": ""},
 }
@@ -92,6 +102,7 @@ NO_OPS: dict[str, dict[str, tuple[int, str]]] = {
         "-nkvo": (0, _CPU),
         "--no-kv-offload": (0, _CPU),
     },
+    "merge": {},
     "tokenize": {"--log-disable": (0, "what is no token goes to stderr: 2>/dev/null silences it")},
     "inspect": {},
 }
@@ -99,7 +110,7 @@ NO_OPS: dict[str, dict[str, tuple[int, str]]] = {
 # Options whose value is a text or a name, which may itself begin with a dash and is never rewritten.
 _TEXT_VALUES = frozenset(
     {
-        "-p", "-f", "-m", "-z", "-i", "--prompt", "--file", "--model", "--tokenizer", "--config", "--lora",
+        "-p", "-f", "-m", "-z", "-i", "-o", "--prompt", "--file", "--model", "--tokenizer", "--config", "--lora",
         "--log-file", "--train-data", "--sample-start", "--model-base", "--checkpoint-in", "--checkpoint-out",
         "--lora-out", "--pattern-fn-it", "--fn-latest",
     }
@@ -164,6 +175,9 @@ def _rewrite_option(
     if command == "generate" and _rewrite_generate(name, queue, out, notes):
         return
     canonical = ALIASES[command].get(name, name)
+    if canonical == "--lora-scaled":
+        _join_scale(name, queue, out)
+        return
     if attached and canonical.startswith("--"):
         out.append(f"{canonical}={queue.pop(0)}")
         return
@@ -197,13 +211,15 @@ def _rewrite_generate(name: str, queue: list[str], out: list[str], notes: list[N
         out += ["--device", device]
         notes.append(("note", f"{name} {layers} means --device {device} here: all layers are in one place"))
         return True
-    if name == "--lora-scaled":
-        adapter = _take(name, 1, queue)[0]
-        if not _is_float(adapter.rpartition(":")[2]) and queue and _is_float(queue[0]):
-            adapter = f"{adapter}:{queue.pop(0)}"
-        out += [name, adapter]
-        return True
     return False
+
+
+def _join_scale(name: str, queue: list[str], out: list[str]) -> None:
+    """`--lora-scaled FILE SCALE`, two values as until 2024, becomes FILE:SCALE."""
+    adapter = _take(name, 1, queue)[0]
+    if not _is_float(adapter.rpartition(":")[2]) and queue and _is_float(queue[0]):
+        adapter = f"{adapter}:{queue.pop(0)}"
+    out += ["--lora-scaled", adapter]
 
 
 def _warn_about_letter(name: str, queue: list[str], notes: list[Note]) -> None:

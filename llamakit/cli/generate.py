@@ -20,6 +20,7 @@ from llamakit.cli.options import (
     DtypeOption,
     JsonOption,
     ThreadsOption,
+    scaled_adapter,
     set_threads,
 )
 from llamakit.cli.prompt import read_prompt
@@ -126,7 +127,7 @@ def generate(
         n_predict=n_predict, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
         repeat_penalty=repeat_penalty, repeat_last_n=repeat_last_n, seed=seed, ctx=ctx,
     )  # fmt: skip
-    adapters = [(path, 1.0) for path in lora or ()] + [_scaled(item) for item in lora_scaled or ()]
+    adapters = [(path, 1.0) for path in lora or ()] + [scaled_adapter(item) for item in lora_scaled or ()]
     text = read_prompt(prompt, prompt_option, prompt_file, escape=not no_escape, use_stdin=vocabulary is None) or ""
     loaded = _load(model, vocabulary, adapters, force, threads, device, dtype)
     shown = "" if no_display_prompt or conversation else text
@@ -143,15 +144,6 @@ class _Loaded:
     tokenizer: Tokenizer
     load_s: float
     is_llama2c: bool
-
-
-def _scaled(item: str) -> tuple[Path, float]:
-    """FILE:S -> (FILE, S)."""
-    path, _, scale = item.rpartition(":")
-    try:
-        return Path(path or "?"), float(scale)
-    except ValueError as error:
-        raise UsageError(f"--lora-scaled is {item!r} (expected FILE:SCALE, such as lora.gguf:0.5)") from error
 
 
 def _load(
@@ -175,7 +167,7 @@ def _load(
     _check_is_model(file)
     _check_vocabulary_option(file, vocabulary, is_llama2c)
     tokenizer = _tokenizer(file, vocabulary)
-    read = [(read_adapter(adapter), scale) for adapter, scale in adapters]
+    read = [(read_adapter(adapter, file), scale) for adapter, scale in adapters]
     for adapter, _ in read:
         for note in check_adapter(adapter, file, force=force):
             render.note(f"{adapter.path}: {note}")

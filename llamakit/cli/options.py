@@ -29,6 +29,15 @@ FILES, MODEL, SAMPLING, TRAINING, LORA, DATA, OUTPUT, COMPUTE = (
 )
 
 
+def scaled_adapter(item: str) -> tuple[Path, float]:
+    """FILE:S -> (FILE, S). Raises UsageError where S is no number."""
+    path, _, scale = item.rpartition(":")
+    try:
+        return Path(path or "?"), float(scale)
+    except ValueError as error:
+        raise UsageError(f"--lora-scaled is {item!r} (expected FILE:SCALE, such as lora.gguf:0.5)") from error
+
+
 def _read_config(context: typer.Context, path: Path | None) -> Path | None:
     """Make the file's values the defaults of the command: the command line still overrides them."""
     if path is None or context.resilient_parsing:

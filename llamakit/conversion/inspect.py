@@ -36,7 +36,7 @@ _OTHERS = {
     "sentencepiece": "SentencePiece vocabulary",
     "safetensors": "safetensors weights",
     "huggingface": "folder with a Hugging Face model, to be converted with llama.cpp's script",
-    "peft": "folder with a PEFT adapter, to be converted with llama.cpp's script",
+    "peft": "folder with a LoRA adapter (PEFT)",
     "zip": "zip archive, perhaps a PyTorch checkpoint",
     "pickle": "Python pickle, perhaps an old PyTorch checkpoint; never loaded, it could run any code",
     "ggml": "GGML model from before GGUF",
@@ -249,7 +249,6 @@ def _inspect_ggla(path: Path) -> FileReport:
 
 def _inspect_other(path: Path, kind: str) -> FileReport:
     if path.is_dir():
-        kind = "peft" if (path / "adapter_config.json").is_file() else kind
         n_bytes = sum(entry.stat().st_size for entry in os.scandir(path) if entry.is_file())
     else:
         n_bytes = path.stat().st_size
@@ -271,21 +270,25 @@ def _next_commands(kind: str, file: ModelFile | None, path: Path | None = None) 
     """What a user most likely wants to do with such a file."""
     name = _as_argument(file.path if file is not None else path or Path())
     finetune = ("llamakit", "finetune", "--model-base")
+    lora = (
+        ("llamakit", "generate", "-m", "BASE.gguf", "--lora", name, "-p", "Once upon a time"),
+        ("llamakit", "merge", "-m", "BASE.gguf", "--lora", name, "-o", "merged.gguf"),
+    )
     if kind == "model" and file is not None:
         return _next_for_model(file.metadata, name)
     if file is not None and file.metadata.get("training.type") == "train_model":
         return ()
     return {
         "vocabulary": (("llamakit", "tokenize", "-m", name, "-p", "Hello world"),),
-        "adapter": (("llamakit", "generate", "-m", "BASE.gguf", "--lora", name, "-p", "Once upon a time"),),
-        "ggla": (("llamakit", "generate", "-m", "BASE.gguf", "--lora", name, "-p", "Once upon a time"),),
+        "adapter": lora,
+        "ggla": lora,
         "checkpoint": ((*finetune, "BASE.gguf", "--checkpoint-in", name, "--train-data", "TEXT.txt"),),
         "old-checkpoint": ((*finetune, "BASE.gguf", "--checkpoint-in", name, "--train-data", "TEXT.txt"),),
         "llama2c": (("llamakit", "generate", "-m", name, "-z", "tokenizer.bin"),),
         "llama2c-tokenizer": (("llamakit", "generate", "-m", "MODEL.bin", "-z", name),),
         "text": ((*finetune, "BASE.gguf", "--train-data", name),),
         "huggingface": (("python", "convert_hf_to_gguf.py", name),),
-        "peft": (("python", "convert_lora_to_gguf.py", name),),
+        "peft": lora,
     }.get(kind, ())
 
 

@@ -1,4 +1,4 @@
-"""LoRA adapters: read from GGUF and from old `ggla` files, written as GGUF, checked against a base model.
+"""LoRA adapters: read from GGUF, PEFT folders and old `ggla` files, written, checked against a base model.
 
 Inside, one orientation for every tensor: A (r, n_in), B (n_out, r), delta W = B @ A in the base tensor's
 shape (rows first; a norm is a matrix of one row). On disk, GGUF has token_embd the other way round, and
@@ -16,20 +16,21 @@ from typing import Any
 
 import numpy as np
 
-from llamakit.errors import FormatError, MismatchError, UnsupportedError
+from llamakit.errors import FormatError, MismatchError, UnsupportedError, UsageError
 from llamakit.files import escape_control
 from llamakit.formats.base import ModelFile, TensorData
+from llamakit.formats.floats import to_float32
 from llamakit.formats.ggla import read_ggla
 from llamakit.formats.gguf_reader import GGUFFile
 from llamakit.formats.gguf_writer import write_gguf
 from llamakit.formats.open import sniff
+from llamakit.formats.peft import CONFIG as PEFT_CONFIG
+from llamakit.formats.peft import OLD_WEIGHTS, WEIGHTS, Pair, read_peft, write_peft
 from llamakit.formats.stamps import BaseStamps, base_stamps
-from llamakit.ggml import GGMLType
+from llamakit.ggml import FLOAT_TYPES, GGMLType
 
 MODEL_STAMP_KEY, FILE_STAMP_KEY = "llamakit.base.model", "llamakit.base.file"
 _FLIPPED = "token_embd.weight"  # llama.cpp looks tokens up in lora_a, so it keeps its rows per token
-
-Pair = tuple[np.ndarray, np.ndarray]
 
 
 @dataclass
@@ -40,6 +41,8 @@ class Adapter:
     tensors: base tensor name, with `.weight` -> (A (r, n_in), B (n_out, r)) float32; r may differ between
     tensors.
     metadata: of the file that it came from; architecture: of the base ("" where the file does not say: ggla).
+    replaced: tensors that stand whole in the base's place (PEFT's modules_to_save), float32 (n_out, n_in), a norm as
+    one row. They can be merged, and neither put on a running model nor written as an adapter.
     """
 
     alpha: float
@@ -47,6 +50,7 @@ class Adapter:
     metadata: dict[str, Any] = field(default_factory=dict)
     architecture: str = "llama"
     path: Path | None = None
+    replaced: dict[str, np.ndarray] = field(default_factory=dict)
 
     def rank(self, name: str) -> int:
         """The rank of one tensor's pair. Raises KeyError."""
@@ -68,25 +72,38 @@ class Adapter:
         return BaseStamps(model, file) if isinstance(model, str) and isinstance(file, str) else None
 
 
-def read_adapter(path: str | os.PathLike[str]) -> Adapter:
-    """An adapter from a GGUF file or an old `ggla` file; whole, in memory.
+def read_adapter(path: str | os.PathLike[str], base: ModelFile | None = None) -> Adapter:
+    """An adapter from a GGUF file, a PEFT folder (or the weights in it) or an old `ggla` file; whole, in memory.
 
-    Raises UsageError when the path cannot be read, FormatError for broken files, UnsupportedError for other
-    kinds.
+    base: the model that it belongs to, needed for PEFT, whose rows of q and k stand in another order.
+    Raises UsageError when the path cannot be read or a PEFT folder comes without its base, FormatError for broken
+    files, UnsupportedError for other kinds and for what cannot be carried, MismatchError for a PEFT folder of another
+    base.
     """
-    kind = sniff(path)
+    kind, folder = sniff(path), Path(path)
+    if kind in ("safetensors", "zip", "pickle") and folder.name in (WEIGHTS, OLD_WEIGHTS):
+        folder = folder.parent
+    if (folder / PEFT_CONFIG).is_file():
+        return _read_peft(folder, base)
     if kind == "ggla":
         return _read_old(Path(path))
     if kind == "gguf":
         with GGUFFile(path) as file:
             return _read_gguf(file)
-    if kind in ("safetensors", "zip", "directory"):
+    if kind in ("safetensors", "zip", "pickle", "directory", "huggingface"):
         raise UnsupportedError(
-            f"is no LoRA adapter that can be read (expected GGUF or ggla, got {kind})",
+            f"is no LoRA adapter that can be read (expected GGUF, ggla or a PEFT folder, got {kind})",
             path=path,
-            hint="convert an adapter of PEFT with llama.cpp's convert_lora_to_gguf.py",
+            hint=f"a PEFT folder has {PEFT_CONFIG} and {WEIGHTS}",
         )
-    raise FormatError(f"is no LoRA adapter (expected GGUF or ggla, got {kind})", path=path, offset=0)
+    raise FormatError(f"is no LoRA adapter (expected GGUF, ggla or a PEFT folder, got {kind})", path=path, offset=0)
+
+
+def _read_peft(folder: Path, base: ModelFile | None) -> Adapter:
+    if base is None:
+        raise UsageError("is a PEFT folder, which cannot be read without its base model", path=folder)
+    weights = read_peft(folder, base)
+    return Adapter(weights.alpha, weights.tensors, {}, "llama", folder, weights.replaced)
 
 
 def transposed_pair(a: np.ndarray, b: np.ndarray) -> Pair:
@@ -155,20 +172,13 @@ def _matrix(file: GGUFFile, name: str) -> np.ndarray:
             path=file.path,
             offset=info.offset,
         )
-    data = file.read(name)
-    if info.type is GGMLType.F32:
-        values = data.view("<f4")
-    elif info.type is GGMLType.F16:
-        values = data.view("<f2").astype(np.float32)
-    elif info.type is GGMLType.BF16:
-        values = (data.view("<u2").astype(np.uint32) << 16).view(np.float32)
-    else:
+    if info.type not in FLOAT_TYPES:
         raise UnsupportedError(
             f"LoRA tensor '{escape_control(name)}' has the type {info.type.name} (expected F32, F16 or BF16)",
             path=file.path,
             hint="convert the adapter again with --outtype f32",
         )
-    return values.reshape(-1, info.shape[-1])
+    return to_float32(file.read(name), info.type).reshape(-1, info.shape[-1])
 
 
 def _pairs(path: Path, stored: Mapping[str, np.ndarray], suffix_a: str, suffix_b: str) -> dict[str, Pair]:
@@ -228,6 +238,17 @@ def check_adapter(adapter: Adapter, base: ModelFile, *, force: bool = False) -> 
     return _check_stamps(adapter, base, force)
 
 
+def refuse_replaced(adapter: Adapter) -> None:
+    """Raises UnsupportedError, by name, for an adapter that replaces whole tensors: it can only be merged."""
+    if adapter.replaced:
+        names = [escape_control(name) for name in adapter.replaced]
+        raise UnsupportedError(
+            f"replaces whole tensors (modules_to_save): {', '.join(names[:3])}{' ...' if len(names) > 3 else ''}",
+            path=adapter.path,
+            hint="no pair of matrices can hold that; put it into the model: llamakit merge",
+        )
+
+
 def _check_tensor(adapter: Adapter, base: ModelFile, name: str) -> None:
     shown, info = escape_control(name), base.tensors.get(name)
     if info is None:
@@ -270,8 +291,10 @@ def write_adapter(path: str | os.PathLike[str], adapter: Adapter, base: ModelFil
     """Write an adapter as GGUF, F32, as llama.cpp loads it, with the stamps of its base.
 
     The bytes depend on alpha, the tensors and the base alone; tensors stand in the base's order, a before b.
-    Raises MismatchError when the adapter's tensors are not the base's, SaveError when the disk refuses.
+    Raises MismatchError when the adapter's tensors are not the base's, UnsupportedError where it replaces whole ones,
+    SaveError when the disk refuses.
     """
+    refuse_replaced(adapter)
     for name in adapter.tensors:
         _check_tensor(adapter, base, name)
     stamps = base_stamps(base)
@@ -292,3 +315,15 @@ def write_adapter(path: str | os.PathLike[str], adapter: Adapter, base: ModelFil
                 data = np.ascontiguousarray(matrix, "<f4")
                 tensors.append(TensorData(name + suffix, data.shape, GGMLType.F32, data))
     write_gguf(path, metadata=metadata, tensors=tensors)
+
+
+def write_adapter_folder(
+    path: str | os.PathLike[str], adapter: Adapter, base: ModelFile, *, base_model: str | None = None
+) -> None:
+    """Write an adapter as a PEFT folder, F32; base_model: what stands as base_model_name_or_path.
+
+    What `peft` computes with it is what the adapter computes here, and reading it back gives the same matrices.
+    Raises as `write_peft`, and UnsupportedError where the adapter replaces whole tensors.
+    """
+    refuse_replaced(adapter)
+    write_peft(path, alpha=adapter.alpha, tensors=adapter.tensors, base=base, base_model=base_model)

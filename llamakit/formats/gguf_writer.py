@@ -61,6 +61,21 @@ def write_gguf(
 
     Raises SaveError when the disk refuses; ValueError or TypeError for arguments that no GGUF file can hold.
     """
+    for _ in written_tensors(path, metadata=metadata, tensors=tensors, verify=verify):
+        pass
+
+
+def written_tensors(
+    path: str | os.PathLike[str],
+    *,
+    metadata: Mapping[str, Any],
+    tensors: Iterable[TensorData],
+    verify: Callable[[GGUFFile], None] | None = None,
+) -> Iterator[TensorData]:
+    """`write_gguf`, giving each tensor once it is written, for a caller who shows progress.
+
+    The file is in its place when the iterator ends; an iterator that is given up leaves `path` as it was.
+    """
     tensors = list(tensors)
     typed = {key: _typed(key, value) for key, value in metadata.items()}
     alignment = typed["general.alignment"].value if "general.alignment" in typed else DEFAULT_ALIGNMENT
@@ -77,6 +92,7 @@ def write_gguf(
         out.write(header)
         for tensor in tensors:
             _write_padded(out, tensor, alignment)
+            yield tensor
 
 
 def _reopened(temporary: Path) -> GGUFFile:

@@ -18,6 +18,9 @@ from llamakit.formats.source import FileSource
 
 _HEAD_BYTES = 4096
 _OLD_GGML = {b"lmgg": "ggml", b"fmgg": "ggmf", b"tjgg": "ggjt"}
+_MODEL_WEIGHTS = (
+    "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json",
+)  # fmt: skip
 _TEXT_CONTROLS = frozenset(range(32)) - {*b"\t\n\r\f\x1b"}
 
 #: kind -> (what it is, what to do); the kinds that no model can be opened from
@@ -39,6 +42,7 @@ _UNSUPPORTED: dict[str, tuple[str, str | None]] = {
         "is a safetensors file of weights alone, which do not say what model they are",
         "give its folder, with config.json and the tokenizer beside the weights",
     ),
+    "peft": ("is a folder with a LoRA adapter (PEFT), not a model", "give it with --lora, and the model with -m"),
     "sentencepiece": ("is a SentencePiece vocabulary, not a model", None),
     "llama2c-tokenizer": ("is a llama2.c vocabulary, not a model", "give it with -z, and the model with -m"),
     "gzip": ("is compressed", "unpack it first: gunzip"),
@@ -49,14 +53,22 @@ def sniff(path: str | os.PathLike[str]) -> str:
     """The kind of a file or directory, from its first bytes.
 
     One of: gguf, llama2c, llama2c-tokenizer, ggla, ggml, zip, pickle, safetensors, sentencepiece, gzip,
-    huggingface, directory, empty, text, unknown. Nothing is promised about the rest of the file. Raises
+    huggingface, peft, directory, empty, text, unknown. Nothing is promised about the rest of the file. Raises
     UsageError when it cannot be read.
     """
     if os.path.isdir(path):
-        return "huggingface" if (Path(path) / "config.json").is_file() else "directory"
+        return _folder_kind(Path(path))
     with FileSource(path) as source:
         head = source.read(0, min(_HEAD_BYTES, source.size)).tobytes()
         return _kind(head, source.size) if head else "empty"
+
+
+def _folder_kind(folder: Path) -> str:
+    """Some trainers leave the model's config.json beside an adapter: the model is there only if its weights are."""
+    adapter = (folder / "adapter_config.json").is_file()
+    if adapter and not any((folder / name).exists() for name in _MODEL_WEIGHTS):
+        return "peft"
+    return "huggingface" if (folder / "config.json").is_file() else "directory"
 
 
 def _kind(head: bytes, size: int) -> str:

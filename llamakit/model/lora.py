@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from llamakit.errors import MismatchError
-from llamakit.formats.adapter import Adapter
+from llamakit.formats.adapter import Adapter, refuse_replaced
 from llamakit.model.layers import (
     Dropout,
     Embedding,
@@ -55,8 +55,9 @@ def attach(model: Llama, adapter: Adapter, scale: float = 1.0) -> None:
     """Put an adapter on the model, in addition to those that it has; frozen, for inference.
 
     scale multiplies the adapter's own alpha / rank. Raises MismatchError for a tensor that the model lacks or
-    that has another shape; the model is then unchanged.
+    that has another shape, UnsupportedError for an adapter that replaces whole tensors; the model is then unchanged.
     """
+    refuse_replaced(adapter)
     leaves: dict[str, LoraLeaf] = {}
     for name, (a, b) in adapter.tensors.items():
         path = name.removesuffix(".weight")

@@ -54,6 +54,11 @@ def notes(line: str) -> list[compat.Note]:
     # llama-tokenize
     ("tokenize -m m.gguf -p 'a_b' --ids --no-bos --no_parse_special --log-disable", "tokenize -m m.gguf -p a_b --ids --no-bos --no-parse-special"),
     ("tokenize --model m.gguf --stdin --show_count", "tokenize -m m.gguf --stdin --show-count"),
+    # llama-export-lora, of 2024 and of today
+    ("merge --model_base b.gguf --model-out o.gguf -l a.gguf -s c_d.gguf 0.5 -t 4",
+     "merge -m b.gguf -o o.gguf --lora a.gguf --lora-scaled c_d.gguf:0.5 --threads 4"),
+    ("merge -m b.gguf --lora a.gguf,c.gguf --lora-scaled d.gguf:0.5,e.gguf:2 -o o_x.gguf",
+     "merge -m b.gguf --lora a.gguf,c.gguf --lora-scaled d.gguf:0.5,e.gguf:2 -o o_x.gguf"),
     # everything else stays
     ("inspect -m m.gguf", "inspect m.gguf"),
     ("inspect -- --a_b.gguf", "inspect -- --a_b.gguf"),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from llamakit.cli.finetune import finetune
 from llamakit.cli.generate import generate
+from llamakit.cli.merge import merge
+from llamakit.conversion.merge_config import MergeConfig
 from llamakit.inference.config import GenerateConfig
 from llamakit.training.config import FinetuneConfig
 from tests.helpers import assert_parity
@@ -28,4 +30,13 @@ def test_generate() -> None:
     others = ("conversation", "threads", "device", "dtype", "no_display_prompt", "json", "config")
     assert_parity(
         generate, GenerateConfig, cli_only=files + others, config_only=("logprobs", "prefill_chunk", "stop_ids")
+    )
+
+
+def test_merge() -> None:
+    assert_parity(
+        merge,
+        MergeConfig,
+        cli_only=("lora", "lora_scaled", "threads", "json", "config"),
+        config_only=("lora", "lora_scaled"),
     )

@@ -1,0 +1,142 @@
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from llamakit.cli import run
+from llamakit.formats.adapter import Adapter, write_adapter
+from llamakit.formats.gguf import GGUFFile
+from llamakit.formats.open import open_model
+from llamakit.ggml import GGMLType
+from tests.conversion.merge_files import SHAPES, UNTOUCHED, numbers, write_base, write_lora
+from tests.formats.test_peft import folder
+from tests.helpers import assert_error, cli
+from tests.tiny import cached_tiny_gguf
+
+Done = subprocess.CompletedProcess[str]
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., Done]:
+    """Run the command in this process, in the test's directory."""
+    monkeypatch.chdir(tmp_path)
+
+    def command(*args: str | Path) -> Done:
+        capfd.readouterr()
+        words = [str(arg) for arg in args]
+        code = run(words)
+        return subprocess.CompletedProcess(words, code, *capfd.readouterr())
+
+    return command
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> Path:
+    """base.gguf, a.gguf and b.gguf in a directory of their own."""
+    base = write_base(tmp_path / "base.gguf")
+    write_lora(tmp_path / "a.gguf", base, 2)
+    write_lora(tmp_path / "b.gguf", base, 4, seed=300)
+    return tmp_path
+
+
+def test_merge(files: Path) -> None:
+    result = cli(
+        "merge", "-m", "base.gguf", "--lora", "a.gguf", "--lora-scaled", "b.gguf:0.4", "-o", "out.gguf", cwd=files
+    )
+    assert result.returncode == 0, result.stderr
+    lines = result.stdout.splitlines()
+    assert lines[0].split() == ["tensor", "n", "type", "rmse", "change", "kept"]
+    assert [line for line in lines if line.split() == ["blk.*.attn_q.weight", "1", "F32", "0", "all"]]
+    n_changed = len(SHAPES) - len(UNTOUCHED)
+    assert lines[-2].startswith(f"out.gguf: {n_changed} of {len(SHAPES)} tensors changed, ")
+    assert lines[-1] == "next: llamakit generate -m out.gguf -p 'Once upon a time'"
+    assert result.stderr.splitlines()[0].startswith("loading base.gguf (")
+    with GGUFFile(files / "out.gguf") as file:
+        assert list(file.metadata)[-1] == "general.file_type"
+
+
+def test_spellings_of_llama_cpp_give_the_same_file(files: Path, here: Callable[..., Done]) -> None:
+    expected = None
+    for line in (
+        "-m base.gguf --lora a.gguf --lora b.gguf -o out.gguf",
+        "--model base.gguf --lora a.gguf,b.gguf --output out.gguf -t 1",
+        "--model-base base.gguf --model-out out.gguf -l a.gguf -l b.gguf --threads 1",
+        "-m base.gguf -s a.gguf 1.0 -s b.gguf 1 -o out.gguf",
+        "-m base.gguf --lora-scaled a.gguf:1,b.gguf:1.0 -o out.gguf",
+    ):
+        result = here("merge", *line.split())
+        assert result.returncode == 0, result.stderr
+        data = (files / "out.gguf").read_bytes()
+        assert expected in (None, data), line
+        expected = data
+        (files / "out.gguf").unlink()
+
+
+def test_a_comma_in_a_name(files: Path, here: Callable[..., Done]) -> None:
+    (files / "a.gguf").rename(files / "a,b.gguf")
+    assert here("merge", "-m", "base.gguf", "--lora", "a,b.gguf").returncode == 0
+    assert (files / "ggml-lora-merged-f16.gguf").exists()  # llama-export-lora's default
+
+
+def test_json(files: Path, here: Callable[..., Done]) -> None:
+    result = here("merge", "-m", "base.gguf", "--lora", "a.gguf", "-o", "out.gguf", "--outtype", "bf16", "--json")
+    report = json.loads(result.stdout)
+    assert report["path"] == "out.gguf" and report["adapters"] == [{"path": "a.gguf", "scale": 1.0}]
+    assert report["file_bytes"] == (files / "out.gguf").stat().st_size
+    assert report["n_tensors"] == len(report["tensors"]) == len(SHAPES)
+    first = report["tensors"][0]
+    assert first["name"] == "token_embd.weight" and first["base_type"] == "F32" and first["type"] == "BF16"
+    assert 0.9 < first["change_kept"] < 1.1 and 0 < first["rmse"] < 0.01
+    assert shlex.split(report["next"][0])[:4] == ["llamakit", "generate", "-m", "out.gguf"]
+
+
+def test_little_that_is_left_is_said(tmp_path: Path, here: Callable[..., Done]) -> None:
+    base = cached_tiny_gguf(type="Q4_0")
+    with open_model(base) as file:
+        pair = (numbers(1, 64, seed=0), numbers(64, 1, seed=1) * np.float32(1e-3))
+        write_adapter(tmp_path / "a.gguf", Adapter(1.0, {"blk.0.attn_q.weight": pair}), file)
+    result = here("merge", "-m", base, "--lora", "a.gguf", "-o", "out.gguf", "--outtype", "same")
+    assert re.search(r"warning: only \d+% of the adapters' change survived", result.stderr)
+    assert "hint: leave --outtype out (changed tensors become f16), or keep the adapter beside" in result.stderr
+    assert [line for line in result.stdout.splitlines() if line.startswith("blk.0.attn_q.weight") and "Q4_0" in line]
+    result = here("merge", "-m", base, "--lora", "a.gguf", "-o", "out.gguf")
+    assert "warning" not in result.stderr
+    with GGUFFile(tmp_path / "out.gguf") as file:
+        assert file.tensors["blk.0.attn_q.weight"].type is GGMLType.F16
+        assert file.tensors["blk.1.attn_q.weight"].type is GGMLType.Q4_0
+
+
+def test_peft_folders_in_merge_and_generate(tmp_path: Path, here: Callable[..., Done]) -> None:
+    base = cached_tiny_gguf()
+    folder(tmp_path / "peft", lora_alpha=600)
+    result = here("merge", "-m", base, "--lora", "peft", "-o", "out.gguf")
+    assert result.returncode == 0 and "1 of 21 tensors changed" in result.stdout
+    options = ("-p", "The old king", "-n", "12", "-t", "0", "--dtype", "f32")
+    merged = here("generate", "-m", "out.gguf", *options)
+    adapted = here("generate", "-m", base, "--lora", "peft", *options)
+    plain = here("generate", "-m", base, *options)
+    assert merged.stdout == adapted.stdout != plain.stdout and adapted.returncode == 0
+    result = here("inspect", "peft")
+    assert "llamakit merge -m BASE.gguf --lora peft -o merged.gguf" in result.stdout
+
+
+def test_errors(files: Path, here: Callable[..., Done]) -> None:
+    def run(*args: str):
+        return here("merge", *args)
+
+    assert_error(run("--lora", "a.gguf"), 2, "missing option '-m'")
+    assert_error(run("-m", "base.gguf"), 2, "nothing to merge", "hint: name an adapter: --lora FILE")
+    assert_error(run("-m", "base.gguf", "--lora", "a.gguf", "-o", "base.gguf"), 2, "would be overwritten")
+    assert_error(run("-m", "base.gguf", "--lora-scaled", "a.gguf"), 2, "expected FILE:SCALE")
+    assert_error(run("-m", "base.gguf", "--lora-scaled", "a.gguf:inf"), 2, "--lora-scaled has the scale inf")
+    assert_error(run("-m", "base.gguf", "--lora", "a.gguf", "--outtype", "q9"), 2, "--outtype is 'q9'")
+    assert_error(run("-m", "base.gguf", "--lora", "missing.gguf"), 2, "missing.gguf: cannot be opened")
+    assert_error(run("-m", str(cached_tiny_gguf()), "--lora", "a.gguf"), 2, "a.gguf", "LoRA tensor 'token_embd.weight'")
+    assert sorted(path.name for path in files.iterdir()) == ["a.gguf", "b.gguf", "base.gguf"]
