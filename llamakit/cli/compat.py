@@ -62,6 +62,7 @@ ALIASES: dict[str, dict[str, str]] = {
     },
     "tokenize": {"--model": "-m", "--prompt": "-p", "--file": "-f"},
     "inspect": {"-m": "", "--model": ""},
+    "verify": {},
 }
 
 #: command -> spelling -> (number of values, what the note says). Accepted, without effect on the result.
@@ -105,6 +106,7 @@ NO_OPS: dict[str, dict[str, tuple[int, str]]] = {
     "merge": {},
     "tokenize": {"--log-disable": (0, "what is no token goes to stderr: 2>/dev/null silences it")},
     "inspect": {},
+    "verify": {},
 }
 
 # Options whose value is a text or a name, which may itself begin with a dash and is never rewritten.
