@@ -11,7 +11,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from llamakit.cli import render
-from llamakit.cli.options import FILES, LORA, OUTPUT, ConfigOption, JsonOption, ThreadsOption, scaled_adapter
+from llamakit.cli.options import (
+    FILES,
+    LORA,
+    OUTPUT,
+    ConfigOption,
+    JsonOption,
+    ThreadsOption,
+    scaled_adapter,
+    set_threads,
+)
 from llamakit.conversion.merge_config import MergeConfig
 
 if TYPE_CHECKING:
@@ -72,7 +81,7 @@ def merge(
     )
     from llamakit.conversion.merge import merge
 
-    _set_threads(threads)
+    set_threads(threads)
     render.loading(model)
     started = time.perf_counter()
     tensors, merged = _watch(merge(wanted))
@@ -82,13 +91,6 @@ def merge(
 def _listed(items: Iterable[str]) -> list[str]:
     """llama.cpp's lists with commas, one by one; a comma in the name of a file that is there is none of a list."""
     return [part for item in items for part in ([item] if Path(item).exists() else item.split(",")) if part]
-
-
-def _set_threads(threads: int | None) -> None:
-    if threads is not None:
-        import torch
-
-        torch.set_num_threads(threads)
 
 
 def _watch(reports: Iterator[Report]) -> tuple[list[MergedTensor], Merged]:

@@ -105,9 +105,8 @@ def _reopened(temporary: Path) -> GGUFFile:
 
 def typed_metadata(file: ModelFile) -> dict[str, Any]:
     """The metadata of an opened file as `write_gguf` takes it; of a GGUF file, every value keeps its type."""
-    if not isinstance(file, GGUFFile):
-        return dict(file.metadata)
-    return {key: Typed(value, *file.metadata_types[key]) for key, value in file.metadata.items()}
+    types = getattr(file, "metadata_types", {})
+    return {key: Typed(value, *types[key]) if key in types else value for key, value in file.metadata.items()}
 
 
 def copied_tensor(file: ModelFile, name: str) -> TensorData:
