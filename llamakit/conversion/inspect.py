@@ -138,7 +138,7 @@ def _inspect_gguf(path: Path, file: GGUFFile | SplitGGUF) -> FileReport:
     if kind in ("model", "vocabulary"):
         facts |= _model_facts(file.metadata)
     if isinstance(file, SplitGGUF):
-        facts["split"] = f"part {file.part} of {len(file.parts)}; what is said here is of all parts together"
+        facts["split"] = f"part {file.part} of {len(file.parts)}, all {len(file.parts)} parts counted"
     metadata = tuple(_key_value(key, value, *file.metadata_types[key]) for key, value in file.metadata.items())
     return FileReport(
         path=path,
