@@ -23,7 +23,6 @@ from llamakit.cli.options import (
 )
 from llamakit.cli.verify import print_report
 from llamakit.conversion.convert_config import ConvertConfig
-from llamakit.conversion.sizes import parse_size
 from llamakit.errors import LlamakitError, UsageError
 
 if TYPE_CHECKING:
@@ -143,6 +142,7 @@ def convert(
     config: ConfigOption = None,
 ) -> None:
     """Convert a model, an adapter or a vocabulary; what was written is compared with its source."""
+    from llamakit.formats.gguf_split import parse_size
     from llamakit.formats.open import sniff
 
     kind = sniff(source)

@@ -12,7 +12,7 @@ from llamakit.formats import llama2c
 from llamakit.formats.base import ModelFile
 from llamakit.formats.ggla import MAGIC as GGLA_MAGIC
 from llamakit.formats.gguf_reader import MAGIC as GGUF_MAGIC
-from llamakit.formats.gguf_reader import GGUFFile
+from llamakit.formats.gguf_split import open_gguf
 from llamakit.formats.huggingface import HuggingFaceModel
 from llamakit.formats.source import FileSource
 
@@ -105,9 +105,10 @@ def _is_text(head: bytes) -> bool:
 def open_model(path: str | os.PathLike[str]) -> ModelFile:
     """Open a model file of any known format.
 
-    A GGUF file may as well be an adapter, a vocabulary, a checkpoint or an importance matrix: what its
-    metadata says is for the caller to check. Raises UsageError when the path cannot be read, UnsupportedError
-    for what is known but no model here, FormatError for the rest and for broken files.
+    A part of a split GGUF file opens all of them. A GGUF file may as well be an adapter, a vocabulary, a checkpoint or
+    an importance matrix: what its metadata says is for the caller to check. Raises UsageError when the path cannot be
+    read or a part is missing, UnsupportedError for what is known but no model here, FormatError for the rest and for
+    broken files.
     """
     kind = sniff(path)
     if kind in _OPENERS:
@@ -128,7 +129,7 @@ def _folder_of(path: Path) -> ModelFile:
 
 #: kind -> what opens it as a model
 _OPENERS: dict[str, Callable[[str | os.PathLike[str]], ModelFile]] = {
-    "gguf": GGUFFile,
+    "gguf": open_gguf,
     "llama2c": llama2c.Llama2cFile,
     "huggingface": HuggingFaceModel,
 }

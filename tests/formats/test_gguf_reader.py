@@ -193,7 +193,7 @@ BROKEN: dict[str, tuple[Raw | bytes, str]] = {
     "offset wraps": (_tensors(Tensor(b"a", [8], 0, 2**64 - 64)), "does not follow"),
     "data past the end": (_tensors(Tensor(b"t", [8]), data=16), r"tensor 't' needs bytes 64..96, the file has 80"),
     "no data": (_tensors(Tensor(b"t", [8]), data=0), "tensor 't' needs bytes 64..96, the file has 64"),
-    "split": (Raw(kvs=[KV(b"split.count", V.UINT16, b"\3\0")]), "one of 3 parts; split GGUF files are not supported"),
+    "split": (Raw(kvs=[KV(b"split.count", V.UINT16, b"\3\0")]), "one of 3 parts of a split GGUF file"),
 }  # fmt: skip
 
 
