@@ -10,11 +10,14 @@ other way to load a pickle here. Layout: torch/serialization.py and caffe2/seria
 from __future__ import annotations
 
 import io
+import logging
 import os
 import pickle
 import struct
+import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from math import prod
 from pathlib import Path
 from types import MappingProxyType
@@ -94,15 +97,11 @@ class TorchFile:
         raw = self._source.read(offset, n_bytes).tobytes()
         archive, self._keys = _description(raw, self._records)
         try:
-            with FakeTensorMode():
+            with FakeTensorMode(), _quiet():
                 return torch.load(archive, weights_only=True, map_location="cpu")
         except _LOAD_ERRORS as error:
-            # PyTorch's own advice, to switch its protection off, is cut away.
-            text = str(error)
-            lines = (text.partition("WeightsUnpickler error:")[2] or text).strip().splitlines()
-            why = lines[0].partition(" was not an allowed")[0] if lines else type(error).__name__
             raise FormatError(
-                f"its pickle is not loaded: {escape_control(why[:200])}",
+                f"its pickle is not loaded: {_why(error)}",
                 path=self.path,
                 hint="only tensors and plain values are; a pickle that asks for more could run any code",
             ) from error
@@ -146,7 +145,7 @@ class TorchFile:
         size, shape, strides = tensor.element_size(), tuple(tensor.shape), tuple(tensor.stride())
         first, last = tensor.storage_offset(), sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
         empty, n = 0 in shape, prod(shape)
-        sound = n_bytes >= storage.nbytes() and min(first, *strides, *shape, 0) >= 0
+        sound = n_bytes >= storage.nbytes() and min(first, *strides, *shape) >= 0
         if not sound or n * size > n_bytes or (not empty and (first + last + 1) * size > n_bytes):
             raise self._error(
                 f"tensor {name[:80]!r} of shape {shape[:8]} and strides {strides[:8]} does not fit into its storage "
@@ -202,6 +201,28 @@ class TorchFile:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Neither warnings (about the pickle's protocol, say) nor logged tracebacks: what is refused is told in one line."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    before, logger.disabled = logger.disabled, True
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.disabled = before
+
+
+def _why(error: BaseException) -> str:
+    """PyTorch's reason, without its advice to switch the protection off."""
+    text = str(error)
+    lines = (text.partition("WeightsUnpickler error:")[2] or text).strip().splitlines() or [type(error).__name__]
+    if "Weights only load failed" in lines[0]:
+        return "it asks for more than tensors and plain values"
+    return escape_control(lines[0].partition(" was not an allowed")[0].partition(". This is")[0][:200])
 
 
 def _strided() -> Any:
