@@ -10,7 +10,6 @@ other way to load a pickle here. Layout: torch/serialization.py and caffe2/seria
 from __future__ import annotations
 
 import io
-import logging
 import os
 import pickle
 import struct
@@ -145,7 +144,7 @@ class TorchFile:
         size, shape, strides = tensor.element_size(), tuple(tensor.shape), tuple(tensor.stride())
         first, last = tensor.storage_offset(), sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
         empty, n = 0 in shape, prod(shape)
-        sound = n_bytes >= storage.nbytes() and min(first, *strides, *shape) >= 0
+        sound = n_bytes >= storage.nbytes() and min((first, *strides, *shape)) >= 0
         if not sound or n * size > n_bytes or (not empty and (first + last + 1) * size > n_bytes):
             raise self._error(
                 f"tensor {name[:80]!r} of shape {shape[:8]} and strides {strides[:8]} does not fit into its storage "
@@ -205,8 +204,10 @@ class TorchFile:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Neither warnings (about the pickle's protocol, say) nor logged tracebacks: what is refused is told in one line."""
-    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    """Neither warnings, about the pickle's protocol, say, nor logged tracebacks: one line tells what is refused."""
+    from torch._subclasses import fake_tensor
+
+    logger = fake_tensor.log
     before, logger.disabled = logger.disabled, True
     try:
         with warnings.catch_warnings():

@@ -11,7 +11,13 @@ from pathlib import Path
 from typing import Any
 
 
-def archive(pickled: bytes, storages: dict[str, bytes] | None = None, *, root: str = "x/", **more: bytes) -> bytes:
+def archive(
+    pickled: bytes,
+    storages: dict[str, bytes] | None = None,
+    more: dict[str, bytes] | None = None,
+    *,
+    root: str = "x/",
+) -> bytes:
     """What torch.save would write around this pickle; more: name -> content of further entries."""
     raw = io.BytesIO()
     with zipfile.ZipFile(raw, "w") as file:
@@ -20,7 +26,7 @@ def archive(pickled: bytes, storages: dict[str, bytes] | None = None, *, root: s
         for key, data in (storages or {}).items():
             file.writestr(f"{root}data/{key}", data)
         file.writestr(f"{root}version", b"3\n")
-        for name, content in more.items():
+        for name, content in (more or {}).items():
             file.writestr(name, content)
     return raw.getvalue()
 
