@@ -290,7 +290,6 @@ def test_folders_that_are_none(tmp_path: Path) -> None:
 
 
 def test_pytorch_weights(tmp_path: Path) -> None:
-    pytest.importorskip("llamakit.formats.torch_file", reason="no reader of PyTorch's files yet")
     import torch
 
     folder = tiny_hf(tmp_path, dtype="bfloat16")
