@@ -27,7 +27,7 @@ from llamakit.formats.gguf_reader import (
     MAX_NAME_BYTES,
     GGUFFile,
 )
-from llamakit.formats.gguf_values import SCALAR_DTYPES, GGUFValueType, StringArray, ValueType
+from llamakit.formats.gguf_values import SCALAR_DTYPES, GGUFValueType, StringArray
 from llamakit.ggml import BLOCK_SIZES, GGMLType
 
 _VERSION = 3
