@@ -33,7 +33,8 @@ from llamakit.formats.torch_file import TorchFile
 from llamakit.ggml import FLOAT_TYPES, GGMLType
 
 PARAMS = "params.json"
-_SHARD = re.compile(r"consolidated\.([0-9]{2})\.pth")
+#: name of a shard
+SHARD = re.compile(r"consolidated\.([0-9]{2})\.pth")
 _MAX_SHARDS = 8
 _ROPE_FREQS, _EMBEDDING = "rope_freqs.weight", "token_embd.weight"
 _IGNORED = "rope.freqs"
@@ -163,7 +164,7 @@ def _shards(directory: Path) -> list[str]:
     """consolidated.00.pth and so on, none missing."""
     if not os.path.isdir(directory):
         raise UsageError("is no folder", path=directory)
-    found = sorted(name for name in os.listdir(directory) if _SHARD.fullmatch(name))
+    found = sorted(name for name in os.listdir(directory) if SHARD.fullmatch(name))
     if not found:
         raise FormatError("has no weights (expected consolidated.00.pth)", path=directory)
     expected = [f"consolidated.{i:02d}.pth" for i in range(len(found))]
