@@ -132,7 +132,7 @@ def _folder_of(path: Path) -> ModelFile:
     if path.name not in model.files:
         model.close()
         raise UnsupportedError(
-            "is none of the weights that its folder's model consists of", path=path, hint="give the folder"
+            "is none of the weights that its folder's model consists of", path=path, hint="give its folder"
         )
     return model
 
