@@ -29,8 +29,6 @@ from llamakit.formats.open import open_model, sniff
 from llamakit.formats.vocabulary import vocabulary_only
 from llamakit.ggml import GGMLType, row_bytes
 
-#: kinds of sources that state the types of their weights for good: `auto` keeps them
-_KEPT = ("gguf", "llama2c", "llama2c-checkpoint")
 _THETA, _EPS = "llama.rope.freq_base", "llama.attention.layer_norm_rms_epsilon"
 _VOCABULARY_HINT = "name one with --vocab: a GGUF file, a folder, tokenizer.model, tokenizer.json or tokenizer.bin"
 
@@ -96,7 +94,7 @@ def open_source(config: ConvertConfig) -> ModelFile:
     if kind == "huggingface" and not own_vocabulary:
         file: ModelFile = HuggingFaceModel(config.source, vocabulary=False)
     else:
-        file = open_model(config.source)
+        file = open_model(config.source, n_ctx=config.ctx, rope_theta=config.rope_freq_base)
     if not own_vocabulary:
         path = _vocabulary_path(config)
         n_vocab = file.tensors["token_embd.weight"].shape[0] if "token_embd.weight" in file.tensors else None
@@ -144,13 +142,20 @@ def _gguf_outtype(source: ModelFile, config: ConvertConfig) -> tuple[dict[str, G
     """(types, outtype, general.file_type or None)."""
     if config.vocab_only:
         return {}, "vocab", None
-    if config.outtype == "auto" and sniff(config.source) in _KEPT:
+    if config.outtype == "auto" and not _is_checkpoint(config.source):
         types = {name: info.type for name, info in source.tensors.items()}
         most = Counter(types.values()).most_common(1)
         return types, most[0][0].name.lower() if most else "f32", None
     outtype = automatic_outtype(source) if config.outtype == "auto" else config.outtype
     types, file_type = gguf_types(source, outtype)
     return types, file_type.name.lower(), file_type.number
+
+
+def _is_checkpoint(path: Path) -> bool:
+    """Whether a model comes from where models are trained in 16 bits; others state their types for good."""
+    kind = sniff(path)
+    in_folder = kind == "zip" and path.name.startswith(("consolidated.", "pytorch_model"))
+    return kind in ("huggingface", "safetensors", "meta") or in_folder
 
 
 def _check_target(config: ConvertConfig, path: Path) -> None:

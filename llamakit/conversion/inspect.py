@@ -38,6 +38,7 @@ _OTHERS = {
     "huggingface": "folder with a Hugging Face model, to be converted with llama.cpp's script",
     "peft": "folder with a LoRA adapter (PEFT)",
     "zip": "zip archive, perhaps a PyTorch checkpoint",
+    "meta": "folder with a model in Meta's format",
     "pickle": "Python pickle, perhaps an old PyTorch checkpoint; never loaded, it could run any code",
     "ggml": "GGML model from before GGUF",
     "gzip": "gzip archive",

@@ -35,8 +35,8 @@ _FILE_TYPES = {GGMLType.F32: 0, GGMLType.F16: 1, GGMLType.BF16: 32}
 class Llama2cCheckpoint:
     """A ckpt.pt as a `ModelFile`. iteration: how many steps it was trained; None where it does not say.
 
-    Raises UsageError when the path is no readable file, UnsupportedError for a PyTorch file of another kind, FormatError
-    for one that is broken, that would run code, or whose tensors do not fit its model_args.
+    Raises UsageError when the path is no readable file, UnsupportedError for a PyTorch file of another kind,
+    FormatError for one that is broken, that would run code, or whose tensors do not fit its model_args.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:

@@ -33,7 +33,8 @@ from llamakit.formats.torch_file import TorchFile
 from llamakit.ggml import FLOAT_TYPES, GGMLType
 
 PARAMS = "params.json"
-_SHARD = re.compile(r"consolidated\.([0-9]{2})\.pth")
+#: name of a shard
+SHARD = re.compile(r"consolidated\.([0-9]{2})\.pth")
 _MAX_SHARDS = 8
 _ROPE_FREQS, _EMBEDDING = "rope_freqs.weight", "token_embd.weight"
 _IGNORED = "rope.freqs"
@@ -163,7 +164,7 @@ def _shards(directory: Path) -> list[str]:
     """consolidated.00.pth and so on, none missing."""
     if not os.path.isdir(directory):
         raise UsageError("is no folder", path=directory)
-    found = sorted(name for name in os.listdir(directory) if _SHARD.fullmatch(name))
+    found = sorted(name for name in os.listdir(directory) if SHARD.fullmatch(name))
     if not found:
         raise FormatError("has no weights (expected consolidated.00.pth)", path=directory)
     expected = [f"consolidated.{i:02d}.pth" for i in range(len(found))]
@@ -240,7 +241,8 @@ def _context(params: Fields, n_ctx: int | None) -> int:
         raise UsageError(
             "does not state the context that the model was trained for",
             path=params.path,
-            hint="give it with --ctx: 2048 for Llama 1, 4096 for Llama 2, 8192 for Llama 3, 131072 for Llama 3.1",
+            hint="give it to convert or generate with --ctx: 2048 for Llama 1, 4096 for Llama 2, 8192 for Llama 3, 131072 "
+            "for Llama 3.1 and later",
         )
     return n_ctx if n_ctx is not None else params.integer("max_seq_len")
 
@@ -257,13 +259,18 @@ def _rope(params: Fields, n_vocab: int, rope_theta: float | None) -> Rope:
     if not params.flag("use_scaled_rope", False):
         return Rope(theta)
     values = {
-        "factor": params.positive("rope_scaling_factor", 8.0),
+        "factor": params.positive("rope_scaling_factor", _scaling_factor(params)),
         "low_freq_factor": params.positive("rope_low_freq_factor", 1.0),
         "high_freq_factor": params.positive("rope_high_freq_factor", 4.0),
     }
     if values["low_freq_factor"] >= values["high_freq_factor"]:
         raise params.wrong("rope_high_freq_factor", f"more than {values['low_freq_factor']:g}")
     return Rope(theta, "llama3", values, params.integer("rope_original_context", 8192))
+
+
+def _scaling_factor(params: Fields) -> float:
+    """Of a params.json that does not state it: 32 in Llama 3.2 (1B and 3B, its text models), 8 in Llama 3.1."""
+    return 32.0 if params.integer("dim") in (2048, 3072) else 8.0
 
 
 def _vocabulary(directory: Path, shape: LlamaShape) -> dict[str, Any]:
