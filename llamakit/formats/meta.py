@@ -241,8 +241,8 @@ def _context(params: Fields, n_ctx: int | None) -> int:
         raise UsageError(
             "does not state the context that the model was trained for",
             path=params.path,
-            hint="give it to convert or generate with --ctx: 2048 for Llama 1, 4096 for Llama 2, 8192 for Llama 3, 131072 "
-            "for Llama 3.1 and later",
+            hint="give it to convert or generate with --ctx: 2048 for Llama 1, 4096 for Llama 2, 8192 for Llama 3, "
+            "131072 for Llama 3.1 and later",
         )
     return n_ctx if n_ctx is not None else params.integer("max_seq_len")
 
