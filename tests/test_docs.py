@@ -86,8 +86,9 @@ def _known_flags() -> set[str]:
 
     from llamakit.cli import build_app
     from llamakit.cli.compat import ALIASES, NO_OPS
+    from llamakit.cli.compat_convert import _VALUED
 
-    flags = {"--help", "--version"}
+    flags = {"--help", "--version", *_VALUED}
     for command in get_command(build_app()).commands.values():
         for param in command.params:
             flags |= {*param.opts, *param.secondary_opts}
@@ -99,7 +100,7 @@ def _known_flags() -> set[str]:
 
 
 #: flags of other programs that the pages speak of
-FOREIGN = {"--no-deps", "--like-this", "--rank", "--merge"}
+FOREIGN = {"--no-deps", "--like-this", "--rank", "--merge", "--split"}
 
 
 @pytest.mark.parametrize("page", ALL_PAGES)
