@@ -12,7 +12,7 @@ from tests.helpers import assert_parity
 
 
 def test_finetune() -> None:
-    assert_parity(finetune, FinetuneConfig, cli_only=("config", "json", "n_gpu_layers"))
+    assert_parity(finetune, FinetuneConfig, cli_only=("config", "json", "n_gpu_layers", "offline"))
 
 
 def test_generate() -> None:
@@ -27,7 +27,7 @@ def test_generate() -> None:
         "lora_scaled",
         "force",
     )
-    others = ("conversation", "threads", "device", "dtype", "no_display_prompt", "json", "config")
+    others = ("conversation", "offline", "threads", "device", "dtype", "no_display_prompt", "json", "config")
     assert_parity(
         generate, GenerateConfig, cli_only=files + others, config_only=("logprobs", "prefill_chunk", "stop_ids")
     )
@@ -37,6 +37,6 @@ def test_merge() -> None:
     assert_parity(
         merge,
         MergeConfig,
-        cli_only=("lora", "lora_scaled", "threads", "json", "config"),
+        cli_only=("lora", "lora_scaled", "threads", "offline", "json", "config"),
         config_only=("lora", "lora_scaled"),
     )
