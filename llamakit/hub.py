@@ -347,10 +347,17 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
     """urllib's, each target held to the same rule as the first address; its own limit ends a loop."""
 
     def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Any:
+        with contextlib.ExitStack() as refused:
+            refused.callback(fp.close)
+            self._check(req, newurl)
+            refused.pop_all()
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+    @staticmethod
+    def _check(req: Any, newurl: str) -> None:
         _check_url(newurl)
         if req.type == "https" and not newurl.startswith("https:"):
             raise UsageError("the server leads from https to http", path=_shown(req.full_url))
-        return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
 class _Fetch:
@@ -382,6 +389,7 @@ class _Fetch:
             with self.opener.open(urllib.request.Request(self.url, headers=self._headers()), timeout=30) as response:
                 return self._receive(response)
         except urllib.error.HTTPError as error:
+            error.close()
             if error.code == 304 and self.target.is_file():
                 return True
             if error.code == 416 and self.partial.is_file():

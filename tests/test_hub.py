@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import threading
 from collections.abc import Iterator
@@ -17,7 +18,13 @@ from llamakit.errors import LlamakitError, UsageError
 from llamakit.hub import fetch, is_remote
 
 COMMIT = "c0ffee" + "0" * 34
-MODEL = {"config.json": b"{}", "tokenizer.json": b"{}", "model.safetensors": b"w", "evil.py": b"x", "pytorch_model.bin": b"p"}
+MODEL = {
+    "config.json": b"{}",
+    "tokenizer.json": b"{}",
+    "model.safetensors": b"w",
+    "evil.py": b"x",
+    "pytorch_model.bin": b"p",
+}
 REPOS: dict[str, dict[str, bytes]] = {
     "u/quants": {"a-IQ2_M.gguf": b"iq2", "a-q4_k_m.gguf": b"q4km", "a-Q8_0.gguf": b"q8", "mmproj-Q4_K_M.gguf": b"no"},
     "u/first": {"b-F16.gguf": b"f16", "c-F32.gguf": b"f32"},
@@ -156,7 +163,7 @@ def test_what_is_refused_without_asking(cache: Path) -> None:
         fetch("https://example.invalid/x", offline=True)
     request = hub.urllib.request.Request("https://example.invalid/x")
     with pytest.raises(UsageError, match="from https to http"):
-        hub._Redirects().redirect_request(request, None, 302, "", {}, "http://127.0.0.1/x")
+        hub._Redirects().redirect_request(request, io.BytesIO(), 302, "", {}, "http://127.0.0.1/x")
 
 
 def test_a_name_stays_in_its_folder(server: Any, cache: Path) -> None:
