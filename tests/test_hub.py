@@ -85,7 +85,7 @@ class Handler(BaseHTTPRequestHandler):
             headers = {"ETag": '"v1"', "Content-Range": f"bytes {start}-{len(BODY) - 1}/{len(BODY)}"}
             self.answer(206, BODY[start:], headers)
         else:
-            cut = 1000 if kind == "cut" or (kind == "short") else None
+            cut = 1000 if kind in ("cut", "short") else None
             self.answer(200, BODY, {} if kind == "short" else {"ETag": '"v1"'}, cut)
 
     def answer(self, status: int, data: bytes, headers: dict[str, str], cut: int | None = None) -> None:
@@ -220,9 +220,9 @@ def test_what_a_repository_refuses(endpoint: Any, source: str, message: str) -> 
 
 
 def test_offline_names_what_is_missing(endpoint: Any) -> None:
-    with pytest.raises(UsageError, match="u/quants .* is not in the cache"):
+    with pytest.raises(UsageError, match=r"u/quants .* is not in the cache"):
         fetch("hf:u/quants", offline=True)
     fetch("hf:u/split").unlink()
-    with pytest.raises(UsageError, match="not in the cache|holds no GGUF"):
+    with pytest.raises(UsageError, match=r"not in the cache|holds no GGUF"):
         fetch("hf:u/split", offline=True)
     assert not [path for path, _ in endpoint.asked if "quants" in path]
