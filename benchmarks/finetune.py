@@ -270,7 +270,7 @@ def worker(role: str, job: Job) -> None:
         prepare_for_peft(job)
         return
     if role == "ours":
-        from llamakit.cli.finetune import keep_freed_memory
+        from llamakit.cli.options import keep_freed_memory
 
         keep_freed_memory()  # as the command does
     steps, flop = (our_steps if role == "ours" else peft_steps)(job)

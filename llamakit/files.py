@@ -107,6 +107,56 @@ def atomic_directory(path: str | os.PathLike[str], verify: Callable[[Path], None
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+@contextlib.contextmanager
+def atomic_files(path: str | os.PathLike[str], verify: Callable[[Path], None] | None = None) -> Iterator[Path]:
+    """A temporary directory beside `path`, to be filled by the caller with files that belong together; they go into the
+    directory of `path`, replacing those of their names, only once all of them are whole.
+
+    On leaving: fsync of every file, `verify(temporary)`, renames, fsync of the directory. On any error what was there
+    before stays. The first file in the order of names leaves first and comes last: a process that is killed meanwhile
+    leaves a set without it, never one mixed of old and new. Raises SaveError for what the disk refuses.
+    """
+    path = Path(path)
+    temporary = _temporary(path)
+    try:
+        temporary.mkdir()
+        yield temporary
+        for file in temporary.iterdir():
+            _fsync_path(file)
+        _fsync_path(temporary)
+        if verify is not None:
+            verify(temporary)
+        _move_in(temporary, path.parent)
+        _fsync_path(path.parent)
+    except OSError as error:
+        raise _save_error(path, error) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _move_in(source: Path, directory: Path) -> None:
+    """Move every file of `source` into `directory`, or leave `directory` as it is."""
+    names = sorted(os.listdir(source))
+    for name in names:
+        if (directory / name).is_dir():
+            raise IsADirectoryError(errno.EISDIR, f"{name} is a directory")
+    old, moved = source / ".old", list[str]()
+    old.mkdir()
+    try:
+        for name in names:
+            if os.path.lexists(directory / name):
+                os.rename(directory / name, old / name)
+        for name in reversed(names):
+            os.rename(source / name, directory / name)
+            moved.append(name)
+    except BaseException:
+        for name in moved:
+            os.unlink(directory / name)
+        for name in os.listdir(old):
+            os.rename(old / name, directory / name)
+        raise
+
+
 def _refuse_occupied(path: Path) -> None:
     """A folder is written anew or not at all: mixing two models' files would give neither."""
     if path.is_dir():

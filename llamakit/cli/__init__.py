@@ -18,7 +18,7 @@ import typer
 from typer.main import get_command
 
 import llamakit
-from llamakit.cli import compat, finetune, generate, inspect, merge, render, tokenize, verify
+from llamakit.cli import compat, convert, finetune, generate, inspect, merge, render, tokenize, verify
 from llamakit.cli.help import CONTEXT_SETTINGS, MAIN, MORE, Command, Group
 from llamakit.errors import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_MEMORY, EXIT_OK, EXIT_SAVE, LlamakitError
 
@@ -39,6 +39,7 @@ Options:     llamakit COMMAND --help"""
 _COMMANDS = {
     "finetune": (finetune.finetune, MAIN),
     "generate": (generate.generate, MAIN),
+    "convert": (convert.convert, MAIN),
     "merge": (merge.merge, MAIN),
     "tokenize": (tokenize.tokenize, MORE),
     "inspect": (inspect.inspect, MORE),

@@ -10,6 +10,7 @@ import difflib
 from collections.abc import Iterable
 from typing import Literal
 
+from llamakit.cli.compat_convert import rewrite_convert
 from llamakit.errors import UsageError
 
 Note = tuple[Literal["note", "warning"], str]
@@ -60,6 +61,15 @@ ALIASES: dict[str, dict[str, str]] = {
         "-s": "--lora-scaled",
         "-t": "--threads",
     },
+    "convert": {
+        "--outfile": "-o",
+        "--output": "-o",
+        "--vocab-dir": "--vocab",
+        "--copy-vocab-from-model": "--vocab",
+        "-c": "--ctx",
+        "-m": "",
+        "--model": "",
+    },
     "tokenize": {"--model": "-m", "--prompt": "-p", "--file": "-f"},
     "inspect": {"-m": "", "--model": ""},
     "verify": {},
@@ -72,6 +82,7 @@ _HUB_REPO, _HUB_FILE = ("-hf", "-hfr", "--hf-repo"), ("-hff", "--hf-file")
 #: command -> spelling -> (number of values, what the note says). Accepted, without effect on the result.
 _MEMORY = "the file is read once and its weights stay packed in memory"
 _CPU = "llamakit decides this by itself"
+_STREAMED = "tensors are always streamed, and take little memory"
 NO_OPS: dict[str, dict[str, tuple[int, str]]] = {
     "finetune": {
         "--use-flash": (0, "the fastest exact attention is always used"),
@@ -108,6 +119,14 @@ NO_OPS: dict[str, dict[str, tuple[int, str]]] = {
         "--no-kv-offload": (0, _CPU),
     },
     "merge": {},
+    "convert": {
+        "--use-temp-file": (0, _STREAMED),
+        "--no-lazy": (0, _STREAMED),
+        "--concurrency": (1, _CPU),
+        "--pad-vocab": (0, "a vocabulary that is too short is always padded"),
+        "--verbose": (0, "the log is the same with and without it"),
+        "--skip-unknown": (0, "what cannot be carried over is refused by name"),
+    },
     "tokenize": {"--log-disable": (0, "what is no token goes to stderr: 2>/dev/null silences it")},
     "inspect": {},
     "verify": {},
@@ -145,6 +164,8 @@ def rewrite(argv: list[str]) -> tuple[list[str], list[Note]]:
     words, rest = _split_at_double_dash(words)
     if argv[at] == "generate":
         words = _positional_model(words)
+    if argv[at] == "convert":
+        words = rewrite_convert(words)
     if argv[at] in _HUB_MODEL:
         words = _hub_model(_HUB_MODEL[argv[at]], words)
     return [*argv[: at + 1], *_rewrite_words(argv[at], words, notes), *rest], notes

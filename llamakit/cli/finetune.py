@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
 from collections.abc import Iterator
@@ -491,7 +490,7 @@ def finetune(
     if model_base:
         render.loading(run_config.model_base)  # said before torch is imported: nobody waits in silence
 
-    keep_freed_memory()
+    options.keep_freed_memory()
 
     from llamakit.cli.finetune_view import View
     from llamakit.training.finetune import finetune as run
@@ -504,19 +503,6 @@ def finetune(
             view.show(report)
     codes: dict[int, int] = {signal.SIGINT: EXIT_INTERRUPTED, signal.SIGTERM: EXIT_TERMINATED}
     raise typer.Exit(codes.get(control.signal, 0))
-
-
-def keep_freed_memory() -> None:
-    """Have the C library keep what is freed for the next step, instead of giving it back to the system.
-
-    By default every large activation costs fresh pages at every step: a third of a step at 4 x 512 tokens. The peak
-    stays the same. Only glibc has these switches (malloc.h); elsewhere nothing happens.
-    """
-    trim_threshold, mmap_threshold = -1, -3
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(trim_threshold, 2**31 - 1)
-        mallopt(mmap_threshold, 2**30)
 
 
 def _device_for_layers(device: str, n_gpu_layers: int) -> str:

@@ -139,7 +139,7 @@ def generate(
     text = read_prompt(prompt, prompt_option, prompt_file, escape=not no_escape, use_stdin=vocabulary is None) or ""
     adapters = [(local(name, offline=offline), scale) for name, scale in named]
     files = local(model, offline=offline), local(vocabulary, offline=offline)
-    loaded = _load(*files, adapters, force, threads, device, dtype)
+    loaded = _load(*files, adapters, force, threads, device, dtype, ctx or None)
     shown = "" if no_display_prompt or conversation else text
     ids = _prompt_ids(loaded, text, conversation)
     return _run(loaded, ids, wanted, shown=shown, prompt=text, json=json)
@@ -164,16 +164,18 @@ def _load(
     threads: int | None,
     device: str,
     dtype: str,
+    n_ctx: int | None,
 ) -> _Loaded:
     """Read the vocabulary, the adapters and the model, cheapest first, so that a mistake shows early."""
     from llamakit.formats.adapter import check_adapter, read_adapter
     from llamakit.formats.llama2c import Llama2cFile
+    from llamakit.formats.llama2c_checkpoint import Llama2cCheckpoint
     from llamakit.formats.open import open_model
     from llamakit.model import attach, load_model
 
     started = time.perf_counter()  # imports are not the model's fault
-    file = open_model(path)
-    is_llama2c = isinstance(file, Llama2cFile)
+    file = open_model(path, n_ctx=n_ctx)
+    is_llama2c = isinstance(file, (Llama2cFile, Llama2cCheckpoint))
     _check_is_model(file)
     _check_vocabulary_option(file, vocabulary, is_llama2c)
     tokenizer = _tokenizer(file, vocabulary)

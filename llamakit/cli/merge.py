@@ -20,6 +20,7 @@ from llamakit.cli.options import (
     OfflineOption,
     ThreadsOption,
     scaled_adapter,
+    set_threads,
 )
 from llamakit.cli.sources import local
 from llamakit.conversion.merge_config import MergeConfig
@@ -89,7 +90,7 @@ def merge(
     )
     from llamakit.conversion.merge import merge
 
-    _set_threads(threads)
+    set_threads(threads)
     render.loading(wanted.model)
     started = time.perf_counter()
     tensors, merged = _watch(merge(wanted))
@@ -100,13 +101,6 @@ def _listed(items: Sequence[str]) -> list[str]:
     """Lists with commas, one by one; a comma in a URL or in the name of a file that is there is none of a list."""
     whole = [Path(item).exists() or item.startswith("http") for item in items]
     return [p for item, one in zip(items, whole, strict=True) for p in ([item] if one else item.split(",")) if p]
-
-
-def _set_threads(threads: int | None) -> None:
-    if threads is not None:
-        import torch
-
-        torch.set_num_threads(threads)
 
 
 def _watch(reports: Iterator[Report]) -> tuple[list[MergedTensor], Merged]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import inspect
 import os
 import re
@@ -181,3 +182,16 @@ def set_threads(threads: int | None) -> None:
         import torch
 
         torch.set_num_threads(min(threads, len(os.sched_getaffinity(0))))
+
+
+def keep_freed_memory() -> None:
+    """Have the C library keep what is freed for the next use, instead of giving it back to the system.
+
+    By default every large array costs fresh pages each time: a third of a training step at 4 x 512 tokens. The peak
+    stays the same. Only glibc has these switches (malloc.h); elsewhere nothing happens.
+    """
+    trim_threshold, mmap_threshold = -1, -3
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(trim_threshold, 2**31 - 1)
+        mallopt(mmap_threshold, 2**30)

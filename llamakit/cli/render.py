@@ -77,7 +77,8 @@ def log(text: str) -> None:
 def loading(path: str | os.PathLike[str]) -> None:
     """`loading PATH (98 MB)` on stderr, said before the work so that nobody waits in silence."""
     try:
-        size = f" ({human_bytes(os.stat(path).st_size)})"
+        files = [entry.stat() for entry in os.scandir(path)] if os.path.isdir(path) else [os.stat(path)]
+        size = f" ({human_bytes(sum(file.st_size for file in files))})"
     except OSError:
         size = ""
     log(f"loading {os.fspath(path)}{size}")

@@ -16,7 +16,7 @@ from llamakit.errors import FormatError
 from llamakit.formats import llama2c
 from llamakit.formats.base import ModelFile, TensorInfo
 from llamakit.formats.ggla import read_ggla
-from llamakit.formats.gguf import GGUFFile
+from llamakit.formats.gguf import GGUFFile, SplitGGUF, open_gguf
 from llamakit.formats.open import sniff
 from llamakit.ggml import FILE_TYPES, GGMLType
 
@@ -38,6 +38,7 @@ _OTHERS = {
     "huggingface": "folder with a Hugging Face model, to be converted with llama.cpp's script",
     "peft": "folder with a LoRA adapter (PEFT)",
     "zip": "zip archive, perhaps a PyTorch checkpoint",
+    "meta": "folder with a model in Meta's format",
     "pickle": "Python pickle, perhaps an old PyTorch checkpoint; never loaded, it could run any code",
     "ggml": "GGML model from before GGUF",
     "gzip": "gzip archive",
@@ -112,16 +113,16 @@ class FileReport:
 def inspect(path: str | os.PathLike[str]) -> FileReport:
     """Find out what a file or folder is, by its content.
 
-    Raises UsageError when it cannot be read, FormatError when it is broken or empty, UnsupportedError for a GGUF
-    file of an unknown version, byte order, or in several parts.
+    One part of a split GGUF file stands for all of them. Raises UsageError when it cannot be read or a part is missing,
+    FormatError when it is broken or empty, UnsupportedError for a GGUF file of an unknown version or byte order.
     """
     path = Path(path)
     kind = sniff(path)
     if kind == "empty":
         raise FormatError("is empty (0 bytes)", path=path, offset=0)
     if kind == "gguf":
-        with GGUFFile(path) as file:
-            return _inspect_gguf(file)
+        with open_gguf(path) as file:
+            return _inspect_gguf(path, file)
     if kind == "llama2c":
         with llama2c.Llama2cFile(path) as file:
             return _inspect_llama2c(file)
@@ -130,16 +131,18 @@ def inspect(path: str | os.PathLike[str]) -> FileReport:
     return _inspect_other(path, kind)
 
 
-def _inspect_gguf(file: GGUFFile) -> FileReport:
+def _inspect_gguf(path: Path, file: GGUFFile | SplitGGUF) -> FileReport:
     kind, what = _gguf_kind(file)
     facts = _general_facts(file.metadata)
     if kind in ("adapter", "checkpoint", "old-checkpoint"):
         facts |= _adapter_facts(file)
     if kind in ("model", "vocabulary"):
         facts |= _model_facts(file.metadata)
+    if isinstance(file, SplitGGUF):
+        facts["split"] = f"part {file.part} of {len(file.parts)}, all {len(file.parts)} parts counted"
     metadata = tuple(_key_value(key, value, *file.metadata_types[key]) for key, value in file.metadata.items())
     return FileReport(
-        path=file.path,
+        path=path,
         kind=kind,
         what=what,
         format=f"GGUF V{file.version}",
@@ -151,7 +154,7 @@ def _inspect_gguf(file: GGUFFile) -> FileReport:
     )
 
 
-def _gguf_kind(file: GGUFFile) -> tuple[str, str]:
+def _gguf_kind(file: GGUFFile | SplitGGUF) -> tuple[str, str]:
     """The kind of a GGUF file, and the same in words."""
     metadata = file.metadata
     general, training = metadata.get("general.type"), metadata.get("training.type")
@@ -196,7 +199,7 @@ def _model_facts(metadata: Mapping[str, Any]) -> dict[str, Any]:
     return {label: value for label, value in facts.items() if value is not None}
 
 
-def _adapter_facts(file: GGUFFile) -> dict[str, Any]:
+def _adapter_facts(file: GGUFFile | SplitGGUF) -> dict[str, Any]:
     metadata = file.metadata
     facts: dict[str, Any] = {}
     alpha = metadata.get("adapter.lora.alpha")

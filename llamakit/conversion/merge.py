@@ -136,8 +136,8 @@ def merge(config: MergeConfig) -> Iterator[Report]:
     unknown kind, or do not belong together; UnsupportedError for an outtype that nothing can be written in; SaveError
     when the disk refuses.
     """
-    _check_out(config)
     with open_model(config.model) as base:
+        _check_out(config, base)
         adapters = [(read_adapter(path, base), scale) for path, scale in config.adapters]
         notes = _check_adapters(base, adapters, config.force)
         jobs = _jobs(base, adapters, config)
@@ -157,10 +157,10 @@ def merge(config: MergeConfig) -> Iterator[Report]:
     yield Merged(config.out, os.path.getsize(config.out), n_changed, kept)
 
 
-def _check_out(config: MergeConfig) -> None:
+def _check_out(config: MergeConfig, base: ModelFile) -> None:
     """The result may be no file that it is made of: who reads a base twice expects to find it."""
     check_writable(config.out)
-    for path in (config.model, *(path for path, _ in config.adapters)):
+    for path in (config.model, *getattr(base, "parts", ()), *(path for path, _ in config.adapters)):
         if config.out.exists() and path.exists() and os.path.samefile(config.out, path):
             raise UsageError("would be overwritten by the merged model", path=path, hint="name another file with -o")
 

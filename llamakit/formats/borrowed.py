@@ -1,4 +1,8 @@
-"""A model with the vocabulary of another file: llama2.c keeps the two apart, and some GGUF files hold one alone."""
+"""A model with metadata that its file does not hold: another vocabulary, or numbers that a user states.
+
+llama2.c keeps vocabulary and model apart, some GGUF files hold a vocabulary alone, and Meta's checkpoints know no
+context length.
+"""
 
 from __future__ import annotations
 
@@ -37,8 +41,17 @@ def with_vocabulary(
             path=file.path,
             hint="give the vocabulary that the model was trained with",
         )
-    own = {key: value for key, value in file.metadata.items() if not key.startswith(_PREFIX)}
-    return _Borrowed(file, own | borrowed)
+    return _Borrowed(file, {**without_vocabulary(file).metadata, **borrowed})
+
+
+def with_metadata(file: ModelFile, metadata: Mapping[str, Any]) -> ModelFile:
+    """The same model with some values replaced, each in its place, or added at the end. Closing it closes `file`."""
+    return _Borrowed(file, {**file.metadata, **metadata}) if metadata else file
+
+
+def without_vocabulary(file: ModelFile) -> ModelFile:
+    """The same model without its `tokenizer.*` keys. Closing it closes `file`."""
+    return _Borrowed(file, {key: value for key, value in file.metadata.items() if not key.startswith(_PREFIX)})
 
 
 class _Borrowed:
@@ -47,6 +60,9 @@ class _Borrowed:
     def __init__(self, file: ModelFile, metadata: Mapping[str, Any]) -> None:
         self._file, self._metadata = file, MappingProxyType(dict(metadata))
         self.path: Path = file.path
+        types = getattr(file, "metadata_types", {})
+        #: of the values that are still the file's own
+        self.metadata_types = {key: t for key, t in types.items() if metadata.get(key) is file.metadata[key]}
 
     @property
     def metadata(self) -> Mapping[str, Any]:

@@ -150,12 +150,13 @@ class GGUFFile:
     tensors: name -> TensorInfo, in the order of the file. version: 2 or 3. data_offset: where tensor data
     begins.
     alignment: of every tensor, in bytes. Strings that are no UTF-8 hold lone surrogates (see StringArray).
+    part: open one part of a split file, too, as the file that it is (gguf_split.SplitGGUF opens them all as one).
 
     Raises UsageError when the path is no readable regular file, FormatError when the content is broken or
-    hostile, UnsupportedError for sound files of another version, byte order, or in several parts.
+    hostile, UnsupportedError for sound files of another version or byte order, and for one part of several.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: str | os.PathLike[str], *, part: bool = False) -> None:
         self._source = FileSource(path)
         self.path = self._source.path
         try:
@@ -164,7 +165,8 @@ class GGUFFile:
             metadata, types = _read_metadata(cursor, n_kv)
             self._metadata, self._types = MappingProxyType(metadata), MappingProxyType(types)
             self.alignment = _alignment(cursor, metadata, types)
-            _refuse_split(self._source, metadata)
+            if not part:
+                _refuse_part(self._source, metadata)
             tensors, self.data_offset = _read_tensors(cursor, n_tensors, self.alignment)
             self._tensors = MappingProxyType(tensors)
         except BaseException:
@@ -318,11 +320,11 @@ def _alignment(cursor: _Cursor, metadata: Mapping[str, Any], types: Mapping[str,
     return value
 
 
-def _refuse_split(source: FileSource, metadata: Mapping[str, Any]) -> None:
+def _refuse_part(source: FileSource, metadata: Mapping[str, Any]) -> None:
     count = metadata.get("split.count", 0)
     if isinstance(count, int) and count > 1:
         raise UnsupportedError(
-            f"is one of {count} parts; split GGUF files are not supported yet",
+            f"is one of {count} parts of a split GGUF file, a whole one is needed here",
             path=source.path,
             hint="join them with: llama-gguf-split --merge FIRST-PART.gguf WHOLE.gguf",
         )

@@ -98,16 +98,15 @@ def written_tensors(
 def _reopened(temporary: Path) -> GGUFFile:
     """What has just been written; when it cannot be read back, that is the disk's fault, not a broken input."""
     try:
-        return GGUFFile(temporary)
+        return GGUFFile(temporary, part=True)
     except LlamakitError as error:
         raise OSError(errno.EIO, f"the file does not read back as written: {error.reason}") from error
 
 
 def typed_metadata(file: ModelFile) -> dict[str, Any]:
-    """The metadata of an opened file as `write_gguf` takes it; of a GGUF file, every value keeps its type."""
-    if not isinstance(file, GGUFFile):
-        return dict(file.metadata)
-    return {key: Typed(value, *file.metadata_types[key]) for key, value in file.metadata.items()}
+    """The metadata of an opened file as `write_gguf` takes it; a GGUF file's values keep their types."""
+    types = getattr(file, "metadata_types", {})
+    return {key: Typed(value, *types[key]) if key in types else value for key, value in file.metadata.items()}
 
 
 def copied_tensor(file: ModelFile, name: str) -> TensorData:
@@ -195,7 +194,7 @@ def _info(tensor: TensorData) -> TensorInfo:
 
 
 def _header(metadata: Mapping[str, Typed], tensors: Sequence[TensorData], alignment: int) -> bytes:
-    """Everything before the data, padded to the alignment where data follows."""
+    """Everything before the data, padded to the alignment where data follows, and in each part of a split."""
     if len({t.name for t in tensors}) != len(tensors):
         raise ValueError("two tensors have the same name")
     parts = [MAGIC, struct.pack("<IQQ", _VERSION, len(tensors), len(metadata))]
@@ -207,7 +206,7 @@ def _header(metadata: Mapping[str, Typed], tensors: Sequence[TensorData], alignm
         parts += [_pack_string(info.name), struct.pack(f"<I{len(ne)}QIQ", len(ne), *ne, info.type, offset)]
         offset += info.n_bytes + -info.n_bytes % alignment
     header = b"".join(parts)
-    return header + bytes(-len(header) % alignment if tensors else 0)
+    return header + bytes(-len(header) % alignment if tensors or "split.count" in metadata else 0)
 
 
 def _write_padded(out: BinaryIO, tensor: TensorData, alignment: int) -> None:

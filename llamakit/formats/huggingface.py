@@ -40,6 +40,8 @@ class _Weights(Protocol):
     def path(self) -> Path: ...
     @property
     def tensors(self) -> Mapping[str, TensorInfo]: ...
+    @property
+    def other_dtypes(self) -> Mapping[str, str]: ...
     def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray: ...
     def close(self) -> None: ...
 
@@ -176,11 +178,10 @@ def _unrotated(source: _Source, start: int, stop: int) -> np.ndarray:
 
 def _entries(file: _Weights) -> Iterator[tuple[str, TensorInfo | None]]:
     """(name, where it lies) of every tensor, None for one that nobody needs; what no Llama has is refused."""
-    others: Mapping[str, str] = {}
-    names = list(file.tensors)
+    others = file.other_dtypes
+    names = [*file.tensors, *others]
     if isinstance(file, SafetensorsFile):
-        others = file.other_dtypes
-        names = sorted([*names, *others])
+        names.sort()
     for name in names:
         if name.endswith(_IGNORED):
             yield name, None

@@ -152,7 +152,7 @@ class Llama2cFile:
             head = self._source.read(0, min(HEADER_BYTES, self._source.size)).tobytes()
             self._config = self._checked(head)
             self._tensors = MappingProxyType(self._place())
-            self._metadata = MappingProxyType(_metadata(self._config, self._rope_base()))
+            self._metadata = MappingProxyType(config_metadata(self._config, self._rope_base()))
         except BaseException:
             self._source.close()
             raise
@@ -268,7 +268,8 @@ def rope_base_of(cos: np.ndarray, sin: np.ndarray) -> float | None:
     return None
 
 
-def _metadata(c: Config, rope_freq_base: float) -> dict[str, Any]:
+def config_metadata(c: Config, rope_freq_base: float) -> dict[str, Any]:
+    """GGUF's keys of a llama2.c model, in their order; its vocabulary is elsewhere."""
     return {
         "general.architecture": "llama",
         "general.type": "model",

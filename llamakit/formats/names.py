@@ -23,10 +23,24 @@ _OF_LAYER = {
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
 }
+#: Meta's, of the published checkpoints; llama2.c has them too
+_META_TOP = {"tok_embeddings": "token_embd", "norm": "output_norm", "output": "output"}
+_META_OF_LAYER = {
+    "attention_norm": "attn_norm",
+    "attention.wq": "attn_q",
+    "attention.wk": "attn_k",
+    "attention.wv": "attn_v",
+    "attention.wo": "attn_output",
+    "ffn_norm": "ffn_norm",
+    "feed_forward.w1": "ffn_gate",
+    "feed_forward.w2": "ffn_down",
+    "feed_forward.w3": "ffn_up",
+}
 _TOP_BACK = {ours: theirs for theirs, ours in _TOP.items()}
 _OF_LAYER_BACK = {ours: theirs for theirs, ours in _OF_LAYER.items()}
 # At most six digits: a number is a layer, not a way to make the reader work.
 _HF_LAYER = re.compile(r"model\.layers\.(0|[1-9][0-9]{0,5})\.(.+)\.(weight|bias)")
+_META_LAYER = re.compile(r"layers\.(0|[1-9][0-9]{0,5})\.(.+)\.weight")
 _GGUF_LAYER = re.compile(r"blk\.(0|[1-9][0-9]{0,5})\.(.+)\.(weight|bias)")
 
 
@@ -38,6 +52,16 @@ def gguf_name(hf_name: str) -> str | None:
         return f"blk.{match[1]}.{part}.{match[3]}" if part else None
     module, _, kind = hf_name.rpartition(".")
     return f"{_TOP[module]}.{kind}" if module in _TOP and kind in ("weight", "bias") else None
+
+
+def name_of_meta(meta_name: str) -> str | None:
+    """GGUF's name of a tensor of Meta's or llama2.c's checkpoints, None for one that a Llama does not have."""
+    match = _META_LAYER.fullmatch(meta_name)
+    if match:
+        part = _META_OF_LAYER.get(match[2])
+        return f"blk.{match[1]}.{part}.weight" if part else None
+    module, _, kind = meta_name.rpartition(".")
+    return f"{_META_TOP[module]}.weight" if module in _META_TOP and kind == "weight" else None
 
 
 def huggingface_name(gguf_name: str) -> str | None:

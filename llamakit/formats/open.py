@@ -12,8 +12,10 @@ from llamakit.formats import llama2c
 from llamakit.formats.base import ModelFile
 from llamakit.formats.ggla import MAGIC as GGLA_MAGIC
 from llamakit.formats.gguf_reader import MAGIC as GGUF_MAGIC
-from llamakit.formats.gguf_reader import GGUFFile
+from llamakit.formats.gguf_split import open_gguf
 from llamakit.formats.huggingface import HuggingFaceModel
+from llamakit.formats.llama2c_checkpoint import Llama2cCheckpoint
+from llamakit.formats.meta import PARAMS, SHARD, MetaModel
 from llamakit.formats.source import FileSource
 
 _HEAD_BYTES = 4096
@@ -30,13 +32,9 @@ _UNSUPPORTED: dict[str, tuple[str, str | None]] = {
         "is a GGML file from before GGUF, which is no longer supported",
         "convert the original model again, or get a GGUF file",
     ),
-    "zip": (
-        "is a zip archive (a PyTorch checkpoint?); models in this format are not supported yet",
-        "convert it to GGUF with llama.cpp's convert_hf_to_gguf.py",
-    ),
     "pickle": (
         "is a Python pickle (an old PyTorch checkpoint?), which is never loaded: it could run any code",
-        "convert it to GGUF with llama.cpp's convert_hf_to_gguf.py",
+        "where you trust it, load it with PyTorch and save it again: torch.save writes zip archives since 1.6",
     ),
     "safetensors": (
         "is a safetensors file of weights alone, which do not say what model they are",
@@ -52,8 +50,8 @@ _UNSUPPORTED: dict[str, tuple[str, str | None]] = {
 def sniff(path: str | os.PathLike[str]) -> str:
     """The kind of a file or directory, from its first bytes.
 
-    One of: gguf, llama2c, llama2c-tokenizer, ggla, ggml, zip, pickle, safetensors, sentencepiece, gzip,
-    huggingface, peft, directory, empty, text, unknown. Nothing is promised about the rest of the file. Raises
+    One of: gguf, llama2c, llama2c-tokenizer, ggla, ggml, zip (PyTorch's), pickle, safetensors, sentencepiece, gzip,
+    huggingface, meta, peft, directory, empty, text, unknown. Nothing is promised about the rest of the file. Raises
     UsageError when it cannot be read.
     """
     if os.path.isdir(path):
@@ -65,9 +63,11 @@ def sniff(path: str | os.PathLike[str]) -> str:
 
 def _folder_kind(folder: Path) -> str:
     """Some trainers leave the model's config.json beside an adapter: the model is there only if its weights are."""
-    adapter = (folder / "adapter_config.json").is_file()
-    if adapter and not any((folder / name).exists() for name in _MODEL_WEIGHTS):
+    adapter, weights = (folder / "adapter_config.json").is_file(), any((folder / n).exists() for n in _MODEL_WEIGHTS)
+    if adapter and not weights:
         return "peft"
+    if not weights and (folder / PARAMS).is_file() and any(SHARD.fullmatch(name) for name in os.listdir(folder)):
+        return "meta"
     return "huggingface" if (folder / "config.json").is_file() else "directory"
 
 
@@ -102,18 +102,27 @@ def _is_text(head: bytes) -> bool:
     return True
 
 
-def open_model(path: str | os.PathLike[str]) -> ModelFile:
-    """Open a model file of any known format.
+def open_model(path: str | os.PathLike[str], *, n_ctx: int | None = None, rope_theta: float | None = None) -> ModelFile:
+    """Open a model file or folder of any known format; weights in a Hugging Face or Meta folder open that folder.
 
-    A GGUF file may as well be an adapter, a vocabulary, a checkpoint or an importance matrix: what its
-    metadata says is for the caller to check. Raises UsageError when the path cannot be read, UnsupportedError
-    for what is known but no model here, FormatError for the rest and for broken files.
+    A part of a split GGUF file opens all of them. n_ctx, rope_theta: for Meta's checkpoints, which do not state the
+    context, and not always the base of the rotary embedding; others ignore both. A GGUF file may as well be an adapter,
+    a vocabulary, a checkpoint or an importance matrix: what its metadata says is for the caller to check. Raises
+    UsageError when the path cannot be read, a part is missing or one of both has to be given, UnsupportedError for what
+    is known but no model here, FormatError for the rest and for broken files.
     """
-    kind = sniff(path)
+    kind, path = sniff(path), Path(path)
     if kind in _OPENERS:
         return _OPENERS[kind](path)
-    if kind == "safetensors" and os.path.exists(Path(path).parent / "config.json"):
-        return _folder_of(Path(path))
+    if kind == "zip" and SHARD.fullmatch(path.name) and (path.parent / PARAMS).exists():
+        kind, path = "meta", path.parent
+    if kind == "meta":
+        return MetaModel(path, n_ctx=n_ctx, rope_theta=rope_theta)
+    if kind == "safetensors" and os.path.exists(path.parent / "config.json"):
+        return _folder_of(path)
+    if kind == "zip":
+        in_folder = path.name.startswith("pytorch_model") and os.path.exists(path.parent / "config.json")
+        return _folder_of(path) if in_folder else Llama2cCheckpoint(path)
     raise _refusal(path, kind)
 
 
@@ -122,13 +131,15 @@ def _folder_of(path: Path) -> ModelFile:
     model = HuggingFaceModel(path.parent)
     if path.name not in model.files:
         model.close()
-        raise _refusal(path, "safetensors")
+        raise UnsupportedError(
+            "is none of the weights that its folder's model consists of", path=path, hint="give its folder"
+        )
     return model
 
 
 #: kind -> what opens it as a model
 _OPENERS: dict[str, Callable[[str | os.PathLike[str]], ModelFile]] = {
-    "gguf": GGUFFile,
+    "gguf": open_gguf,
     "llama2c": llama2c.Llama2cFile,
     "huggingface": HuggingFaceModel,
 }

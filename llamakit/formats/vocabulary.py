@@ -8,7 +8,7 @@ from typing import Any
 
 from llamakit.errors import FormatError, UnsupportedError, UsageError
 from llamakit.formats.folder import member
-from llamakit.formats.gguf_reader import GGUFFile
+from llamakit.formats.gguf_split import open_gguf
 from llamakit.formats.huggingface_vocab import read_vocabulary, sentencepiece_vocabulary
 from llamakit.formats.llama2c_vocab import read_llama2c_vocabulary
 from llamakit.formats.open import sniff
@@ -51,7 +51,7 @@ def vocabulary_only(
 
 
 def _of_gguf(path: Path) -> dict[str, Any]:
-    with GGUFFile(path) as file:
+    with open_gguf(path) as file:
         found = {key: value for key, value in file.metadata.items() if key.startswith("tokenizer.")}
     if "tokenizer.ggml.tokens" not in found:
         raise FormatError("holds no vocabulary (tokenizer.ggml.tokens is missing)", path=path)

@@ -113,9 +113,10 @@ class _Run:
         config = self.config
         outputs = [file_name(t, config, None) for t in (config.checkpoint_out, config.lora_out) if t]
         outputs += [Path(config.log_file)] if config.log_file else []
+        sources = (config.model_base, *getattr(self.base, "parts", ()), config.train_data)
         for output in outputs:
             check_writable(output)
-            if any(_same_file(output, source) for source in (config.model_base, config.train_data)):
+            if any(_same_file(output, source) for source in sources):
                 raise UsageError("is an input of this run: it would be overwritten", path=output)
         self._stack.enter_context(RunLock(outputs))
 

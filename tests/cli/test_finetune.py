@@ -17,6 +17,7 @@ from llamakit.cli.finetune_view import step_line
 from llamakit.formats.adapter import read_adapter
 from llamakit.training.config import FinetuneConfig
 from llamakit.training.report import StepReport
+from tests.formats.files import split_gguf
 from tests.helpers import assert_error, assert_parity, cli
 from tests.tiny import cached_tiny_gguf, tiny_text
 
@@ -205,3 +206,14 @@ def test_the_start_says_what_is_loaded_within_five_seconds(place):
     first, said_after_s = process.stderr.readline(), time.monotonic() - begin
     process.communicate()
     assert "loading base.gguf" in first and said_after_s < 5
+
+
+def test_a_model_in_parts_gives_the_same_adapter(place):
+    parts = split_gguf(place / "m.gguf", cached_tiny_gguf(type="Q8_0"), 8)
+    options = "--train-data shakespeare.txt --seed 1 --adam-iter 1 --batch 1 --ctx 8 --checkpoint-out ''"
+    adapters = []
+    for base in ("base.gguf", str(parts[1])):
+        assert run(["finetune", "--model-base", base, "--lora-out", "out.gguf", *shlex.split(options)]) == 0
+        adapters.append((place / "out.gguf").read_bytes())
+    assert adapters[0] == adapters[1]
+    assert run(["finetune", "--model-base", base, "--lora-out", str(parts[2]), *shlex.split(options)]) == 2

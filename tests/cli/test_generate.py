@@ -15,6 +15,7 @@ from llamakit.cli.generate import generate
 from llamakit.formats.adapter import Adapter, write_adapter
 from llamakit.formats.gguf import GGUFFile, write_gguf
 from llamakit.inference.config import GenerateConfig
+from tests.formats.files import split_gguf
 from tests.helpers import ROOT, assert_error, assert_parity
 from tests.helpers import cli as process
 from tests.tiny import cached_tiny_gguf
@@ -237,3 +238,9 @@ def test_llama2c_story_is_run_cs_to_the_byte(cli):
     # -n counts the prompt as run.c does: one token of it is BOS, the others take from -n
     value = json.loads(cli("generate", "-m", model, "-z", vocabulary, "-p", "Once", "-n", "9", "--json").stdout)
     assert len(value["tokens"]) + len(value["prompt_tokens"]) - 1 == 9
+
+
+def test_a_model_in_parts_says_the_same(cli, model, tmp_path):
+    parts = split_gguf(tmp_path / "m.gguf", model, 8)
+    whole, split = (cli("generate", "-m", path, "-p", PROMPT, *GREEDY) for path in (model, parts[-1]))
+    assert (split.returncode, split.stdout) == (0, whole.stdout)

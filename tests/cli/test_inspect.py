@@ -5,6 +5,7 @@ import shlex
 from pathlib import Path
 
 from llamakit.formats.gguf import GGUFFile, write_gguf
+from tests.formats.files import split_gguf
 from tests.helpers import assert_error, cli
 from tests.tiny import cached_tiny_gguf
 
@@ -59,3 +60,17 @@ def test_broken_file_is_one_line(tmp_path: Path) -> None:
     result = cli("inspect", path)
     assert_error(result, 2, f"error: {path}@")
     assert not result.stdout
+
+
+def test_a_part_shows_the_whole(tmp_path: Path) -> None:
+    whole = cached_tiny_gguf()
+    parts = split_gguf(tmp_path / "m.gguf", whole, 8)
+    expected = json.loads(cli("inspect", whole, "--json", "--tensors").stdout)
+    report = json.loads(cli("inspect", parts[1], "--json", "--tensors").stdout)
+    assert report["facts"].pop("split") == "part 2 of 3, all 3 parts counted"
+    assert (report["path"], report["file_bytes"]) == (str(parts[1]), sum(p.stat().st_size for p in parts))
+    assert shlex.split(report["next"][0])[3] == str(parts[0])
+    for key in ("kind", "format", "n_parameters", "bits_per_weight", "n_tensors", "facts", "metadata", "tensors"):
+        assert report[key] == expected[key], key
+    parts[2].unlink()
+    assert_error(cli("inspect", parts[1]), 2, f"error: {parts[2]}: is missing, the model has 3 parts")

@@ -16,6 +16,7 @@ from llamakit.formats.gguf import GGUFFile
 from llamakit.formats.open import open_model
 from llamakit.ggml import GGMLType
 from tests.conversion.merge_files import SHAPES, UNTOUCHED, numbers, write_base, write_lora
+from tests.formats.files import split_gguf
 from tests.formats.test_peft import folder
 from tests.helpers import assert_error, cli
 from tests.tiny import cached_tiny_gguf
@@ -140,3 +141,12 @@ def test_errors(files: Path, here: Callable[..., Done]) -> None:
     assert_error(run("-m", "base.gguf", "--lora", "missing.gguf"), 2, "missing.gguf: cannot be opened")
     assert_error(run("-m", str(cached_tiny_gguf()), "--lora", "a.gguf"), 2, "a.gguf", "LoRA tensor 'token_embd.weight'")
     assert sorted(path.name for path in files.iterdir()) == ["a.gguf", "b.gguf", "base.gguf"]
+
+
+def test_a_base_in_parts(files: Path, here: Callable[..., Done]) -> None:
+    parts = split_gguf(files / "m.gguf", files / "base.gguf", 2)
+    for base, out in (("base.gguf", "whole.gguf"), (str(parts[1]), "split.gguf")):
+        assert here("merge", "-m", base, "--lora", "a.gguf", "-o", out).returncode == 0
+    assert (files / "whole.gguf").read_bytes() == (files / "split.gguf").read_bytes()
+    result = here("merge", "-m", str(parts[1]), "--lora", "a.gguf", "-o", str(parts[0]))
+    assert_error(result, 2, f"{parts[0]}: would be overwritten")

@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 
 from llamakit.cli import run
+from tests.formats.files import split_gguf
 from tests.helpers import cli
+from tests.tiny import cached_tiny_gguf
 from tests.tokenizer.vocabularies import CONTROL, bpe_metadata, spm_metadata, write_vocabulary
 
 Run = Callable[..., tuple[str, str]]
@@ -82,3 +84,10 @@ def test_any_architecture(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> 
     assert run(["tokenize", "-m", str(path), "-p", "a", "--ids"]) == 0
     out, err = capfd.readouterr()
     assert out == "[97]\n" and "warning: tokenizer.ggml.pre is missing" in err
+
+
+def test_a_model_in_parts(tmp_path: Path) -> None:
+    whole = cached_tiny_gguf()
+    parts = split_gguf(tmp_path / "m.gguf", whole, 8)
+    expected, found = (cli("tokenize", "-m", path, "-p", "The king") for path in (whole, parts[1]))
+    assert found.returncode == 0 and found.stdout == expected.stdout

@@ -1,4 +1,4 @@
-"""Small files of the formats that llamakit only reads."""
+"""Small files of the formats that llamakit only reads, and split ones."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import struct
 from pathlib import Path
 
 import numpy as np
+
+from llamakit.formats.gguf import GGUFFile, copied_tensor, typed_metadata, write_gguf_split
 
 LLAMA2C = {"dim": 8, "hidden": 12, "layers": 2, "heads": 2, "kv_heads": 1, "vocab": 10, "ctx": 6}
 
@@ -91,3 +93,10 @@ def ggla_file(
         raw += bytes(-len(raw) % 32) + matrix.tobytes()
     path.write_bytes(raw)
     return path
+
+
+def split_gguf(target: Path, source: Path, max_tensors: int) -> list[Path]:
+    """The parts of a GGUF file."""
+    with GGUFFile(source) as file:
+        tensors = [copied_tensor(file, name) for name in file.tensors]
+        return write_gguf_split(target, metadata=typed_metadata(file), tensors=tensors, max_tensors=max_tensors)

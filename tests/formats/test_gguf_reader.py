@@ -193,7 +193,7 @@ BROKEN: dict[str, tuple[Raw | bytes, str]] = {
     "offset wraps": (_tensors(Tensor(b"a", [8], 0, 2**64 - 64)), "does not follow"),
     "data past the end": (_tensors(Tensor(b"t", [8]), data=16), r"tensor 't' needs bytes 64..96, the file has 80"),
     "no data": (_tensors(Tensor(b"t", [8]), data=0), "tensor 't' needs bytes 64..96, the file has 64"),
-    "split": (Raw(kvs=[KV(b"split.count", V.UINT16, b"\3\0")]), "one of 3 parts; split GGUF files are not supported"),
+    "split": (Raw(kvs=[KV(b"split.count", V.UINT16, b"\3\0")]), "one of 3 parts of a split GGUF file"),
 }  # fmt: skip
 
 
@@ -247,6 +247,7 @@ def test_truncated_after_opening(tmp_path: Path) -> None:
 
 
 def test_no_descriptor_is_left_open(tmp_path: Path) -> None:
+    gc.collect()  # what other tests left is not counted
     before = len(os.listdir("/proc/self/fd"))
     file = _opened(tmp_path, sound())
     file.close()

@@ -40,6 +40,9 @@ SPECIAL = [("<|x|>", CONTROL), ("[INST]", USER), (" y", USER), ("[PAD269]", UNUS
 SPM = spm_metadata(PIECES, SPECIAL)
 SPM["tokenizer.ggml.scores"][-4:] = (0.0, -1000.0, -1000.0, -10000.0)
 BPE = bpe_metadata(["a b", "ab c"], [("<|x|>", CONTROL), ("[INST]", USER), ("[PAD260]", UNUSED)], pre="glm4")
+#: as convert_hf_to_gguf.py leaves a folder whose tokenizer_config.json lists the first three, <unk> as a control token
+LISTED = SPM | {k: SPM[k].copy() for k in ("tokenizer.ggml.scores", "tokenizer.ggml.token_type")}
+LISTED["tokenizer.ggml.scores"][:3], LISTED["tokenizer.ggml.token_type"][:3] = -1000.0, CONTROL
 KEYS = {
     "tokenizer.ggml.pre": "default",
     "tokenizer.ggml.bos_token_id": 1, "tokenizer.ggml.eos_token_id": 2, "tokenizer.ggml.padding_token_id": 3,
@@ -69,7 +72,7 @@ def there_and_back(directory: Path, metadata: Mapping[str, Any]) -> dict[str, An
     return read_vocabulary(directory, len(plain(metadata)["tokenizer.ggml.tokens"]))
 
 
-@pytest.mark.parametrize("metadata", [SPM, SPM | KEYS, BPE, BPE | {"tokenizer.ggml.add_bos_token": False}])
+@pytest.mark.parametrize("metadata", [SPM, SPM | KEYS, LISTED, BPE, BPE | {"tokenizer.ggml.add_bos_token": False}])
 def test_everything_comes_back(tmp_path: Path, metadata: dict[str, Any]) -> None:
     assert plain(there_and_back(tmp_path, metadata)) == plain(metadata)
 
@@ -151,7 +154,7 @@ REAL = (
 
 
 @pytest.mark.interop
-@pytest.mark.parametrize("source", [SPM | KEYS, SPM, BPE | {"tokenizer.ggml.pre": "qwen2"}, *REAL])
+@pytest.mark.parametrize("source", [SPM | KEYS, SPM, LISTED, BPE | {"tokenizer.ggml.pre": "qwen2"}, *REAL])
 def test_transformers_gives_the_same_ids(tmp_path: Path, source: Any) -> None:
     transformers = pytest.importorskip("transformers")
     metadata = _values(_real(source) if isinstance(source, str) else source)
@@ -168,6 +171,23 @@ def test_transformers_gives_the_same_ids(tmp_path: Path, source: Any) -> None:
     for _ in range(200):
         text = random_text(rng)
         assert ours.encode(text) == theirs.encode(text), ascii(text)
+    if metadata["tokenizer.ggml.model"] == "llama":
+        pytest.importorskip("sentencepiece").SentencePieceProcessor().LoadFromFile(str(tmp_path / "tokenizer.model"))
     assert theirs.chat_template is None or "tokenizer.chat_template" in metadata
     bos = None if theirs.bos_token is None else theirs.bos_token_id
     assert bos in (None, ours.bos_id) and theirs.eos_token_id in (None, ours.eos_id)
+
+
+def test_scores_from_merges_give_the_same_ids(tmp_path: Path) -> None:
+    """Without tokenizer.model, the merges that were made of the scores become scores again."""
+    metadata = vocabulary_only(shared("models/llama2-tokenizer.model"))
+    write_vocabulary(tmp_path, metadata)
+    (tmp_path / "tokenizer.model").unlink()
+    again = read_vocabulary(tmp_path)
+    assert not np.array_equal(again["tokenizer.ggml.scores"], metadata["tokenizer.ggml.scores"])
+    model = {k: v for k, v in spm_metadata().items() if not k.startswith("tokenizer.")}
+    first, second = (load(tmp_path / f"{i}.gguf", model | m) for i, m in enumerate((metadata, again)))
+    rng = random.Random(4)
+    for _ in range(300):
+        text = random_text(rng)
+        assert first.encode(text) == second.encode(text), ascii(text)

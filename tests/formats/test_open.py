@@ -25,7 +25,7 @@ def _zip() -> bytes:
 
 
 KINDS: dict[str, tuple[bytes, type[LlamakitError], str]] = {
-    "zip": (_zip(), UnsupportedError, "zip archive"),
+    "zip": (_zip(), FormatError, "pickle is not loaded"),
     "pickle": (b"\x80\x02}q\0.", UnsupportedError, "never loaded"),
     "safetensors": (struct.pack("<Q", 2) + b"{}", UnsupportedError, "safetensors"),
     "ggml": (b"tjgg\3\0\0\0", UnsupportedError, "before GGUF"),

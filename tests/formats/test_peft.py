@@ -133,7 +133,6 @@ def test_where_the_folder_may_be_named(tmp_path: Path, base: ModelFile) -> None:
 
 
 def test_old_weights(tmp_path: Path, base: ModelFile) -> None:
-    pytest.importorskip("llamakit.formats.torch_file")
     import torch
 
     path = folder(tmp_path / "x")
