@@ -76,7 +76,9 @@ ALIASES: dict[str, dict[str, str]] = {
 }
 
 #: llama.cpp's -hf user/repo[:QUANT] and -hff FILE -> the option that names the model, as hf:...
-_HUB_MODEL = {"finetune": "--model-base", "generate": "-m", "merge": "-m", "tokenize": "-m"}
+_HUB_MODEL = {
+    "finetune": "--model-base", "generate": "-m", "merge": "-m", "convert": "-m", "tokenize": "-m", "inspect": "-m",
+}  # fmt: skip
 _HUB_REPO, _HUB_FILE = ("-hf", "-hfr", "--hf-repo"), ("-hff", "--hf-file")
 
 #: command -> spelling -> (number of values, what the note says). Accepted, without effect on the result.
@@ -164,10 +166,10 @@ def rewrite(argv: list[str]) -> tuple[list[str], list[Note]]:
     words, rest = _split_at_double_dash(words)
     if argv[at] == "generate":
         words = _positional_model(words)
-    if argv[at] == "convert":
-        words = rewrite_convert(words)
     if argv[at] in _HUB_MODEL:
         words = _hub_model(_HUB_MODEL[argv[at]], words)
+    if argv[at] == "convert":
+        words = rewrite_convert(words)
     return [*argv[: at + 1], *_rewrite_words(argv[at], words, notes), *rest], notes
 
 

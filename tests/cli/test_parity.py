@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from llamakit.cli.convert import convert
 from llamakit.cli.finetune import finetune
 from llamakit.cli.generate import generate
 from llamakit.cli.merge import merge
+from llamakit.conversion.convert_config import ConvertConfig
 from llamakit.conversion.merge_config import MergeConfig
 from llamakit.inference.config import GenerateConfig
 from llamakit.training.config import FinetuneConfig
@@ -31,6 +33,12 @@ def test_generate() -> None:
     assert_parity(
         generate, GenerateConfig, cli_only=files + others, config_only=("logprobs", "prefill_chunk", "stop_ids")
     )
+
+
+def test_convert() -> None:
+    files = ("base", "force", "system", "parameter", "split_max_size")
+    others = ("dry_run", "no_verify", "threads", "offline", "json", "config")
+    assert_parity(convert, ConvertConfig, cli_only=files + others, config_only=("split_max_bytes",))
 
 
 def test_merge() -> None:
