@@ -54,12 +54,13 @@ def _parse(source: str) -> _Repo:
 def _library() -> Any:
     """huggingface_hub, its own log silenced: what matters becomes an error of ours, and progress goes to the caller."""
     try:
-        import huggingface_hub
-        from huggingface_hub.utils import logging as hub_log
+        import huggingface_hub.constants
+        import huggingface_hub.errors
+        import huggingface_hub.utils
     except ImportError as error:
         hint = "pip install '.[hf]' in llamakit's folder, or pip install huggingface_hub"
         raise UsageError("hf: sources need the package huggingface_hub", hint=hint) from error
-    hub_log.set_verbosity(50)  # CRITICAL
+    huggingface_hub.utils.logging.set_verbosity(50)  # CRITICAL
     return huggingface_hub
 
 

@@ -63,7 +63,7 @@ def notes(line: str) -> list[compat.Note]:
     ("generate -hf u/r:Q8_0 -p x", "generate -m hf:u/r:Q8_0 -p x"),
     ("generate --hf_repo=u/r:Q8_0 -p -hf --hf-file f.gguf", "generate -m hf:u/r/f.gguf -p -hf"),
     ("finetune -hfr u/r --train-data t", "finetune --model-base hf:u/r --train-data t"),
-    ("convert -hf u/r:Q8_0 --outfile x.gguf", "convert -o x.gguf hf:u/r:Q8_0"),
+    ("convert -hf u/r:Q8_0 --outfile x.gguf", "convert hf:u/r:Q8_0 -o x.gguf"),
     ("convert --remote u/r --outfile x.gguf", "convert hf:u/r -o x.gguf"),
     ("inspect -hf u/r", "inspect hf:u/r"),
     # everything else stays
