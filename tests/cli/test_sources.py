@@ -37,3 +37,10 @@ def test_progress_is_a_line_where_nobody_watches(
 def test_offline_and_absent(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["inspect", "https://example.invalid/never-there.gguf", "--offline"]) == 2
     assert "is not in the cache" in capsys.readouterr().err
+
+
+def test_what_is_converted_from_elsewhere_needs_a_place(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["convert", "hf:u/r"]) == 2
+    assert "name the target with -o" in capsys.readouterr().err
+    assert run(["convert", "https://example.invalid/m.gguf", "-o", "m.gguf", "--offline"]) == 2
+    assert "is not in the cache" in capsys.readouterr().err
