@@ -47,6 +47,16 @@ def cli(
     )
 
 
+def called(capfd: Any, *args: str | os.PathLike[str]) -> subprocess.CompletedProcess[str]:
+    """`llamakit ARGS` in this process, which spares importing torch: returncode, stdout, stderr."""
+    from llamakit.cli import run
+
+    capfd.readouterr()
+    code = run([os.fspath(arg) for arg in args])
+    output = capfd.readouterr()
+    return subprocess.CompletedProcess(args, code, output.out, output.err)
+
+
 def assert_error(result: subprocess.CompletedProcess[Any], code: int, *fragments: str) -> None:
     """The run failed as a user should see it: this exit code, one `error:` line (and hints), no traceback."""
     errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]

@@ -8,16 +8,16 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from llamakit.errors import FormatError
+from llamakit.errors import FormatError, LlamakitError
 from llamakit.formats import llama2c
 from llamakit.formats.base import ModelFile, TensorInfo
 from llamakit.formats.ggla import read_ggla
-from llamakit.formats.gguf import GGUFFile, SplitGGUF, open_gguf
-from llamakit.formats.open import sniff
+from llamakit.formats.gguf import GGUFFile, SplitGGUF, Typed, open_gguf
+from llamakit.formats.open import open_model, sniff
 from llamakit.ggml import FILE_TYPES, GGMLType
 
 #: llama.cpp cuts values off after this many bytes
@@ -35,7 +35,7 @@ _OTHERS = {
     "llama2c-tokenizer": "llama2.c vocabulary",
     "sentencepiece": "SentencePiece vocabulary",
     "safetensors": "safetensors weights",
-    "huggingface": "folder with a Hugging Face model, to be converted with llama.cpp's script",
+    "huggingface": "folder with a Hugging Face model",
     "peft": "folder with a LoRA adapter (PEFT)",
     "zip": "zip archive, perhaps a PyTorch checkpoint",
     "meta": "folder with a model in Meta's format",
@@ -45,6 +45,9 @@ _OTHERS = {
     "text": "text",
     "directory": "folder",
 }
+
+#: kinds that hold a model which is read in GGUF's words
+_SOURCES = ("huggingface", "safetensors", "meta", "zip")
 
 
 @dataclass(frozen=True)
@@ -128,7 +131,7 @@ def inspect(path: str | os.PathLike[str]) -> FileReport:
             return _inspect_llama2c(file)
     if kind == "ggla":
         return _inspect_ggla(path)
-    return _inspect_other(path, kind)
+    return _inspect_source(path, kind) if kind in _SOURCES else _inspect_other(path, kind)
 
 
 def _inspect_gguf(path: Path, file: GGUFFile | SplitGGUF) -> FileReport:
@@ -250,6 +253,30 @@ def _inspect_ggla(path: Path) -> FileReport:
     )
 
 
+def _inspect_source(path: Path, kind: str) -> FileReport:
+    """A folder or checkpoint as the model that is in it, or with the reason why none can be read."""
+    report = _inspect_other(path, kind)
+    try:
+        with open_model(path) as file:
+            values = {key: _plain(value) for key, value in file.metadata.items()}
+            return replace(
+                report,
+                facts=_general_facts(values) | _model_facts(values),
+                metadata=tuple(_key_value(key, value) for key, value in values.items()),
+                next_commands=(("llamakit", "convert", _as_argument(path), "-o", "model.gguf"),
+                               *_next_for_model(values, _as_argument(path))),
+                **_tensor_fields(file.tensors),
+            )  # fmt: skip
+    except LlamakitError as error:
+        hint = {} if error.hint is None else {"hint": error.hint}
+        return replace(report, facts={"no model": error.reason, **hint})
+
+
+def _plain(value: Any) -> Any:
+    """A metadata value without the type under which GGUF would store it."""
+    return value.value if isinstance(value, Typed) else value
+
+
 def _inspect_other(path: Path, kind: str) -> FileReport:
     if path.is_dir():
         n_bytes = sum(entry.stat().st_size for entry in os.scandir(path) if entry.is_file())
@@ -290,7 +317,6 @@ def _next_commands(kind: str, file: ModelFile | None, path: Path | None = None) 
         "llama2c": (("llamakit", "generate", "-m", name, "-z", "tokenizer.bin"),),
         "llama2c-tokenizer": (("llamakit", "generate", "-m", "MODEL.bin", "-z", name),),
         "text": ((*finetune, "BASE.gguf", "--train-data", name),),
-        "huggingface": (("python", "convert_hf_to_gguf.py", name),),
         "peft": lora,
     }.get(kind, ())
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from llamakit.errors import FormatError, UnsupportedError, UsageError
+from llamakit.errors import FormatError, MismatchError, UnsupportedError, UsageError
 from llamakit.files import escape_control
 from llamakit.formats.base import TensorInfo
 from llamakit.formats.fields import Fields
@@ -27,6 +27,7 @@ from llamakit.formats.huggingface_config import LlamaShape, check_tensors
 from llamakit.formats.huggingface_rope import Rope
 from llamakit.formats.huggingface_vocab import sentencepiece_vocabulary
 from llamakit.formats.names import name_of_meta
+from llamakit.formats.sentencepiece_model import read_sentencepiece_model
 from llamakit.formats.strict_json import read_object
 from llamakit.formats.tiktoken_model import is_tiktoken, read_tiktoken_vocabulary
 from llamakit.formats.torch_file import TorchFile
@@ -62,7 +63,7 @@ class MetaModel:
     n_ctx: the context that the model was trained for, which params.json does not state; rope_theta: the base of the
     rotary embedding where it does not state that either. files: names of the shards, in order.
     Raises UsageError when the folder cannot be read or n_ctx or rope_theta have to be given; UnsupportedError for other
-    models; FormatError for everything that does not fit together.
+    models; MismatchError for a vocabulary of too many tokens; FormatError for everything else that does not fit.
     """
 
     def __init__(
@@ -280,5 +281,8 @@ def _vocabulary(directory: Path, shape: LlamaShape) -> dict[str, Any]:
         if os.path.exists(path):
             if is_tiktoken(path):
                 return read_tiktoken_vocabulary(path, shape.n_vocab, tools=shape.rope.type == "llama3")
+            n_pieces = len(read_sentencepiece_model(path).pieces)
+            if n_pieces > shape.n_vocab:
+                raise MismatchError(f"has {n_pieces} tokens (expected at most {shape.n_vocab}, the model's)", path=path)
             return sentencepiece_vocabulary(path, shape.n_vocab)
     return {}

@@ -19,6 +19,7 @@ from llamakit.formats.gguf_values import StringArray
 
 _SAMPLE_BYTES = 4096
 _SEED = b"llamakit.base.file"
+_FREQ_BASE = 10000.0  # of a GGUF file that names none
 
 
 @dataclass(frozen=True)
@@ -51,11 +52,27 @@ def _model_stamp(file: ModelFile) -> str:
     architecture = str(metadata.get("general.architecture", ""))
     _add(digest, architecture)
     for key in sorted(k for k in metadata if k.startswith(f"{architecture}.")):
-        _add(digest, key, _canonical(metadata[key]))
+        if not _is_implied(key.removeprefix(f"{architecture}."), metadata[key], architecture, metadata):
+            _add(digest, key, _canonical(metadata[key]))
     for name, info in sorted(file.tensors.items()):
         _add(digest, name, str(_trimmed(info.shape)))
     _add(digest, _packed_tokens(metadata))
     return digest.hexdigest()
+
+
+def _is_implied(key: str, value: Any, architecture: str, metadata: Mapping[str, Any]) -> bool:
+    """Whether a key says what is so without it: one format spells it out, another does not, the model is the same."""
+    if not isinstance(value, (int, float)):
+        return False
+    if key == "vocab_size":  # the embedding's shape says it
+        return True
+    n_head, n_embd = (metadata.get(f"{architecture}.{k}") for k in ("attention.head_count", "embedding_length"))
+    if not isinstance(n_head, int) or not isinstance(n_embd, int) or n_head < 1:
+        return False
+    head_dim = n_embd // n_head
+    usual = {"attention.head_count_kv": n_head, "rope.freq_base": _FREQ_BASE, "attention.key_length": head_dim,
+             "attention.value_length": head_dim, "rope.dimension_count": head_dim}  # fmt: skip
+    return usual.get(key) == value
 
 
 def _canonical(value: Any) -> str:

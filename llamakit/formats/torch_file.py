@@ -1,10 +1,11 @@
 """PyTorch's files (`torch.save`: .pt, .pth, .bin), of which not one byte of code is run.
 
 Such a file is a zip archive without compression: a pickle that describes the tensors (data.pkl), and one entry for the
-bytes of each storage. The archive is read here; the pickle alone, in a fresh archive whose storages are empty, goes to
-`torch.load(weights_only=True)` under FakeTensorMode, which knows each tensor's place and allocates nothing. So PyTorch
-never parses the user's archive, nobody else's code runs, and memory holds the rows that are asked for. There is no
-other way to load a pickle here. Layout: torch/serialization.py and caffe2/serialize of PyTorch 2.13.
+bytes of each storage. The archive is read here. The pickle alone, once all its operations have been found harmless
+(`torch_pickle`), goes to `torch.load(weights_only=True)` in a fresh archive whose storages are empty, under
+FakeTensorMode, which knows each tensor's place and allocates nothing. So PyTorch never parses the user's archive,
+nobody else's code runs, and memory holds the rows that are asked for. There is no other way to load a pickle here.
+Layout: torch/serialization.py and caffe2/serialize of PyTorch 2.13.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from contextlib import contextmanager
 from math import prod
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple, cast
 
 import numpy as np
 
@@ -28,10 +29,12 @@ from llamakit.errors import FormatError, UnsupportedError
 from llamakit.files import escape_control
 from llamakit.formats.base import TensorInfo
 from llamakit.formats.source import FileSource
+from llamakit.formats.torch_pickle import check_pickle
 from llamakit.ggml import GGMLType
 
 _MAX_PICKLE_BYTES = 64 << 20
-_MAX_ENTRIES, _MAX_DEPTH, _MAX_VALUES = 200_000, 16, 1_000_000
+_MAX_DIRECTORY_BYTES, _MAX_ENTRIES = 16 << 20, 200_000
+_MAX_DEPTH, _MAX_KEY, _MAX_VALUES = 16, 256, 250_000
 _LOCAL_HEADER = struct.Struct("<4s22xHH")
 _TYPES = {
     "torch.float32": GGMLType.F32, "torch.float16": GGMLType.F16, "torch.bfloat16": GGMLType.BF16,
@@ -94,6 +97,11 @@ class TorchFile:
 
         offset, n_bytes = self._records["data.pkl"]
         raw = self._source.read(offset, n_bytes).tobytes()
+        for storage in check_pickle(raw, self.path):
+            there = self._records.get(storage.name)
+            if there is None or there[1] != storage.n_bytes:
+                size = "none" if there is None else there[1]
+                raise self._error(f"{storage.name} has {storage.n_bytes} bytes by its pickle, {size} in the archive")
         archive, self._keys = _description(raw, self._records)
         try:
             with FakeTensorMode(), _quiet():
@@ -114,11 +122,12 @@ class TorchFile:
             raise self._error(f"{name[:80]!r} is nested too deeply, or holds too much")
         if isinstance(value, torch.Tensor):
             return self._note(value, name)
-        if isinstance(value, Mapping):
+        if isinstance(value, dict):
             found = {}
-            for key, inner in value.items():
-                if not isinstance(key, (str, int)):
-                    raise self._error(f"{name[:80]!r} has a key that is neither a name nor a number")
+            # A pickle may have given an OrderedDict an attribute of this name: the class is asked, not the object.
+            for key, inner in dict.items(value):
+                if not isinstance(key, (str, int)) or len(str(key)) > _MAX_KEY:
+                    raise self._error(f"{name[:80]!r} has a key that is neither a number nor a name of usual length")
                 plain = self._plain(inner, f"{name}/{key}" if name else str(key), depth + 1)
                 if plain is not _ABSENT:
                     found[key] = plain
@@ -279,11 +288,20 @@ def _capped(record: tuple[int, int]) -> tuple[int, int]:
     return record[0], min(record[1], 16)
 
 
+class _Directory(io.FileIO):
+    """A file as zipfile reads it, which takes the directory into memory whatever its size."""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if size is not None and size > _MAX_DIRECTORY_BYTES:
+            raise zipfile.BadZipFile(f"a directory of {size} bytes (expected at most {_MAX_DIRECTORY_BYTES})")
+        return super().read(size) or b""
+
+
 def _entries(source: FileSource, error: Any) -> Iterator[zipfile.ZipInfo]:
     """The zip directory, as Python's zipfile reads it; never compressed, never encrypted."""
     _check_head(source)
     try:
-        with zipfile.ZipFile(source.path) as archive:
+        with _Directory(source.path) as file, zipfile.ZipFile(cast(IO[bytes], file)) as archive:
             entries = archive.infolist()
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, LookupError, struct.error) as cause:
         raise FormatError(

@@ -11,10 +11,15 @@ import pytest
 from llamakit.cli.compat_convert import rewrite_convert
 from llamakit.errors import UsageError
 from llamakit.formats.open import open_model
-from tests.helpers import assert_error, cli
+from tests.helpers import assert_error, called
 from tests.tiny import cached_tiny_gguf, tiny_gguf
 
 _LINE = re.compile(r"^\[ ?\d+/21\] Writing tensor \S+ +\| size [ \dx]+ \| type \S+ +\| T\+ +\d+$")
+
+
+@pytest.fixture(autouse=True)
+def _in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -44,8 +49,8 @@ def test_command_lines_that_cannot_be() -> None:
         rewrite_convert(["x", "--outtype"])
 
 
-def test_lines_and_verdict(tmp_path: Path) -> None:
-    result = cli("convert", cached_tiny_gguf(), "-o", tmp_path / "m.gguf", "--outtype", "f16")
+def test_lines_and_verdict(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    result = called(capfd, "convert", cached_tiny_gguf(), "-o", tmp_path / "m.gguf", "--outtype", "f16")
     assert result.returncode == 0, result.stderr
     *lines, wrote, size, verified, worst, following = result.stdout.splitlines()
     assert len(lines) == 21 and all(_LINE.match(line) for line in lines)
@@ -54,59 +59,61 @@ def test_lines_and_verdict(tmp_path: Path) -> None:
     assert worst.startswith("largest error: ") and following.startswith("next: llamakit generate -m ")
 
 
-def test_json_is_one_object(tmp_path: Path) -> None:
-    result = cli("convert", cached_tiny_gguf(), "-o", tmp_path / "hf", "--json")
+def test_json_is_one_object(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    result = called(capfd, "convert", cached_tiny_gguf(), "-o", tmp_path / "hf", "--json")
     report = json.loads(result.stdout)
     assert report["paths"] == [str(tmp_path / "hf")] and report["verify"]["passed"] is True
-    assert json.loads(cli("convert", tmp_path / "hf", "-o", tmp_path / "m.gguf", "--dry-run", "--json").stdout)["types"]
+    assert json.loads(
+        called(capfd, "convert", tmp_path / "hf", "-o", tmp_path / "m.gguf", "--dry-run", "--json").stdout
+    )["types"]
     assert not (tmp_path / "m.gguf").exists()
 
 
-def test_the_old_converter_writes_into_its_folder(tmp_path: Path) -> None:
-    cli("convert", cached_tiny_gguf(), "-o", tmp_path / "out", "--no-verify")
-    result = cli("convert", tmp_path / "out", "--ctx", "4096", "--outtype", "q8_0", "--vocab-type", "spm")
+def test_the_old_converter_writes_into_its_folder(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    called(capfd, "convert", cached_tiny_gguf(), "-o", tmp_path / "out", "--no-verify")
+    result = called(capfd, "convert", tmp_path / "out", "--ctx", "4096", "--outtype", "q8_0", "--vocab-type", "spm")
     assert result.returncode == 0, result.stderr
     with open_model(tmp_path / "out" / "ggml-model-q8_0.gguf") as file:
         assert file.metadata["llama.context_length"] == 4096 and file.metadata["general.file_type"] == 7
 
 
-def test_llama2c_there_and_back(tmp_path: Path) -> None:
+def test_llama2c_there_and_back(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     source = tiny_gguf(tmp_path / "source.gguf", n_ctx=64)
-    assert cli("convert", "out.bin", "--hf", source, "--version", "0", cwd=tmp_path).returncode == 0
+    assert called(capfd, "convert", "out.bin", "--hf", source, "--version", "0").returncode == 0
     assert {"out.bin", "tokenizer.bin"} <= {p.name for p in tmp_path.iterdir()}
     words = ("--llama2c-model", "out.bin", "--copy-vocab-from-model", source, "--llama2c-output-model", "back.gguf")
-    assert cli("convert", *words, cwd=tmp_path).returncode == 0
-    assert cli("verify", source, "back.gguf", cwd=tmp_path).returncode == 0
+    assert called(capfd, "convert", *words).returncode == 0
+    assert called(capfd, "verify", source, "back.gguf").returncode == 0
 
 
-def test_vocabularies_and_splits_and_modelfiles(tmp_path: Path) -> None:
+def test_vocabularies_and_splits_and_modelfiles(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     source = tiny_gguf(tmp_path / "m.gguf")
-    assert cli("convert", "m.gguf", "-o", "hf", cwd=tmp_path).returncode == 0
-    assert cli("convert", "hf/tokenizer.model", "-o", "tokenizer.bin", cwd=tmp_path).returncode == 0
-    assert cli("convert", "hf/tokenizer.json", "-o", "v.gguf", cwd=tmp_path).returncode == 0
+    assert called(capfd, "convert", "m.gguf", "-o", "hf").returncode == 0
+    assert called(capfd, "convert", "hf/tokenizer.model", "-o", "tokenizer.bin").returncode == 0
+    assert called(capfd, "convert", "hf/tokenizer.json", "-o", "v.gguf").returncode == 0
     assert (
-        cli("tokenize", "-m", "v.gguf", "-p", "the king", "--ids", cwd=tmp_path).stdout
-        == cli("tokenize", "-m", "m.gguf", "-p", "the king", "--ids", cwd=tmp_path).stdout
+        called(capfd, "tokenize", "-m", "v.gguf", "-p", "the king", "--ids").stdout
+        == called(capfd, "tokenize", "-m", "m.gguf", "-p", "the king", "--ids").stdout
     )
-    result = cli("convert", "m.gguf", "-o", "part.gguf", "--split-max-tensors", "8", cwd=tmp_path)
+    result = called(capfd, "convert", "m.gguf", "-o", "part.gguf", "--split-max-tensors", "8")
     assert "Wrote part-00003-of-00003.gguf" in result.stdout, result.stderr
-    assert cli("convert", "part-00002-of-00003.gguf", "-o", "whole.gguf", cwd=tmp_path).returncode == 0
+    assert called(capfd, "convert", "part-00002-of-00003.gguf", "-o", "whole.gguf").returncode == 0
     assert (tmp_path / "whole.gguf").read_bytes() == source.read_bytes()
-    result = cli("convert", "m.gguf", "-o", "Modelfile", "--parameter", "temperature=0.7", cwd=tmp_path)
+    result = called(capfd, "convert", "m.gguf", "-o", "Modelfile", "--parameter", "temperature=0.7")
     assert "ollama create m -f Modelfile" in result.stdout
     assert "PARAMETER temperature 0.7" in (tmp_path / "Modelfile").read_text()
 
 
-def test_refusals_are_one_line_and_leave_nothing(tmp_path: Path) -> None:
+def test_refusals_are_one_line_and_leave_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     tiny = cached_tiny_gguf()
-    assert_error(cli("convert", tiny), 2, "where should it go", "-o")
-    assert_error(cli("convert", tmp_path / "no", "-o", tmp_path / "x.gguf"), 2, "cannot be opened")
-    assert_error(cli("convert", tiny, "-o", tmp_path / "x.gguf", "--outtype", "q9"), 2, "unknown type")
-    assert_error(cli("convert", tiny, "-o", tmp_path / "x.gguf", "--split-max-size", "9"), 2, "no size")
-    assert_error(cli("convert", tiny, "-o", tmp_path / "x.gguf", "--vocab", tmp_path), 2, str(tmp_path))
-    assert_error(cli("convert", tiny, "-o", tmp_path / "hf", "--vocab-only"), 2, "GGUF targets")
+    assert_error(called(capfd, "convert", tiny), 2, "where should it go", "-o")
+    assert_error(called(capfd, "convert", tmp_path / "no", "-o", tmp_path / "x.gguf"), 2, "cannot be opened")
+    assert_error(called(capfd, "convert", tiny, "-o", tmp_path / "x.gguf", "--outtype", "q9"), 2, "unknown type")
+    assert_error(called(capfd, "convert", tiny, "-o", tmp_path / "x.gguf", "--split-max-size", "9"), 2, "no size")
+    assert_error(called(capfd, "convert", tiny, "-o", tmp_path / "x.gguf", "--vocab", tmp_path), 2, str(tmp_path))
+    assert_error(called(capfd, "convert", tiny, "-o", tmp_path / "hf", "--vocab-only"), 2, "GGUF targets")
     other = cached_tiny_gguf(tokenizer="bpe")
-    assert_error(cli("convert", tiny, "-o", tmp_path / "x.gguf", "--vocab", other), 2, "token embeddings")
+    assert_error(called(capfd, "convert", tiny, "-o", tmp_path / "x.gguf", "--vocab", other), 2, "token embeddings")
     assert not list(tmp_path.iterdir())
 
 

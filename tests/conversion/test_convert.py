@@ -10,6 +10,7 @@ from llamakit.conversion.convert_config import ConvertConfig
 from llamakit.errors import FormatError, LlamakitError, SaveError, UnsupportedError, UsageError
 from llamakit.formats.gguf import GGUFFile, TensorData, typed_metadata, write_gguf
 from llamakit.formats.open import open_model
+from llamakit.formats.stamps import base_stamps
 from llamakit.ggml import GGMLType
 from llamakit.inference.verify import verify
 from tests.tiny import cached_tiny_gguf
@@ -222,3 +223,19 @@ def test_a_full_disk_leaves_what_was_there(tmp_path, monkeypatch):
         with pytest.raises(SaveError, match="No space left"):
             convert(ConvertConfig(source=cached_tiny_gguf(n_ctx=64), out=tmp_path / name))
     assert [p.name for p in tmp_path.iterdir()] == ["m.gguf"]
+
+
+@pytest.mark.parametrize("options", [{}, {"n_head_kv": 4, "tokenizer": "bpe"}, {"head_dim": 24}])
+def test_a_model_has_one_stamp_in_every_format(tmp_path, options):
+    """So that an adapter trained on a folder goes onto the GGUF of the same model."""
+    source = cached_tiny_gguf(n_ctx=64, **options)
+    run(source, tmp_path / "hf", outtype="f32")
+    run(tmp_path / "hf", tmp_path / "m.gguf", outtype="q8_0")
+    if not options:
+        run(source, tmp_path / "m.bin")
+        run(tmp_path / "m.bin", tmp_path / "back.gguf", vocab=tmp_path / "tokenizer.bin")
+    stamps = set()
+    for path in (source, tmp_path / "hf", *tmp_path.glob("*.gguf")):
+        with open_model(path) as file:
+            stamps.add(base_stamps(file).model)
+    assert len(stamps) == 1

@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 
 from llamakit import inspect
+from llamakit.conversion.convert import convert
+from llamakit.conversion.convert_config import ConvertConfig
 from llamakit.conversion.inspect import KeyValue
 from llamakit.errors import FormatError, LlamakitError, UsageError
 from llamakit.formats.gguf import GGUFFile, TensorData, write_gguf
@@ -158,10 +160,20 @@ def test_other_files(tmp_path: Path, content: bytes, kind: str) -> None:
 def test_folders(tmp_path: Path) -> None:
     assert inspect(tmp_path).kind == "directory"
     (tmp_path / "config.json").write_text("{}")
-    assert inspect(tmp_path).kind == "huggingface"
+    report = inspect(tmp_path)
+    assert report.kind == "huggingface" and "config.json" not in report.what and report.facts["no model"]
     (tmp_path / "adapter_config.json").write_text("{}")
     report = inspect(tmp_path)
     assert report.kind == "peft" and report.n_bytes == 4
+
+
+def test_a_folder_with_a_model_is_shown_in_ggufs_words(tmp_path: Path) -> None:
+    convert(ConvertConfig(source=cached_tiny_gguf(type="Q4_0"), out=tmp_path / "hf"))
+    report = inspect(tmp_path / "hf")
+    assert report.kind == "huggingface" and report.facts["layers"] == 2 and report.facts["tokenizer"] == "SPM (default)"
+    assert report.n_parameters == inspect(cached_tiny_gguf()).n_parameters and 16 <= report.bits_per_weight < 16.1
+    assert [c[1] for c in report.next_commands] == ["convert", "generate", "finetune"]
+    assert inspect(tmp_path / "hf" / "model.safetensors").n_parameters == report.n_parameters
 
 
 def test_llama2c_model(tmp_path: Path) -> None:

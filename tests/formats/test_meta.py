@@ -13,7 +13,7 @@ from llamakit.errors import FormatError, LlamakitError, MismatchError, Unsupport
 from llamakit.formats.meta import MetaModel
 from llamakit.formats.names import name_of_meta
 from llamakit.formats.open import open_model, sniff
-from llamakit.formats.sentencepiece_model import SentencePieceModel, write_sentencepiece_model
+from llamakit.formats.sentencepiece_model import NORMAL, Piece, SentencePieceModel, write_sentencepiece_model
 from tests.formats.torch_models import TIKTOKENS, meta_folder, meta_weights, split, tiktoken_file
 from tests.formats.vocabulary_folders import pieces
 
@@ -103,6 +103,9 @@ def test_vocabularies(tmp_path: Path) -> None:
     with MetaModel(folder, n_ctx=9) as model:
         assert model.metadata["tokenizer.ggml.model"] == "llama"
         assert len(model.metadata["tokenizer.ggml.tokens"]) == len(spm)
+    write_sentencepiece_model(folder / "tokenizer.model", SentencePieceModel([*spm, Piece("more", 0.0, NORMAL)]))
+    with pytest.raises(MismatchError, match=f"has {len(spm) + 1} tokens"):
+        MetaModel(folder, n_ctx=9)
     n_vocab = len(TIKTOKENS) + 256
     folder = meta_folder(tmp_path / "three", split(meta_weights(n_vocab), 2, embedding_axis=0), rope_theta=5e5)
     tiktoken_file(folder / "tokenizer.model")

@@ -152,7 +152,7 @@ ARCHIVES: dict[str, tuple[bytes, type[LlamakitError], str]] = {
     "big-endian": (archive(SOUND, SIX).replace(b"little", b"big   "), FormatError, "little-endian|Bad CRC"),
     "TorchScript": (archive(SOUND, SIX, {"x/constants.pkl": b""}), UnsupportedError, "TorchScript"),
     "a size beyond the file": (_claimed(1 << 30), FormatError, "larger than the file"),
-    "a size below the tensor": (_claimed(8), FormatError, "does not fit"),
+    "a size below the tensor": (_claimed(8), FormatError, "8 in the archive"),
 }  # fmt: skip
 
 
@@ -161,6 +161,14 @@ def test_archives_that_are_refused(tmp_path: Path, name: str) -> None:
     raw, error, reason = ARCHIVES[name]
     (tmp_path / "x.pt").write_bytes(raw)
     with pytest.raises((error, UnsupportedError), match=reason):
+        TorchFile(tmp_path / "x.pt")
+
+
+def test_a_directory_that_is_too_large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would be taken into memory before a single entry is looked at."""
+    monkeypatch.setattr("llamakit.formats.torch_file._MAX_DIRECTORY_BYTES", 100)
+    (tmp_path / "x.pt").write_bytes(archive(SOUND, SIX))
+    with pytest.raises(FormatError, match=r"a directory of [0-9]+ bytes"):
         TorchFile(tmp_path / "x.pt")
 
 
