@@ -1,4 +1,4 @@
-"""llamakit: fine-tune, run and inspect quantized GGUF Llama models with PyTorch.
+"""llamakit: fine-tune, run, convert, merge and compare Llama models, GGUF first, with PyTorch.
 
 from llamakit import GenerateConfig, generate, load_model, load_tokenizer, open_model
 
@@ -24,12 +24,17 @@ from llamakit.errors import (
 )
 
 if TYPE_CHECKING:
+    from llamakit.conversion.convert import convert
+    from llamakit.conversion.convert_config import ConvertConfig
     from llamakit.conversion.inspect import FileReport, inspect
-    from llamakit.formats.adapter import Adapter, read_adapter, write_adapter
+    from llamakit.conversion.merge import merge
+    from llamakit.conversion.merge_config import MergeConfig
+    from llamakit.formats.adapter import Adapter, read_adapter, write_adapter, write_adapter_folder
     from llamakit.formats.base import ModelFile, TensorInfo
     from llamakit.formats.open import open_model
     from llamakit.inference.completion import generate
     from llamakit.inference.config import GenerateConfig
+    from llamakit.inference.verify import VerifyReport, verify
     from llamakit.model import KVCache, Llama, ModelConfig, attach, detach, load_model
     from llamakit.quant import QTensor, dequantize
     from llamakit.tokenizer import Tokenizer, load_tokenizer
@@ -42,17 +47,21 @@ __version__ = "0.1.0"
 #: exported name -> the module that defines it
 _EXPORTS = {
     "Adapter": "llamakit.formats.adapter",
+    "ConvertConfig": "llamakit.conversion.convert_config",
     "FileReport": "llamakit.conversion.inspect",
     "FinetuneConfig": "llamakit.training.config",
     "GenerateConfig": "llamakit.inference.config",
     "KVCache": "llamakit.model",
     "Llama": "llamakit.model",
+    "MergeConfig": "llamakit.conversion.merge_config",
     "ModelConfig": "llamakit.model",
     "ModelFile": "llamakit.formats.base",
     "QTensor": "llamakit.quant",
     "TensorInfo": "llamakit.formats.base",
     "Tokenizer": "llamakit.tokenizer",
+    "VerifyReport": "llamakit.inference.verify",
     "attach": "llamakit.model",
+    "convert": "llamakit.conversion.convert",
     "dequantize": "llamakit.quant",
     "detach": "llamakit.model",
     "finetune": "llamakit.training.finetune",
@@ -60,13 +69,17 @@ _EXPORTS = {
     "inspect": "llamakit.conversion.inspect",
     "load_model": "llamakit.model",
     "load_tokenizer": "llamakit.tokenizer",
+    "merge": "llamakit.conversion.merge",
     "open_model": "llamakit.formats.open",
     "read_adapter": "llamakit.formats.adapter",
+    "verify": "llamakit.inference.verify",
     "write_adapter": "llamakit.formats.adapter",
+    "write_adapter_folder": "llamakit.formats.adapter",
 }
 
 __all__ = [
     "Adapter",
+    "ConvertConfig",
     "DataError",
     "DivergedError",
     "FileReport",
@@ -77,6 +90,7 @@ __all__ = [
     "Llama",
     "LlamakitError",
     "MemoryError_",
+    "MergeConfig",
     "MismatchError",
     "ModelConfig",
     "ModelFile",
@@ -86,7 +100,9 @@ __all__ = [
     "Tokenizer",
     "UnsupportedError",
     "UsageError",
+    "VerifyReport",
     "attach",
+    "convert",
     "dequantize",
     "detach",
     "finetune",
@@ -94,9 +110,12 @@ __all__ = [
     "inspect",
     "load_model",
     "load_tokenizer",
+    "merge",
     "open_model",
     "read_adapter",
+    "verify",
     "write_adapter",
+    "write_adapter_folder",
 ]
 
 

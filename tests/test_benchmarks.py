@@ -15,7 +15,7 @@ from llamakit.formats.gguf import GGUFFile
 from tests.helpers import ROOT
 
 BENCHMARKS = ROOT / "benchmarks"
-SCRIPTS = ("models.py", "finetune.py", "seven_b.py", "startup.py")
+SCRIPTS = ("models.py", "finetune.py", "convert.py", "seven_b.py", "startup.py")
 
 
 def bench(script: str, *arguments: str | os.PathLike[str]) -> str:
@@ -80,3 +80,17 @@ def test_finetune_and_peft_take_the_same_steps(tmp_path: Path) -> None:
     losses = results["losses"]
     # The same weights, batches, start and optimizer: what is apart is bf16's rounding.
     assert losses["ours"] == pytest.approx(losses["peft"], abs=0.02)
+
+
+@pytest.mark.slow
+@pytest.mark.interop
+def test_convert_and_the_numpy_way_on_a_tiny_folder(tmp_path: Path) -> None:
+    if importlib.util.find_spec("safetensors") is None:
+        pytest.skip("safetensors is not installed (pip install -e .[interop])")
+    report = tmp_path / "report.json"
+    arguments = ("--shape", "tiny", "--rounds", "1", "--outtypes", "q8_0", "--threads", "1", "--dir", tmp_path / "work")
+    assert "times ours" in bench("convert.py", *arguments, "--json", report)
+    figures = json.loads(report.read_text())["results"]["q8_0"]
+    assert figures.keys() == {"ours", "numpy", "ours, verified"}
+    assert all(side["wall_s"] > 0 and side["peak_bytes"] > 0 for side in figures.values())
+    assert not list((tmp_path / "work").iterdir()), "what was written is deleted without --keep"

@@ -68,6 +68,12 @@ def test_tensor_example(capsys: pytest.CaptureFixture[str]) -> None:
     assert "blk.0.attn_q.weight: (256, 256), Q4_K" in capsys.readouterr().out
 
 
+def test_convert_example(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    load(ROOT / "docs/examples/convert_and_verify.py").main(str(cached_tiny_gguf()), str(tmp_path / "folder"))
+    assert "vocabulary equal\nmax |dlogit| = 0.0, KL = 0.0" in capsys.readouterr().out
+    assert (tmp_path / "folder" / "model.safetensors").exists()
+
+
 @pytest.mark.parametrize("page", ALL_PAGES)
 def test_links_lead_somewhere(page: str) -> None:
     for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", text_of(page)):
@@ -80,8 +86,9 @@ def _known_flags() -> set[str]:
 
     from llamakit.cli import build_app
     from llamakit.cli.compat import ALIASES, NO_OPS
+    from llamakit.cli.compat_convert import _VALUED
 
-    flags = {"--help", "--version"}
+    flags = {"--help", "--version", *_VALUED}
     for command in get_command(build_app()).commands.values():
         for param in command.params:
             flags |= {*param.opts, *param.secondary_opts}
@@ -93,7 +100,7 @@ def _known_flags() -> set[str]:
 
 
 #: flags of other programs that the pages speak of
-FOREIGN = {"--no-deps", "--like-this", "--rank", "--merge"}
+FOREIGN = {"--no-deps", "--like-this", "--rank", "--merge", "--split"}
 
 
 @pytest.mark.parametrize("page", ALL_PAGES)

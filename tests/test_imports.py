@@ -14,7 +14,13 @@ import llamakit
 from tests.helpers import ROOT
 
 HEAVY = {"torch", "numpy", "gguf", "tokenizers", "sentencepiece", "safetensors", "jinja2", "rich"}
-COMMANDS = ("finetune", "generate", "tokenize", "inspect")
+COMMANDS = ("finetune", "generate", "convert", "merge", "tokenize", "inspect", "verify")
+CONFIGS = (
+    "llamakit.training.config",
+    "llamakit.inference.config",
+    "llamakit.conversion.convert_config",
+    "llamakit.conversion.merge_config",
+)
 
 _PROBE = """
 import json, sys
@@ -46,7 +52,7 @@ def test_import_llamakit_loads_nothing_heavy() -> None:
     assert not modules_after(code) & (HEAVY | {"typer"})
 
 
-@pytest.mark.parametrize("module", ["llamakit.training.config", "llamakit.inference.config"])
+@pytest.mark.parametrize("module", CONFIGS)
 def test_configs_are_torch_free(module: str) -> None:
     code = f"import json, sys, {module}; print(json.dumps([0, sorted(sys.modules)]))"
     assert not modules_after(code) & HEAVY
