@@ -75,6 +75,12 @@ ALIASES: dict[str, dict[str, str]] = {
     "verify": {},
 }
 
+#: llama.cpp's -hf user/repo[:QUANT] and -hff FILE -> the option that names the model, as hf:...
+_HUB_MODEL = {
+    "finetune": "--model-base", "generate": "-m", "merge": "-m", "convert": "-m", "tokenize": "-m", "inspect": "-m",
+}  # fmt: skip
+_HUB_REPO, _HUB_FILE = ("-hf", "-hfr", "--hf-repo"), ("-hff", "--hf-file")
+
 #: command -> spelling -> (number of values, what the note says). Accepted, without effect on the result.
 _MEMORY = "the file is read once and its weights stay packed in memory"
 _CPU = "llamakit decides this by itself"
@@ -160,6 +166,8 @@ def rewrite(argv: list[str]) -> tuple[list[str], list[Note]]:
     words, rest = _split_at_double_dash(words)
     if argv[at] == "generate":
         words = _positional_model(words)
+    if argv[at] in _HUB_MODEL:
+        words = _hub_model(_HUB_MODEL[argv[at]], words)
     if argv[at] == "convert":
         words = rewrite_convert(words)
     return [*argv[: at + 1], *_rewrite_words(argv[at], words, notes), *rest], notes
@@ -208,6 +216,34 @@ def _rewrite_option(
         out.append(canonical)
     if queue and (attached or name in _TEXT_VALUES or canonical in _TEXT_VALUES):
         out.append(queue.pop(0))
+
+
+def _hub_model(option: str, words: list[str]) -> list[str]:
+    """`-hf user/repo[:QUANT]`, with `-hff FILE` or without, as the one source hf:..., where -hf stood."""
+    rest: list[str] = []
+    repo: str | None = None
+    file: str | None = None
+    place, queue = 0, list(words)
+    while queue:
+        word = queue.pop(0)
+        name, equals, value = word.partition("=") if word.startswith("--") else (word, "", "")
+        name = name.replace("_", "-")
+        if name in (*_HUB_REPO, *_HUB_FILE):
+            value = value if equals else _take(name, 1, queue)[0]
+            if name in _HUB_FILE:
+                file = value
+            else:
+                repo, place = value.removeprefix("hf:"), len(rest)
+        else:
+            rest.append(word)
+            if word in _TEXT_VALUES and queue:
+                rest.append(queue.pop(0))
+    if repo is None:
+        if file is not None:
+            raise UsageError("-hff names a file of no repository", hint="name it: -hf user/repo")
+        return rest
+    source = f"hf:{repo.partition(':')[0]}/{file}" if file else f"hf:{repo}"
+    return [*rest[:place], option, source, *rest[place:]]
 
 
 def _take(name: str, n_values: int, queue: list[str]) -> list[str]:

@@ -17,7 +17,7 @@ _VALUED = frozenset(
         "--pre", "--ctx", "-c", "--rope-freq-base", "--model-name", "--version", "--split-max-size",
         "--split-max-tensors", "--base", "--system", "--parameter", "--threads", "--config", "--dtype",
         "--concurrency", "--metadata", "--llama2c-model", "--llama2c-output-model", "--copy-vocab-from-model", "-m",
-        "--model", "-hf", "--hf-repo",
+        "--model",
     }
 )  # fmt: skip
 

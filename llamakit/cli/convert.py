@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from llamakit import hub
 from llamakit.cli import render
 from llamakit.cli.options import (
     FILES,
@@ -17,10 +18,12 @@ from llamakit.cli.options import (
     OUTPUT,
     ConfigOption,
     JsonOption,
+    OfflineOption,
     ThreadsOption,
     keep_freed_memory,
     set_threads,
 )
+from llamakit.cli.sources import local
 from llamakit.cli.verify import print_report
 from llamakit.conversion.convert_config import ConvertConfig
 from llamakit.errors import LlamakitError, UsageError
@@ -37,10 +40,11 @@ _VOCABULARIES = ("sentencepiece", "llama2c-tokenizer", "text")
 
 def convert(
     source: Annotated[
-        Path,
+        str,
         typer.Argument(
             metavar="SOURCE",
-            help="A model: GGUF, Hugging Face folder, Meta checkpoint, llama2.c file; an adapter; a vocabulary.",
+            help="A model: GGUF, Hugging Face folder, Meta checkpoint, llama2.c file; an adapter; a vocabulary; "
+            "a path, hf:user/repo[:QUANT] or a URL.",
         ),
     ],
     *,
@@ -68,13 +72,13 @@ def convert(
         ),
     ] = ConvertConfig.outtype,
     base: Annotated[
-        Path | None,
+        str | None,
         typer.Option("--base", metavar="MODEL", help="The model that an adapter is for.", rich_help_panel=FILES),
     ] = None,
     vocab: Annotated[
-        Path | None,
+        str | None,
         typer.Option("--vocab", metavar="FILE", help="Take the vocabulary from here.", rich_help_panel=MODEL),
-    ] = ConvertConfig.vocab,
+    ] = None,
     vocab_type: Annotated[
         Literal["spm", "bpe", "hfft"] | None,
         typer.Option(
@@ -138,6 +142,7 @@ def convert(
         bool, typer.Option("--no-verify", help="Do not compare what was written with the source.")
     ] = False,
     threads: ThreadsOption = None,
+    offline: OfflineOption = False,
     json: JsonOption = False,
     config: ConfigOption = None,
 ) -> None:
@@ -145,16 +150,19 @@ def convert(
     from llamakit.formats.gguf_split import parse_size
     from llamakit.formats.open import sniff
 
-    kind = sniff(source)
+    if out is None and hub.is_remote(source):
+        raise UsageError("where should it go?", path=source, hint="name the target with -o")
+    place = local(source, offline=offline)
+    kind = sniff(place)
     if out is not None and out.name.endswith("Modelfile"):
-        _write_modelfile(source, out, system, parameter or [])
+        _write_modelfile(place, out, system, parameter or [])
         return
-    if kind in _VOCABULARIES or kind in ("peft", "ggla") or (kind == "gguf" and _is_adapter(source)):
-        _convert_small(kind, source, out, base, force, json)
+    if kind in _VOCABULARIES or kind in ("peft", "ggla") or (kind == "gguf" and _is_adapter(place)):
+        _convert_small(kind, place, out, local(base, offline=offline), force, json)
         return
     wanted = ConvertConfig(
-        source=source, out=out, to=to, outtype=outtype, vocab=vocab, vocab_type=vocab_type, pre=pre, ctx=ctx,
-        rope_freq_base=rope_freq_base, model_name=model_name, vocab_only=vocab_only, version=version,
+        source=place, out=out, to=to, outtype=outtype, vocab=local(vocab, offline=offline), vocab_type=vocab_type,
+        pre=pre, ctx=ctx, rope_freq_base=rope_freq_base, model_name=model_name, vocab_only=vocab_only, version=version,
         split_max_bytes=None if split_max_size is None else parse_size(split_max_size),
         split_max_tensors=split_max_tensors, no_tensor_first_split=no_tensor_first_split,
     )  # fmt: skip

@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from llamakit import hub
 from llamakit.cli import options, render
+from llamakit.cli.sources import local
 from llamakit.errors import EXIT_INTERRUPTED, EXIT_TERMINATED
 from llamakit.training.config import FinetuneConfig
 
@@ -18,7 +20,7 @@ if TYPE_CHECKING:
     from llamakit.training.loop import Control
 
 _D = FinetuneConfig()
-_NOT_CONFIG = ("config", "n_gpu_layers", "json")
+_NOT_CONFIG = ("config", "n_gpu_layers", "offline", "json")
 
 
 def finetune(
@@ -26,7 +28,7 @@ def finetune(
         str,
         typer.Option(
             "--model-base",
-            help="GGUF model whose frozen weights the adapter is trained on.",
+            help="GGUF model whose frozen weights the adapter is trained on: a path, hf:user/repo[:QUANT] or a URL.",
             rich_help_panel=options.FILES,
         ),
     ] = _D.model_base,
@@ -470,6 +472,7 @@ def finetune(
             rich_help_panel=options.COMPUTE,
         ),
     ] = _D.threads,
+    offline: options.OfflineOption = False,
     config: options.ConfigOption = None,
     json: options.JsonOption = False,
 ) -> None:
@@ -480,9 +483,12 @@ def finetune(
     values = {name: value for name, value in locals().items() if name not in _NOT_CONFIG}
     if n_gpu_layers > 0:
         values["device"] = _device_for_layers(device, n_gpu_layers)
+    for name in ("model_base", "train_data"):
+        if hub.is_remote(values[name]):
+            values[name] = str(local(values[name], offline=offline))
     run_config = FinetuneConfig(**values)
     if model_base:
-        render.loading(model_base)  # said before torch is imported: nobody waits in silence
+        render.loading(run_config.model_base)  # said before torch is imported: nobody waits in silence
 
     options.keep_freed_memory()
 

@@ -19,11 +19,13 @@ from llamakit.cli.options import (
     DeviceOption,
     DtypeOption,
     JsonOption,
+    OfflineOption,
     ThreadsOption,
     scaled_adapter,
     set_threads,
 )
 from llamakit.cli.prompt import read_prompt
+from llamakit.cli.sources import local
 from llamakit.errors import EXIT_INTERRUPTED, EXIT_OK, UnsupportedError, UsageError
 from llamakit.inference.config import GenerateConfig
 
@@ -44,11 +46,16 @@ def generate(
     ] = None,
     *,
     model: Annotated[
-        Path,
-        typer.Option("-m", metavar="FILE", help="Model: GGUF, or llama2.c .bin with -z.", rich_help_panel=FILES),
+        str,
+        typer.Option(
+            "-m",
+            metavar="FILE",
+            help="Model: GGUF, or llama2.c .bin with -z; a path, hf:user/repo[:QUANT] or a URL.",
+            rich_help_panel=FILES,
+        ),
     ],
     vocabulary: Annotated[
-        Path | None,
+        str | None,
         typer.Option(
             "-z", metavar="FILE", help="Vocabulary (tokenizer.bin) of a llama2.c model.", rich_help_panel=FILES
         ),
@@ -103,7 +110,7 @@ def generate(
         int, typer.Option("--ctx", help="Context in tokens; 0: the model's.", rich_help_panel=SAMPLING)
     ] = GenerateConfig.ctx,
     lora: Annotated[
-        list[Path] | None,
+        list[str] | None,
         typer.Option("--lora", metavar="FILE", help="Adapter to put on; repeatable.", rich_help_panel=LORA),
     ] = None,
     lora_scaled: Annotated[
@@ -113,6 +120,7 @@ def generate(
     force: Annotated[
         bool, typer.Option("--force", help="Take an adapter of another model.", rich_help_panel=LORA)
     ] = False,
+    offline: OfflineOption = False,
     threads: ThreadsOption = None,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
@@ -127,9 +135,11 @@ def generate(
         n_predict=n_predict, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
         repeat_penalty=repeat_penalty, repeat_last_n=repeat_last_n, seed=seed, ctx=ctx,
     )  # fmt: skip
-    adapters = [(path, 1.0) for path in lora or ()] + [scaled_adapter(item) for item in lora_scaled or ()]
+    named = [(path, 1.0) for path in lora or ()] + [scaled_adapter(item) for item in lora_scaled or ()]
     text = read_prompt(prompt, prompt_option, prompt_file, escape=not no_escape, use_stdin=vocabulary is None) or ""
-    loaded = _load(model, vocabulary, adapters, force, threads, device, dtype, ctx or None)
+    adapters = [(local(name, offline=offline), scale) for name, scale in named]
+    files = local(model, offline=offline), local(vocabulary, offline=offline)
+    loaded = _load(*files, adapters, force, threads, device, dtype, ctx or None)
     shown = "" if no_display_prompt or conversation else text
     ids = _prompt_ids(loaded, text, conversation)
     return _run(loaded, ids, wanted, shown=shown, prompt=text, json=json)

@@ -3,29 +3,30 @@
 from __future__ import annotations
 
 import shlex
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from llamakit.cli import render
-from llamakit.cli.options import OUTPUT, JsonOption
+from llamakit.cli.options import OUTPUT, JsonOption, OfflineOption
+from llamakit.cli.sources import local
 
 if TYPE_CHECKING:
     from llamakit.conversion.inspect import FileReport
 
 
 def inspect(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="A model, adapter, checkpoint or vocabulary file.")],
+    file: Annotated[str, typer.Argument(metavar="FILE", help="A model, adapter, checkpoint or vocabulary file.")],
     tensors: Annotated[
         bool, typer.Option("--tensors", help="List every tensor: name, shape, type, bytes.", rich_help_panel=OUTPUT)
     ] = False,
+    offline: OfflineOption = False,
     json: JsonOption = False,
 ) -> None:
     """Say what a model, adapter, checkpoint or vocabulary file is, and which command comes next."""
     from llamakit.conversion.inspect import inspect as inspect_file
 
-    report = inspect_file(file)
+    report = inspect_file(local(file, offline=offline))
     if json:
         render.print_json(_as_json(report, tensors))
     else:

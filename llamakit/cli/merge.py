@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,10 +17,12 @@ from llamakit.cli.options import (
     OUTPUT,
     ConfigOption,
     JsonOption,
+    OfflineOption,
     ThreadsOption,
     scaled_adapter,
     set_threads,
 )
+from llamakit.cli.sources import local
 from llamakit.conversion.merge_config import MergeConfig
 
 if TYPE_CHECKING:
@@ -31,9 +33,14 @@ _MB = 1e6
 
 def merge(
     *,
-    model: Annotated[Path, typer.Option("-m", metavar="FILE", help="Base model.", rich_help_panel=FILES)],
+    model: Annotated[
+        str,
+        typer.Option(
+            "-m", metavar="FILE", help="Base model: a path, hf:user/repo[:QUANT] or a URL.", rich_help_panel=FILES
+        ),
+    ],
     lora: Annotated[
-        list[Path] | None,
+        list[str] | None,
         typer.Option(
             "--lora",
             metavar="FILE",
@@ -67,14 +74,16 @@ def merge(
         ),
     ] = MergeConfig.outtype,
     threads: ThreadsOption = None,
+    offline: OfflineOption = False,
     json: JsonOption = False,
     config: ConfigOption = None,
 ) -> None:
     """Put LoRA adapters into their base model for good, as llama-export-lora does, and write it as GGUF."""
+    scaled = [scaled_adapter(item) for item in _listed(lora_scaled or ())]
     wanted = MergeConfig(
-        model=model,
-        lora=tuple(Path(item) for item in _listed(map(str, lora or ()))),
-        lora_scaled=tuple(scaled_adapter(item) for item in _listed(lora_scaled or ())),
+        model=local(model, offline=offline),
+        lora=tuple(local(item, offline=offline) for item in _listed(lora or ())),
+        lora_scaled=tuple((local(path, offline=offline), scale) for path, scale in scaled),
         out=out,
         outtype=outtype,
         force=force,
@@ -82,15 +91,16 @@ def merge(
     from llamakit.conversion.merge import merge
 
     set_threads(threads)
-    render.loading(model)
+    render.loading(wanted.model)
     started = time.perf_counter()
     tensors, merged = _watch(merge(wanted))
     _finish(wanted, merged, tensors, time.perf_counter() - started, json)
 
 
-def _listed(items: Iterable[str]) -> list[str]:
-    """llama.cpp's lists with commas, one by one; a comma in the name of a file that is there is none of a list."""
-    return [part for item in items for part in ([item] if Path(item).exists() else item.split(",")) if part]
+def _listed(items: Sequence[str]) -> list[str]:
+    """Lists with commas, one by one; a comma in a URL or in the name of a file that is there is none of a list."""
+    whole = [Path(item).exists() or item.startswith("http") for item in items]
+    return [p for item, one in zip(items, whole, strict=True) for p in ([item] if one else item.split(",")) if p]
 
 
 def _watch(reports: Iterator[Report]) -> tuple[list[MergedTensor], Merged]:

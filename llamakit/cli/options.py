@@ -30,11 +30,11 @@ FILES, MODEL, SAMPLING, TRAINING, LORA, DATA, OUTPUT, COMPUTE = (
 )
 
 
-def scaled_adapter(item: str) -> tuple[Path, float]:
+def scaled_adapter(item: str) -> tuple[str, float]:
     """FILE:S -> (FILE, S). Raises UsageError where S is no number."""
     path, _, scale = item.rpartition(":")
     try:
-        return Path(path or "?"), float(scale)
+        return path or "?", float(scale)
     except ValueError as error:
         raise UsageError(f"--lora-scaled is {item!r} (expected FILE:SCALE, such as lora.gguf:0.5)") from error
 
@@ -156,6 +156,10 @@ ConfigOption = Annotated[
     ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.", rich_help_panel=OUTPUT)]
+OfflineOption = Annotated[
+    bool,
+    typer.Option("--offline", help="Fetch nothing: hf: and https sources from the cache alone.", rich_help_panel=FILES),
+]
 ThreadsOption = Annotated[
     int | None,
     typer.Option("--threads", min=1, help="CPU threads.", show_default="all cores", rich_help_panel=COMPUTE),

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from llamakit.cli import render
-from llamakit.cli.options import FILES, OUTPUT
+from llamakit.cli.options import FILES, OUTPUT, OfflineOption
+from llamakit.cli.sources import local
 from llamakit.errors import UsageError
 from llamakit.files import escape_control, process_escapes
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 def tokenize(
     model: Annotated[
-        Path, typer.Option("-m", metavar="FILE", help="GGUF file with a vocabulary.", rich_help_panel=FILES)
+        str, typer.Option("-m", metavar="FILE", help="GGUF file with a vocabulary.", rich_help_panel=FILES)
     ],
     prompt: Annotated[str | None, typer.Option("-p", metavar="TEXT", help="The text.", rich_help_panel=FILES)] = None,
     file: Annotated[
@@ -34,6 +35,7 @@ def tokenize(
     show_count: Annotated[
         bool, typer.Option("--show-count", help="Print the number of tokens, too.", rich_help_panel=OUTPUT)
     ] = False,
+    offline: OfflineOption = False,
     no_bos: Annotated[bool, typer.Option("--no-bos", help="Add no BOS token, even where the model wants one.")] = False,
     no_parse_special: Annotated[
         bool, typer.Option("--no-parse-special", help="Read special tokens written in the text as plain text.")
@@ -49,7 +51,7 @@ def tokenize(
     text = _read(prompt, file, stdin)
     if not no_escape:
         text = process_escapes(text)
-    tokenizer = load_tokenizer(open_model(model))
+    tokenizer = load_tokenizer(open_model(local(model, offline=offline)))
     for warning in tokenizer.warnings:
         render.warn(warning)
     found = tokenizer.encode(text, add_special=tokenizer.add_bos and not no_bos, parse_special=not no_parse_special)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from llamakit.cli import render
-from llamakit.cli.options import COMPUTE, JsonOption, ThreadsOption, set_threads
+from llamakit.cli.options import COMPUTE, JsonOption, OfflineOption, ThreadsOption, set_threads
+from llamakit.cli.sources import local
 from llamakit.errors import EXIT_FAILURE, EXIT_OK
 
 if TYPE_CHECKING:
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 
 def verify(
-    expected: Annotated[Path, typer.Argument(metavar="A", help="A model: the one that is right.")],
-    written: Annotated[Path, typer.Argument(metavar="B", help="A model that should be the same, in any format.")],
+    expected: Annotated[str, typer.Argument(metavar="A", help="A model: the one that is right.")],
+    written: Annotated[str, typer.Argument(metavar="B", help="A model that should be the same, in any format.")],
     seed: Annotated[int, typer.Option("--seed", "-s", help="Which rows and tokens are looked at.")] = 0,
     forward: Annotated[
         bool | None,
@@ -30,6 +30,7 @@ def verify(
         ),
     ] = None,
     threads: ThreadsOption = None,
+    offline: OfflineOption = False,
     json: JsonOption = False,
 ) -> int:
     """Compare two models, whatever their formats: weights, vocabulary, and what they answer. Exit 1: they differ."""
@@ -37,7 +38,7 @@ def verify(
     from llamakit.inference.verify import verify as compare
 
     set_threads(threads)
-    with open_model(expected) as a, open_model(written) as b:
+    with open_model(local(expected, offline=offline)) as a, open_model(local(written, offline=offline)) as b:
         report = compare(a, b, seed=seed, forward=forward)
     if json:
         render.print_json(asdict(report) | {"passed": report.passed})

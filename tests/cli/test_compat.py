@@ -59,6 +59,13 @@ def notes(line: str) -> list[compat.Note]:
      "merge -m b.gguf -o o.gguf --lora a.gguf --lora-scaled c_d.gguf:0.5 --threads 4"),
     ("merge -m b.gguf --lora a.gguf,c.gguf --lora-scaled d.gguf:0.5,e.gguf:2 -o o_x.gguf",
      "merge -m b.gguf --lora a.gguf,c.gguf --lora-scaled d.gguf:0.5,e.gguf:2 -o o_x.gguf"),
+    # llama.cpp's Hub options
+    ("generate -hf u/r:Q8_0 -p x", "generate -m hf:u/r:Q8_0 -p x"),
+    ("generate --hf_repo=u/r:Q8_0 -p -hf --hf-file f.gguf", "generate -m hf:u/r/f.gguf -p -hf"),
+    ("finetune -hfr u/r --train-data t", "finetune --model-base hf:u/r --train-data t"),
+    ("convert -hf u/r:Q8_0 --outfile x.gguf", "convert hf:u/r:Q8_0 -o x.gguf"),
+    ("convert --remote u/r --outfile x.gguf", "convert hf:u/r -o x.gguf"),
+    ("inspect -hf u/r", "inspect hf:u/r"),
     # everything else stays
     ("inspect -m m.gguf", "inspect m.gguf"),
     ("inspect -- --a_b.gguf", "inspect -- --a_b.gguf"),

@@ -46,7 +46,7 @@ def place(tmp_path, monkeypatch):
 
 
 def test_options_and_config_agree():
-    assert_parity(finetune, FinetuneConfig, cli_only=("config", "json", "n_gpu_layers"))
+    assert_parity(finetune, FinetuneConfig, cli_only=("config", "json", "n_gpu_layers", "offline"))
 
 
 def test_the_old_command_runs_as_written(place, capsys):
