@@ -100,7 +100,7 @@ def _known_flags() -> set[str]:
 
 
 #: flags of other programs that the pages speak of
-FOREIGN = {"--no-deps", "--like-this", "--rank", "--merge", "--split"}
+FOREIGN = {"--no-deps", "--like-this", "--rank", "--merge", "--split", "--remote"}
 
 
 @pytest.mark.parametrize("page", ALL_PAGES)
