@@ -353,6 +353,7 @@ def test_without_a_network_it_ends_at_once(endpoint: Hub, server: Any) -> None:
     assert "the Hub cannot be reached" in found["message"] and "--offline" in found["hint"] and found["slept"] == 0
 
 
+@pytest.mark.slow
 def test_a_command_takes_a_repository(endpoint: Hub, tmp_path: Path) -> None:
     env = environment(endpoint.server.url, endpoint.home)
     result = cli("convert", "-hf", "u/tiny", "-o", tmp_path / "m.gguf", "--no-verify", env=env)

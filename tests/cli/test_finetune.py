@@ -78,6 +78,7 @@ def test_both_spellings_of_the_ranks_and_underscores(place):
     assert (ranks["ffn_gate"], ranks["ffn_up"], ranks["ffn_down"], ranks["attn_q"]) == (2, 3, 1, 4)
 
 
+@pytest.mark.slow
 def test_json_is_the_only_thing_on_stdout(place):
     result = cli(*shlex.split(COMMAND), "--json", "--adam-iter", "2", cwd=place)
     summary = json.loads(result.stdout)

@@ -90,6 +90,7 @@ def test_every_source_of_the_prompt_gives_the_same_text(option, model, continuat
     assert result.stdout == f"{PROMPT}{continuation}\n"
 
 
+@pytest.mark.slow
 def test_standard_input_is_the_prompt_where_something_was_redirected_or_piped_in(model, continuation, tmp_path):
     piped = process("generate", "-m", model, *GREEDY, input=PROMPT + "\n")
     assert piped.stdout == f"{PROMPT}{continuation}\n"
