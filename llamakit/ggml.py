@@ -86,6 +86,9 @@ BLOCK_SIZES: dict[GGMLType, tuple[int, int]] = {
 
 FLOAT_TYPES = frozenset({GGMLType.F32, GGMLType.F16, GGMLType.BF16})
 
+#: general.file_type of a model whose matrices are all of one float type
+FLOAT_FILE_TYPES: dict[GGMLType, int] = {GGMLType.F32: 0, GGMLType.F16: 1, GGMLType.BF16: 32}
+
 #: general.file_type -> name, from llama.h (llama_ftype)
 FILE_TYPES: dict[int, str] = {
     0: "F32", 1: "F16", 2: "Q4_0", 3: "Q4_1", 7: "Q8_0", 8: "Q5_0", 9: "Q5_1", 10: "Q2_K", 11: "Q3_K_S",

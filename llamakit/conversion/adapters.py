@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from llamakit.conversion.convert import Converted
+from llamakit.conversion.convert import Converted, converted
 from llamakit.errors import SaveError, UsageError
 from llamakit.files import atomic_directory, check_writable
 from llamakit.formats.adapter import Adapter, check_adapter, read_adapter, write_adapter, write_adapter_folder
@@ -40,9 +40,7 @@ def convert_adapter(
         else:
             write_adapter_folder(out, adapter, model)
         _compare(adapter, read_adapter(out, model), Path(out))
-    path = Path(out)
-    files = [path] if path.is_file() else list(path.iterdir())
-    return Converted((path,), sum(file.stat().st_size for file in files), tuple(notes))
+    return converted([Path(out)], *notes)
 
 
 def _compare(expected: Adapter, written: Adapter, path: Path) -> None:
@@ -74,5 +72,4 @@ def convert_vocabulary(source: str | os.PathLike[str], out: str | os.PathLike[st
     else:
         with atomic_directory(path) as folder:
             write_vocabulary(folder, vocabulary)
-    files = [path] if path.is_file() else list(path.iterdir())
-    return Converted((path,), sum(file.stat().st_size for file in files))
+    return converted([path])

@@ -27,7 +27,7 @@ from llamakit.formats.llama2c_vocab import read_llama2c_vocabulary, write_llama2
 from llamakit.formats.llama2c_writer import llama2c_notes, write_llama2c
 from llamakit.formats.open import open_model, sniff
 from llamakit.formats.vocabulary import vocabulary_only
-from llamakit.ggml import GGMLType, row_bytes
+from llamakit.ggml import GGMLType
 
 _THETA, _EPS = "llama.rope.freq_base", "llama.attention.layer_norm_rms_epsilon"
 _VOCABULARY_HINT = "name one with --vocab: a GGUF file, a folder, tokenizer.model, tokenizer.json or tokenizer.bin"
@@ -135,7 +135,8 @@ def plan_conversion(source: ModelFile, config: ConvertConfig) -> ConvertPlan:
     _check_target(config, path)
     if "tokenizer.ggml.tokens" not in source.metadata and config.target != "llama2c":
         raise UsageError("has no vocabulary, and the target needs one", path=source.path, hint=_VOCABULARY_HINT)
-    return ConvertPlan(path, config.target, outtype, file_type, types, _n_bytes(source, types), tuple(notes))
+    n_bytes = sum(source.tensors[name].n_bytes_as(kind) for name, kind in types.items())
+    return ConvertPlan(path, config.target, outtype, file_type, types, n_bytes, tuple(notes))
 
 
 def _gguf_outtype(source: ModelFile, config: ConvertConfig) -> tuple[dict[str, GGMLType], str, int | None]:
@@ -168,15 +169,6 @@ def _check_target(config: ConvertConfig, path: Path) -> None:
         check_writable(path)
 
 
-def _n_bytes(source: ModelFile, types: Mapping[str, GGMLType]) -> int:
-    infos = source.tensors
-    return sum(infos[name].n_rows * row_bytes(_n_in(infos[name].shape), kind) for name, kind in types.items())
-
-
-def _n_in(shape: tuple[int, ...]) -> int:
-    return shape[-1] if shape else 1
-
-
 def convert(
     config: ConvertConfig,
     *,
@@ -207,14 +199,13 @@ def convert(
             return _write_llama2c(source, plan, config, tensors, check)
         if plan.to == "hf":
             write_huggingface(plan.path, metadata=typed_metadata(source), tensors=tensors, verify=check)
-            return Converted((plan.path,), sum(file.stat().st_size for file in plan.path.iterdir()))
+            return converted([plan.path])
         return _write_gguf(source, plan, config, tensors, check)
 
 
 def _counted(source: ModelFile, plan: ConvertPlan, on_report: Callable[[Report], None] | None) -> list[TensorData]:
     """The tensors in their new types; each slice that a writer takes is reported."""
-    left = {name: source.tensors[name].n_rows * row_bytes(_n_in(source.tensors[name].shape), kind)
-            for name, kind in plan.types.items()}  # fmt: skip
+    left = {name: source.tensors[name].n_bytes_as(kind) for name, kind in plan.types.items()}
     order: dict[str, int] = {}
     done = 0
 
@@ -248,7 +239,7 @@ def _write_gguf(
         metadata.setdefault("general.quantization_version", _QUANTIZATION_VERSION)
     if not config.is_split:
         write_gguf(plan.path, metadata=metadata, tensors=tensors, verify=check)
-        return _converted([plan.path])
+        return converted([plan.path])
     paths = write_gguf_split(
         plan.path,
         metadata=metadata,
@@ -258,7 +249,7 @@ def _write_gguf(
         no_tensor_first_split=config.no_tensor_first_split,
         verify=check,
     )
-    return _converted(paths)
+    return converted(paths)
 
 
 def _write_llama2c(
@@ -267,18 +258,18 @@ def _write_llama2c(
     """The model, and beside it the vocabulary as run.c's -z takes it, where run.c can know it."""
     write_llama2c(plan.path, metadata=source.metadata, tensors=tensors, version=config.version, verify=check)
     if "tokenizer.ggml.tokens" not in source.metadata:
-        return _converted([plan.path], "the source has no vocabulary, so there is no tokenizer.bin")
+        return converted([plan.path], "the source has no vocabulary, so there is no tokenizer.bin")
     path = plan.path.with_name("tokenizer.bin")
     fresh = path.with_name(f"{plan.path.stem}-tokenizer.bin")
     try:
         write_llama2c_vocabulary(fresh, source.metadata)
     except UnsupportedError as error:
-        return _converted([plan.path], f"there is no tokenizer.bin: {error.reason}")
+        return converted([plan.path], f"there is no tokenizer.bin: {error.reason}")
     _compare_vocabulary(fresh, source)
     if path.exists() and path.read_bytes() != fresh.read_bytes():
-        return _converted([plan.path, fresh], f"{path} is another vocabulary, and stays")
+        return converted([plan.path, fresh], f"{path} is another vocabulary, and stays")
     os.replace(fresh, path)
-    return _converted([plan.path, path])
+    return converted([plan.path, path])
 
 
 def _compare_vocabulary(path: Path, source: ModelFile) -> None:
@@ -291,5 +282,7 @@ def _compare_vocabulary(path: Path, source: ModelFile) -> None:
         raise SaveError("reads back with other tokens than were written", path=path)
 
 
-def _converted(paths: Sequence[Path], *notes: str) -> Converted:
-    return Converted(tuple(paths), sum(path.stat().st_size for path in paths), notes)
+def converted(paths: Sequence[Path], *notes: str) -> Converted:
+    """What stands at these paths now, files and folders, as the result of a conversion."""
+    files = [file for path in paths for file in (path.iterdir() if path.is_dir() else (path,))]
+    return Converted(tuple(paths), sum(file.stat().st_size for file in files), notes)

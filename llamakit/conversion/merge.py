@@ -26,7 +26,7 @@ from llamakit.formats.adapter import Adapter, check_adapter, read_adapter
 from llamakit.formats.base import ModelFile, TensorData, TensorInfo
 from llamakit.formats.gguf_writer import copied_tensor, typed_metadata, written_tensors
 from llamakit.formats.open import open_model
-from llamakit.ggml import BLOCK_SIZES, FILE_TYPES, FLOAT_TYPES, GGMLType, row_bytes
+from llamakit.ggml import BLOCK_SIZES, FILE_TYPES, FLOAT_TYPES, GGMLType
 from llamakit.quant import can_decode, dequantize
 from llamakit.quant.encode import quantize
 
@@ -239,7 +239,7 @@ def _check_types(base: ModelFile, job: _Job) -> None:
 
 
 def _n_bytes(job: _Job) -> int:
-    return job.info.n_rows * row_bytes(job.n_in, job.type)
+    return job.info.n_bytes_as(job.type)
 
 
 def _tensor(base: ModelFile, job: _Job) -> TensorData:

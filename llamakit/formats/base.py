@@ -6,15 +6,19 @@ M writers make every conversion.
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, Self
+from typing import Any, NamedTuple, Protocol, Self, TypeVar
 
 import numpy as np
 
+from llamakit.errors import LlamakitError
 from llamakit.ggml import GGMLType, row_bytes
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,17 @@ class TensorInfo:
         """Number of weights."""
         return prod(self.shape)
 
+    def n_bytes_as(self, ggml_type: GGMLType) -> int:
+        """Packed bytes that the whole tensor would have in another type, whose blocks fit its rows."""
+        return self.n_rows * row_bytes(self.shape[-1] if self.shape else 1, ggml_type)
+
+    def row_range(self, start: int, stop: int | None) -> tuple[int, int]:
+        """Rows [start, stop) with None for all that follow. Raises ValueError for rows that are not there."""
+        stop = self.n_rows if stop is None else stop
+        if not 0 <= start <= stop <= self.n_rows:
+            raise ValueError(f"rows {start}..{stop} of {self.name}, which has {self.n_rows}")
+        return start, stop
+
 
 class TensorData(NamedTuple):
     """One tensor to be written.
@@ -63,6 +78,17 @@ class TensorData(NamedTuple):
     shape: tuple[int, ...]
     type: GGMLType
     data: np.ndarray | Callable[[], np.ndarray | Iterable[np.ndarray]]
+
+
+def read_back(open_file: Callable[[Path], _T], written: Path, what: str = "file") -> _T:
+    """What has just been written, opened; when it cannot be, that is the disk's fault, not a broken input.
+
+    Raises OSError, which `atomic_path` and its like turn into a SaveError that names the target.
+    """
+    try:
+        return open_file(written)
+    except LlamakitError as error:
+        raise OSError(errno.EIO, f"the {what} does not read back as written: {error.reason}") from error
 
 
 class ModelFile(Protocol):

@@ -200,9 +200,7 @@ class GGUFFile:
         is shorter than it was when opened.
         """
         info = self._tensors[name]
-        stop = info.n_rows if stop is None else stop
-        if not 0 <= start <= stop <= info.n_rows:
-            raise ValueError(f"rows {start}..{stop} of {name}, which has {info.n_rows}")
+        start, stop = info.row_range(start, stop)
         n_bytes = info.row_bytes
         data = self._source.read(info.offset + start * n_bytes, (stop - start) * n_bytes)
         return data.reshape(stop - start, n_bytes)

@@ -18,9 +18,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from llamakit.errors import FormatError, LlamakitError, SaveError, UsageError
+from llamakit.errors import FormatError, SaveError, UsageError
 from llamakit.files import atomic_files, escape_control
-from llamakit.formats.base import TensorData, TensorInfo
+from llamakit.formats.base import TensorData, TensorInfo, read_back
 from llamakit.formats.gguf_reader import DEFAULT_ALIGNMENT, GGUFFile
 from llamakit.formats.gguf_values import GGUFValueType, ValueType
 from llamakit.formats.gguf_writer import Typed, write_gguf
@@ -223,7 +223,7 @@ def write_gguf_split(
     own = _without_split(metadata)
 
     def check(folder: Path) -> None:
-        with _reopened(folder / targets[0].name) as file:
+        with read_back(SplitGGUF, folder / targets[0].name, "parts") as file:
             if list(file.tensors) != [t.name for t in tensors] or list(file.metadata) != list(own):
                 raise OSError(errno.EIO, "the parts read back with other names than were written")
             if verify is not None:
@@ -241,13 +241,6 @@ def _write_part(folder: Path, target: Path, metadata: Mapping[str, Any], tensors
         write_gguf(folder / target.name, metadata=metadata, tensors=tensors)
     except SaveError as error:
         raise SaveError(error.reason, path=target, hint=error.hint) from error
-
-
-def _reopened(first: Path) -> SplitGGUF:
-    try:
-        return SplitGGUF(first)
-    except LlamakitError as error:
-        raise OSError(errno.EIO, f"the parts do not read back as written: {error.reason}") from error
 
 
 def _split_keys(place: _Place) -> dict[str, Any]:

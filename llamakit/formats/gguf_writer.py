@@ -12,14 +12,14 @@ import os
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 
-from llamakit.errors import LlamakitError
 from llamakit.files import atomic_path
-from llamakit.formats.base import ModelFile, TensorData, TensorInfo
+from llamakit.formats.base import ModelFile, TensorData, TensorInfo, read_back
 from llamakit.formats.gguf_reader import (
     DEFAULT_ALIGNMENT,
     MAGIC,
@@ -82,7 +82,7 @@ def written_tensors(
     header = _header(typed, tensors, alignment)
 
     def check(temporary: Path) -> None:
-        with _reopened(temporary) as file:
+        with read_back(partial(GGUFFile, part=True), temporary) as file:
             if list(file.tensors) != [t.name for t in tensors] or list(file.metadata) != list(metadata):
                 raise OSError(errno.EIO, "the file reads back with other names than were written")
             if verify is not None:
@@ -93,14 +93,6 @@ def written_tensors(
         for tensor in tensors:
             _write_padded(out, tensor, alignment)
             yield tensor
-
-
-def _reopened(temporary: Path) -> GGUFFile:
-    """What has just been written; when it cannot be read back, that is the disk's fault, not a broken input."""
-    try:
-        return GGUFFile(temporary, part=True)
-    except LlamakitError as error:
-        raise OSError(errno.EIO, f"the file does not read back as written: {error.reason}") from error
 
 
 def typed_metadata(file: ModelFile) -> dict[str, Any]:

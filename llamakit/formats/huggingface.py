@@ -23,14 +23,13 @@ from llamakit.formats.huggingface_config import check_tensors, sampling_metadata
 from llamakit.formats.names import gguf_name, huggingface_name, rope_rows, rotary_heads
 from llamakit.formats.safetensors import SafetensorsFile
 from llamakit.formats.strict_json import read_object
-from llamakit.ggml import FLOAT_TYPES, GGMLType
+from llamakit.ggml import FLOAT_FILE_TYPES, FLOAT_TYPES, GGMLType
 
 _ROPE_FREQS = "rope_freqs.weight"
 #: tensors that old checkpoints carry and nobody needs
 _IGNORED = (".rotary_emb.inv_freq", ".attention.masked_bias", ".attention.bias")
 #: any of these is a vocabulary
 _VOCABULARY = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json")
-_FILE_TYPES = {GGMLType.F32: 0, GGMLType.F16: 1, GGMLType.BF16: 32}
 
 
 class _Weights(Protocol):
@@ -120,7 +119,7 @@ class HuggingFaceModel:
         return {
             **self._shape.metadata(
                 name=folder_name(self.path),
-                file_type=_FILE_TYPES[halves[0] if halves else GGMLType.F32],
+                file_type=FLOAT_FILE_TYPES[halves[0] if halves else GGMLType.F32],
                 generation=generation,
             ),
             **(_vocabulary(self.path, self._shape.n_vocab) if vocabulary else {}),
@@ -143,9 +142,7 @@ class HuggingFaceModel:
         shorter than it was when opened.
         """
         info = self._tensors[name]
-        stop = info.n_rows if stop is None else stop
-        if not 0 <= start <= stop <= info.n_rows:
-            raise ValueError(f"rows {start}..{stop} of {name}, which has {info.n_rows}")
+        start, stop = info.row_range(start, stop)
         if name == _ROPE_FREQS and self._freqs is not None:
             return self._freqs.copy().view(np.uint8).reshape(1, -1)[start:stop]
         source = self._sources[name]

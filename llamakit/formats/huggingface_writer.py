@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from llamakit.errors import LlamakitError, UnsupportedError
+from llamakit.errors import UnsupportedError
 from llamakit.files import atomic_directory
-from llamakit.formats.base import TensorData
+from llamakit.formats.base import TensorData, read_back
 from llamakit.formats.fields import Fields
 from llamakit.formats.gguf_writer import Typed
 from llamakit.formats.huggingface import HuggingFaceModel
@@ -68,7 +68,7 @@ def write_huggingface(
     translated = [_translated(t, shape.n_head, shape.n_head_kv) for t in given]
 
     def check(temporary: Path) -> None:
-        with _reopened(temporary) as model:
+        with read_back(HuggingFaceModel, temporary, "folder") as model:
             if model.tensors.keys() - {_ROPE_FREQS} != shapes.keys():
                 raise OSError(errno.EIO, "the folder reads back with other tensors than were written")
             if verify is not None:
@@ -80,14 +80,6 @@ def write_huggingface(
         _write_weights(temporary, _shards(translated, max_shard_bytes))
         if "tokenizer.ggml.tokens" in plain:
             _write_vocabulary(temporary, plain)
-
-
-def _reopened(temporary: Path) -> HuggingFaceModel:
-    """What has just been written; when it cannot be read back, that is the disk's fault, not a broken input."""
-    try:
-        return HuggingFaceModel(temporary)
-    except LlamakitError as error:
-        raise OSError(errno.EIO, f"the folder does not read back as written: {error.reason}") from error
 
 
 def _write_vocabulary(directory: Path, metadata: Mapping[str, Any]) -> None:

@@ -218,9 +218,7 @@ class Llama2cFile:
         is shorter than it was when opened.
         """
         info = self._tensors[name]
-        stop = info.n_rows if stop is None else stop
-        if not 0 <= start <= stop <= info.n_rows:
-            raise ValueError(f"rows {start}..{stop} of {name}, which has {info.n_rows}")
+        start, stop = info.row_range(start, stop)
         if self._config.group and len(info.shape) == 2:
             return self._dequantized(info, start, stop)
         data = self._source.read(info.offset + start * info.row_bytes, (stop - start) * info.row_bytes)

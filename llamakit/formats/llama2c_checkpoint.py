@@ -25,11 +25,10 @@ from llamakit.formats.huggingface_rope import Rope
 from llamakit.formats.llama2c import RMS_EPS, ROPE_FREQ_BASE, Config, config_metadata
 from llamakit.formats.names import name_of_meta
 from llamakit.formats.torch_file import TorchFile
-from llamakit.ggml import FLOAT_TYPES, GGMLType
+from llamakit.ggml import FLOAT_FILE_TYPES, FLOAT_TYPES
 
 _MODEL, _COMPILED, _IGNORED = "model/", "_orig_mod.", ("freqs_cos", "freqs_sin")
 _EMBEDDING, _OUTPUT = "token_embd.weight", "output.weight"
-_FILE_TYPES = {GGMLType.F32: 0, GGMLType.F16: 1, GGMLType.BF16: 32}
 
 
 class Llama2cCheckpoint:
@@ -101,7 +100,7 @@ class Llama2cCheckpoint:
         shapes = {name: info.shape for name, info in self._tensors.items()}
         check_tensors(_shape(config), shapes, self.path)
         types = [info.type for info in self._tensors.values() if len(info.shape) == 2]
-        return config_metadata(config, ROPE_FREQ_BASE) | {"general.file_type": _FILE_TYPES[types[0]]}
+        return config_metadata(config, ROPE_FREQ_BASE) | {"general.file_type": FLOAT_FILE_TYPES[types[0]]}
 
     def _is_tied(self) -> bool:
         """Whether the output is the embedding; where both are stored and the same bytes, it is left out."""

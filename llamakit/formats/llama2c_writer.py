@@ -6,7 +6,6 @@ in which they are given. Layouts: see llama2c.py.
 
 from __future__ import annotations
 
-import errno
 import os
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -15,9 +14,9 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from llamakit.errors import FormatError, LlamakitError, MismatchError, UnsupportedError
+from llamakit.errors import FormatError, MismatchError, UnsupportedError
 from llamakit.files import atomic_path, escape_control
-from llamakit.formats.base import TensorData
+from llamakit.formats.base import TensorData, read_back
 from llamakit.formats.gguf_writer import Typed
 from llamakit.formats.llama2c import (
     HEADER_BYTES,
@@ -63,7 +62,7 @@ def write_llama2c(
     _check_tensors(config, given)
 
     def check(temporary: Path) -> None:
-        with _reopened(temporary) as file:
+        with read_back(Llama2cFile, temporary) as file:
             if verify is not None:
                 verify(file)
 
@@ -106,14 +105,6 @@ def llama2c_notes(metadata: Mapping[str, Any], version: int = 0) -> list[str]:
             "wrong text (versions 0 and 1 have no groups)"
         )
     return notes
-
-
-def _reopened(temporary: Path) -> Llama2cFile:
-    """What has just been written; when it cannot be read back, that is the disk's fault, not a broken input."""
-    try:
-        return Llama2cFile(temporary)
-    except LlamakitError as error:
-        raise OSError(errno.EIO, f"the file does not read back as written: {error.reason}") from error
 
 
 def _value(metadata: Mapping[str, Any], key: str, default: Any = None) -> Any:

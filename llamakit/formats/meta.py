@@ -31,7 +31,7 @@ from llamakit.formats.sentencepiece_model import read_sentencepiece_model
 from llamakit.formats.strict_json import read_object
 from llamakit.formats.tiktoken_model import is_tiktoken, read_tiktoken_vocabulary
 from llamakit.formats.torch_file import TorchFile
-from llamakit.ggml import FLOAT_TYPES, GGMLType
+from llamakit.ggml import FLOAT_FILE_TYPES, FLOAT_TYPES, GGMLType
 
 PARAMS = "params.json"
 #: name of a shard
@@ -44,7 +44,6 @@ _ROW_PARALLEL = ("attn_output.weight", "ffn_down.weight")
 _THETA = 10000.0
 #: vocabularies of models whose theta is another one: Code Llama's with tokens for filling in, and Llama 3's
 _OTHER_THETA = (32016, 128256)
-_FILE_TYPES = {GGMLType.F32: 0, GGMLType.F16: 1, GGMLType.BF16: 32}
 
 
 @dataclass(frozen=True)
@@ -114,7 +113,7 @@ class MetaModel:
 
     def _read_metadata(self, infos: Mapping[str, TensorInfo]) -> dict[str, Any]:
         types = [info.type for info in infos.values() if len(info.shape) == 2]
-        keys = self._shape.metadata(name=folder_name(self.path), file_type=_FILE_TYPES[types[0]], generation={})
+        keys = self._shape.metadata(name=folder_name(self.path), file_type=FLOAT_FILE_TYPES[types[0]], generation={})
         return {**keys, **_vocabulary(self.path, self._shape)}
 
     @property
@@ -134,9 +133,7 @@ class MetaModel:
         than it was when opened.
         """
         info = self._tensors[name]
-        stop = info.n_rows if stop is None else stop
-        if not 0 <= start <= stop <= info.n_rows:
-            raise ValueError(f"rows {start}..{stop} of {name}, which has {info.n_rows}")
+        start, stop = info.row_range(start, stop)
         if name == _ROPE_FREQS and self._freqs is not None:
             return self._freqs.copy().view(np.uint8).reshape(1, -1)[start:stop]
         parts = self._parts[name]

@@ -19,9 +19,9 @@ from typing import Any
 
 import numpy as np
 
-from llamakit.errors import FormatError, LlamakitError, UnsupportedError
+from llamakit.errors import FormatError, UnsupportedError
 from llamakit.files import atomic_path, escape_control
-from llamakit.formats.base import TensorData, TensorInfo
+from llamakit.formats.base import TensorData, TensorInfo, read_back
 from llamakit.formats.source import FileSource
 from llamakit.formats.strict_json import parse_object
 from llamakit.ggml import GGMLType
@@ -135,9 +135,7 @@ class SafetensorsFile:
                 path=self.path,
             )
         info = self.tensors[name]
-        stop = info.n_rows if stop is None else stop
-        if not 0 <= start <= stop <= info.n_rows:
-            raise ValueError(f"rows {start}..{stop} of {name}, which has {info.n_rows}")
+        start, stop = info.row_range(start, stop)
         data = self._source.read(info.offset + start * info.row_bytes, (stop - start) * info.row_bytes)
         return data.reshape(stop - start, info.row_bytes)
 
@@ -177,11 +175,8 @@ def write_safetensors(
     header = _packed_header(ordered, metadata)
 
     def check(temporary: Path) -> None:
-        try:
-            with SafetensorsFile(temporary) as file:
-                names = list(file.tensors)
-        except LlamakitError as error:
-            raise OSError(errno.EIO, f"the file does not read back as written: {error.reason}") from error
+        with read_back(SafetensorsFile, temporary) as file:
+            names = list(file.tensors)
         if sorted(names) != sorted(t.name for t in ordered):
             raise OSError(errno.EIO, "the file reads back with other names than were written")
 

@@ -177,9 +177,7 @@ class TorchFile:
                 path=self.path,
             )
         info = self.tensors[name]
-        stop = info.n_rows if stop is None else stop
-        if not 0 <= start <= stop <= info.n_rows:
-            raise ValueError(f"rows {start}..{stop} of {name}, which has {info.n_rows}")
+        start, stop = info.row_range(start, stop)
         place = self._places[name]
         if place.strides == _contiguous(info.shape):
             data = self._source.read(info.offset + start * info.row_bytes, (stop - start) * info.row_bytes)
