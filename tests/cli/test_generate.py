@@ -214,7 +214,16 @@ def test_a_reader_that_goes_away_is_no_error(model):
     assert "error: " not in stderr
 
 
+@pytest.fixture
+def hearing_ctrl_c():
+    """What a shell starts in the background ignores Ctrl-C, and so do its children: not those of this test."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("hearing_ctrl_c")
 def test_ctrl_c_keeps_the_text_so_far_and_exits_130(model):
     # The text of this model in float32 is longer than a pipe holds: it waits for a reader, and cannot end by itself.
     long, options = cached_tiny_gguf(n_ctx=100_000, seed=5), ("-t", "0", "--dtype", "f32")
