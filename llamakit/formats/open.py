@@ -105,8 +105,8 @@ def _is_text(head: bytes) -> bool:
 def open_model(path: str | os.PathLike[str], *, n_ctx: int | None = None, rope_theta: float | None = None) -> ModelFile:
     """Open a model file or folder of any known format; weights in a Hugging Face or Meta folder open that folder.
 
-    A part of a split GGUF file opens all of them. n_ctx, rope_theta: for Meta's checkpoints, which do not state the
-    context, and not always the base of the rotary embedding; others ignore both. A GGUF file may as well be an adapter,
+    A part of a split GGUF file opens all of them. n_ctx, rope_theta: for Meta's checkpoints, where params.json does
+    not state the context (0: nobody needs it) or the base of the rotary embedding; others ignore both. A GGUF file may as well be an adapter,
     a vocabulary, a checkpoint or an importance matrix: what its metadata says is for the caller to check. Raises
     UsageError when the path cannot be read, a part is missing or one of both has to be given, UnsupportedError for what
     is known but no model here, FormatError for the rest and for broken files.

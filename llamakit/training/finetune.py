@@ -94,7 +94,8 @@ class _Run:
             raise UsageError("--model-base is missing", hint="name the GGUF model to train on: --model-base FILE")
         if not (config.lora_out or config.checkpoint_out):
             raise UsageError("--lora-out and --checkpoint-out are both empty: nothing would be written")
-        self.base = open_model(config.model_base)
+        # A source that states no context takes any: the model's own is only a bound of --ctx.
+        self.base = open_model(config.model_base, n_ctx=config.ctx, rope_theta=config.rope_freq_base)
         yield Loading("model", config.model_base, os.path.getsize(config.model_base))
         self.shape = _overridden(load_config(self.base), config)
         self.device = resolve_device(config.device)

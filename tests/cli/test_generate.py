@@ -67,7 +67,7 @@ def test_options_have_the_defaults_of_the_configuration():
         GenerateConfig,
         cli_only=(
             "prompt", "model", "vocabulary", "prompt_option", "prompt_file", "no_escape", "conversation", "lora",
-            "lora_scaled", "force", "offline", "threads", "device", "dtype", "no_display_prompt", "json", "config",
+            "lora_scaled", "force", "rope_freq_base", "offline", "threads", "device", "dtype", "no_display_prompt", "json", "config",
         ),
         config_only=("prefill_chunk", "logprobs"),
     )  # fmt: skip
