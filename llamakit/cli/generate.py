@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,6 +27,7 @@ from llamakit.cli.options import (
 )
 from llamakit.cli.prompt import read_prompt
 from llamakit.cli.sources import local
+from llamakit.conversion.convert_config import check_stated
 from llamakit.errors import EXIT_INTERRUPTED, EXIT_OK, UnsupportedError, UsageError
 from llamakit.inference.config import GenerateConfig
 
@@ -142,8 +142,7 @@ def generate(
     config: ConfigOption = None,
 ) -> int:
     """Continue a prompt, from the command line, a file or standard input; without one, from the start of a text."""
-    if rope_freq_base is not None and not 0 < rope_freq_base < math.inf:
-        raise UsageError(f"--rope-freq-base is {rope_freq_base} (expected a positive number)")
+    check_stated(None, rope_freq_base)
     wanted = GenerateConfig(
         n_predict=n_predict, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
         repeat_penalty=repeat_penalty, repeat_last_n=repeat_last_n, seed=seed, ctx=ctx,

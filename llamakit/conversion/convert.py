@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from llamakit.conversion.convert_config import ConvertConfig, Target
 from llamakit.conversion.outtype import automatic_outtype, gguf_types, huggingface_types
@@ -89,22 +90,41 @@ def open_source(config: ConvertConfig) -> ModelFile:
 
     Raises what `open_model` raises, and UsageError or MismatchError for a vocabulary that is none, or another model's.
     """
-    kind = sniff(config.source)
-    own_vocabulary = config.vocab is None and config.vocab_type is None and config.pre is None
-    if kind == "huggingface" and not own_vocabulary:
-        file: ModelFile = HuggingFaceModel(config.source, vocabulary=False)
+    file = open_with_vocabulary(
+        config.source,
+        vocab=_vocabulary_path(config),
+        pre=config.pre,
+        ctx=config.ctx,
+        rope_freq_base=config.rope_freq_base,
+    )
+    name = {} if config.model_name is None else {"general.name": config.model_name}
+    return with_metadata(file, stated_metadata(config.ctx, config.rope_freq_base) | name)
+
+
+def stated_metadata(ctx: int | None, rope_freq_base: float | None) -> dict[str, Any]:
+    """The keys of what a user states in place of the source."""
+    stated = {"llama.context_length": ctx, _THETA: rope_freq_base}
+    return {key: value for key, value in stated.items() if value is not None}
+
+
+def open_with_vocabulary(
+    source: Path, *, vocab: Path | None, pre: str | None = None, ctx: int | None, rope_freq_base: float | None
+) -> ModelFile:
+    """A model, with the vocabulary at `vocab` in place of its own where that is named; ctx, rope_freq_base: for sources
+    that do not state them. Raises as `open_source`."""
+    if vocab is None:
+        return open_model(source, n_ctx=ctx, rope_theta=rope_freq_base)
+    if sniff(source) == "huggingface":
+        file: ModelFile = HuggingFaceModel(source, vocabulary=False)
     else:
-        file = open_model(config.source, n_ctx=config.ctx, rope_theta=config.rope_freq_base)
-    if not own_vocabulary:
-        path = _vocabulary_path(config)
-        n_vocab = file.tensors["token_embd.weight"].shape[0] if "token_embd.weight" in file.tensors else None
-        file = with_vocabulary(file, vocabulary_only(path, n_vocab, pre=config.pre), source=path)
-    stated = {"llama.context_length": config.ctx, _THETA: config.rope_freq_base, "general.name": config.model_name}
-    return with_metadata(file, {key: value for key, value in stated.items() if value is not None})
+        file = open_model(source, n_ctx=ctx, rope_theta=rope_freq_base)
+    n_vocab = file.tensors["token_embd.weight"].shape[0] if "token_embd.weight" in file.tensors else None
+    return with_vocabulary(file, vocabulary_only(vocab, n_vocab, pre=pre), source=vocab)
 
 
-def _vocabulary_path(config: ConvertConfig) -> Path:
-    if config.vocab is not None:
+def _vocabulary_path(config: ConvertConfig) -> Path | None:
+    """Where the user wants the vocabulary from; None: the source's own."""
+    if config.vocab is not None or (config.vocab_type is None and config.pre is None):
         return config.vocab
     folder = config.source if config.source.is_dir() else config.source.parent
     names = {"spm": "tokenizer.model", "bpe": "tokenizer.json", "hfft": "tokenizer.json"}

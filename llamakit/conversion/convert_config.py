@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -9,6 +10,14 @@ from typing import Literal
 from llamakit.errors import UsageError
 
 Target = Literal["gguf", "hf", "llama2c"]
+
+
+def check_stated(ctx: int | None, rope_freq_base: float | None) -> None:
+    """Raise UsageError, naming the flag, for numbers of a model that cannot be."""
+    if ctx is not None and not 1 <= ctx < 1 << 32:
+        raise UsageError(f"--ctx is {ctx} (expected at least 1)")
+    if rope_freq_base is not None and not 0 < rope_freq_base < math.inf:
+        raise UsageError(f"--rope-freq-base is {rope_freq_base} (expected a positive number)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,11 +59,9 @@ class ConvertConfig:
     """Leave the first part without tensors."""
 
     def __post_init__(self) -> None:
-        for flag, value in (("--ctx", self.ctx), ("--split-max-tensors", self.split_max_tensors)):
-            if value is not None and value < 1:
-                raise UsageError(f"{flag} is {value} (expected at least 1)")
-        if self.rope_freq_base is not None and not self.rope_freq_base > 0:
-            raise UsageError(f"--rope-freq-base is {self.rope_freq_base} (expected a positive number)")
+        check_stated(self.ctx, self.rope_freq_base)
+        if self.split_max_tensors is not None and self.split_max_tensors < 1:
+            raise UsageError(f"--split-max-tensors is {self.split_max_tensors} (expected at least 1)")
         if self.version not in (0, 1, 2):
             raise UsageError(f"--version is {self.version} (expected 0, 1 or 2)")
         if self.target != "gguf" and (self.is_split or self.vocab_only or self.model_name is not None):
