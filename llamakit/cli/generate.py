@@ -238,9 +238,7 @@ def _tokenizer(file: ModelFile, vocabulary: Path | None) -> Tokenizer:
     return load_llama2c_tokenizer(vocabulary, n_vocab=file.tensors["token_embd.weight"].shape[0])
 
 
-def _device_and_dtype(
-    n_weights: int, device: str, dtype: str, threads: int | None
-) -> tuple[torch.device, torch.dtype]:
+def _device_and_dtype(n_weights: int, device: str, dtype: str, threads: int | None) -> tuple[torch.device, torch.dtype]:
     from llamakit.files import available_memory_bytes
     from llamakit.model.device import inference_dtype, resolve_device
 

@@ -161,9 +161,7 @@ def merge(config: MergeConfig) -> Iterator[Report]:
 
 
 def _open_base(config: MergeConfig) -> ModelFile:
-    return open_with_vocabulary(
-        config.model, vocab=config.vocab, ctx=config.ctx, rope_freq_base=config.rope_freq_base
-    )
+    return open_with_vocabulary(config.model, vocab=config.vocab, ctx=config.ctx, rope_freq_base=config.rope_freq_base)
 
 
 def _warnings(base: ModelFile) -> tuple[str, ...]:

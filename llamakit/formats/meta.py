@@ -70,7 +70,7 @@ class MetaModel:
         self, directory: str | os.PathLike[str], *, n_ctx: int | None = None, rope_theta: float | None = None
     ) -> None:
         self.path = Path(directory)
-        self.files = _shards(self.path)
+        self.files = shard_names(self.path)
         params_path = member(self.path, PARAMS)
         params = Fields(read_object(params_path), params_path)
         self._files = ExitStack()
@@ -161,7 +161,7 @@ class MetaModel:
         self.close()
 
 
-def _shards(directory: Path) -> list[str]:
+def shard_names(directory: Path) -> list[str]:
     """consolidated.00.pth and so on, none missing."""
     if not os.path.isdir(directory):
         raise UsageError("is no folder", path=directory)

@@ -13,9 +13,9 @@ from llamakit.formats.base import ModelFile
 from llamakit.formats.ggla import MAGIC as GGLA_MAGIC
 from llamakit.formats.gguf_reader import MAGIC as GGUF_MAGIC
 from llamakit.formats.gguf_split import open_gguf
-from llamakit.formats.huggingface import HuggingFaceModel
+from llamakit.formats.huggingface import COMPANIONS, HuggingFaceModel, weight_files
 from llamakit.formats.llama2c_checkpoint import Llama2cCheckpoint
-from llamakit.formats.meta import PARAMS, SHARD, MetaModel
+from llamakit.formats.meta import PARAMS, SHARD, MetaModel, shard_names
 from llamakit.formats.source import FileSource
 
 _HEAD_BYTES = 4096
@@ -102,14 +102,37 @@ def _is_text(head: bytes) -> bool:
     return True
 
 
+def size_on_disk(path: str | os.PathLike[str]) -> int:
+    """Bytes of a file, or of those files of a folder that its model consists of: no README, no optimizer's state.
+
+    Where a folder's weights cannot be told, all of its files count. Raises OSError or UsageError when it cannot be
+    read.
+    """
+    if not os.path.isdir(path):
+        return os.path.getsize(path)
+    folder, kind = Path(path), _folder_kind(Path(path))
+    try:
+        if kind == "huggingface":
+            own = {*weight_files(folder)[0], *COMPANIONS}
+        elif kind == "meta":
+            own = {*shard_names(folder), PARAMS, "tokenizer.model"}
+        elif kind == "peft":
+            own = {name for name in os.listdir(folder) if name.startswith("adapter_")}
+        else:
+            own = set(os.listdir(folder))
+    except FormatError:
+        own = set(os.listdir(folder))
+    return sum(entry.stat().st_size for entry in os.scandir(folder) if entry.is_file() and entry.name in own)
+
+
 def open_model(path: str | os.PathLike[str], *, n_ctx: int | None = None, rope_theta: float | None = None) -> ModelFile:
     """Open a model file or folder of any known format; weights in a Hugging Face or Meta folder open that folder.
 
-    A part of a split GGUF file opens all of them. n_ctx, rope_theta: for Meta's checkpoints, where params.json does
-    not state the context (0: nobody needs it) or the base of the rotary embedding; others ignore both. A GGUF file may as well be an adapter,
-    a vocabulary, a checkpoint or an importance matrix: what its metadata says is for the caller to check. Raises
-    UsageError when the path cannot be read, a part is missing or one of both has to be given, UnsupportedError for what
-    is known but no model here, FormatError for the rest and for broken files.
+    A part of a split GGUF file opens all of them. n_ctx, rope_theta: for Meta's checkpoints, where params.json does not
+    state the context (0: nobody needs it) or the base of the rotary embedding; others ignore both. A GGUF file may as
+    well be an adapter, a vocabulary, a checkpoint or an importance matrix: what its metadata says is for the caller to
+    check. Raises UsageError when the path cannot be read, a part is missing or one of both has to be given,
+    UnsupportedError for what is known but no model here, FormatError for the rest and for broken files.
     """
     kind, path = sniff(path), Path(path)
     if kind in _OPENERS:

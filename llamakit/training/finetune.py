@@ -18,7 +18,7 @@ from llamakit.dataset.text import BatchBuilder, TrainingText, read_training_text
 from llamakit.errors import MismatchError, UnsupportedError, UsageError
 from llamakit.files import RunLock, check_writable
 from llamakit.formats.adapter import Adapter
-from llamakit.formats.open import open_model
+from llamakit.formats.open import open_model, size_on_disk
 from llamakit.formats.stamps import base_stamps
 from llamakit.model import Llama, ModelConfig, RopeScaling, load_config, load_model
 from llamakit.model.device import dtype_name, resolve_device, training_dtype
@@ -96,7 +96,7 @@ class _Run:
             raise UsageError("--lora-out and --checkpoint-out are both empty: nothing would be written")
         # A source that states no context takes any: the model's own is only a bound of --ctx.
         self.base = open_model(config.model_base, n_ctx=config.ctx, rope_theta=config.rope_freq_base)
-        yield Loading("model", config.model_base, os.path.getsize(config.model_base))
+        yield Loading("model", config.model_base, size_on_disk(config.model_base))
         self.shape = _overridden(load_config(self.base), config)
         self.device = resolve_device(config.device)
         self.dtype = training_dtype(config.dtype, self.device)

@@ -12,14 +12,12 @@ import time
 import pytest
 
 from llamakit.cli import run
-from llamakit.cli.finetune import finetune
 from llamakit.cli.finetune_view import step_line
 from llamakit.formats.adapter import read_adapter
-from llamakit.training.config import FinetuneConfig
 from llamakit.training.report import StepReport
 from tests.formats.files import split_gguf
 from tests.formats.torch_models import meta_model
-from tests.helpers import assert_error, assert_parity, cli
+from tests.helpers import assert_error, cli
 from tests.tiny import cached_tiny_gguf, tiny_text
 
 COMMAND = """finetune --model-base base.gguf --checkpoint-in chk-LATEST.gguf --checkpoint-out chk-ITERATION.gguf \
@@ -44,10 +42,6 @@ def place(tmp_path, monkeypatch):
     (tmp_path / "shakespeare.txt").write_text(tiny_text(6000, 3))
     monkeypatch.chdir(tmp_path)
     return tmp_path
-
-
-def test_options_and_config_agree():
-    assert_parity(finetune, FinetuneConfig, cli_only=("config", "json", "n_gpu_layers", "offline"))
 
 
 def test_the_old_command_runs_as_written(place, capsys):
