@@ -10,7 +10,6 @@ Threads are torch's own: OpenMP's entry is looked up in the library that torch h
 from __future__ import annotations
 
 import ctypes
-import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -44,12 +43,18 @@ _SIGNATURES = {
 @dataclass(frozen=True)
 class Status:
     """path: the library's file; isas: what this processor can run of it, the plainest first; isa: what is in use, or
+    None, and then reason says why and hint what to do."""
 
     path: Path | None = None
     isas: tuple[str, ...] = ()
     isa: str | None = None
     reason: str | None = None
     hint: str | None = None
+
+    @property
+    def broken(self) -> bool:
+        """Whether there is a library that cannot be used."""
+        return self.path is not None and self.isa is None
 
 
 class Library:
@@ -191,6 +196,8 @@ def _names(functions: ctypes.CDLL) -> list[str]:
 
 def _is_stale(digest: str) -> bool:
     """Whether a checkout's sources are others than those the library was made of; CMakeLists.txt computes the same."""
+    import hashlib
+
     if not (_SOURCES / "CMakeLists.txt").exists():
         return False
     files = [*_SOURCES.glob("*.c"), *_SOURCES.glob("*.h"), _SOURCES / "CMakeLists.txt"]

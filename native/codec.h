@@ -35,10 +35,6 @@ typedef void (*encode_fn)(const float *x, const float *importance, uint8_t *out,
 /* By type number; NULL where there is none. Each entry's function stands in the file that is named after its family. */
 extern const encode_fn ISA_NAME(encoders)[N_TYPES];
 
-/* Whole blocks on one thread: packed, at any address, -> n_blocks times a block's weights, as float32 or as bfloat16
-   (the float32 value rounded half to even; NaN stays NaN). */
-typedef void (*decode_fn)(const uint8_t *packed, void *out, int64_t n_blocks);
-
 #define DECLARE_ENCODER(name) \
     void ISA_NAME(name)(const float *x, const float *importance, uint8_t *out, int64_t n_rows, int64_t n_in)
 DECLARE_ENCODER(encode_q4_0);

@@ -15,28 +15,35 @@
 #define X86 1
 #endif
 
+#ifndef HAVE_DECODERS
+typedef void (*decode_fn)(const uint8_t *packed, void *out, int64_t n_blocks);
+enum { N_OUTPUTS = 2 };
+#endif
+
 typedef struct {
     const char *name;
     const encode_fn *encoders;
-    const decode_fn *decoders[2]; /* to float32, to bfloat16 */
+    const decode_fn (*decoders)[N_TYPES]; /* by what they write: float32, bfloat16 */
 } isa_codecs;
 
-#define ENCODERS(isa) extern const encode_fn llamakit_encoders_##isa[N_TYPES]
-#define DECODERS(isa) extern const decode_fn llamakit_decoders_f32_##isa[N_TYPES], llamakit_decoders_bf16_##isa[N_TYPES]
 #ifdef HAVE_DECODERS
-#define CODECS(isa) {#isa, llamakit_encoders_##isa, {llamakit_decoders_f32_##isa, llamakit_decoders_bf16_##isa}}
-DECODERS(baseline);
-#ifdef X86
-DECODERS(avx2);
-DECODERS(avx512);
-#endif
+const void *llamakit_grids[N_GRIDS];
+
+/* The rows of a grid of the IQ types, which must stay where they are. */
+EXPORT void llamakit_set_grid(int which, const void *rows) { llamakit_grids[which] = rows; }
+
+#define DECLARE(isa)                                       \
+    extern const encode_fn llamakit_encoders_##isa[N_TYPES]; \
+    extern const decode_fn llamakit_decoders_##isa[N_OUTPUTS][N_TYPES]
+#define CODECS(isa) {#isa, llamakit_encoders_##isa, llamakit_decoders_##isa}
 #else
-#define CODECS(isa) {#isa, llamakit_encoders_##isa, {NULL, NULL}}
+#define DECLARE(isa) extern const encode_fn llamakit_encoders_##isa[N_TYPES]
+#define CODECS(isa) {#isa, llamakit_encoders_##isa, NULL}
 #endif
-ENCODERS(baseline);
+DECLARE(baseline);
 #ifdef X86
-ENCODERS(avx2);
-ENCODERS(avx512);
+DECLARE(avx2);
+DECLARE(avx512);
 #endif
 
 /* From the plainest to the best. */
@@ -77,7 +84,7 @@ EXPORT int llamakit_has_encoder(int isa, int type) {
 }
 
 EXPORT int llamakit_has_decoder(int isa, int type, int bf16) {
-    return type >= 0 && type < N_TYPES && codecs[isa].decoders[bf16] && codecs[isa].decoders[bf16][type] != NULL;
+    return type >= 0 && type < N_TYPES && codecs[isa].decoders && codecs[isa].decoders[bf16][type] != NULL;
 }
 
 /* OpenMP's way to run a function on a team of threads (GOMP_parallel of libgomp, which libomp has too). */

@@ -54,8 +54,8 @@ def quantize(rows: Tensor, ggml_type: GGMLType, *, imatrix: Tensor | None = None
     """Encode rows: float32 (n_rows, n_in) -> uint8 (n_rows, row_bytes), on their device.
 
     imatrix: float32 (n_in,), how much an error in each column matters; types that have no use for it ignore it. On CPU
-    the bytes equal those of `ggml_quantize_chunk` on x86-64 where rows and scales are finite. Beyond the
-    result it needs some twenty megabytes there, whatever the size, and none where native code does it. F32 may share its memory with rows.
+    the bytes equal those of `ggml_quantize_chunk` on x86-64 where rows and scales are finite. Beyond the result it
+    needs some twenty megabytes there, whatever the size; native code needs none. F32 may share its memory with rows.
     Raises UnsupportedError for a type without an encoder, MismatchError when the rows are not whole blocks or the
     imatrix does not fit.
     """
