@@ -36,6 +36,7 @@ _SIGNATURES = {
     "llamakit_has_decoder": (_int, [_int, _int, _int]),
     "llamakit_encode": (None, [_int, _int, _pointer, _pointer, _pointer, _i64, _i64, _i64, _pointer, _int]),
     "llamakit_decode": (None, [_int, _int, _int, _pointer, _pointer, _i64, _i64, _i64, _pointer, _int]),
+    "llamakit_set_grid": (None, [_int, _pointer]),
     "llamakit_first_non_finite": (_i64, [_pointer, _i64]),
 }
 
@@ -104,6 +105,10 @@ class Library:
         self._functions.llamakit_decode(
             self._number, ggml_type, bf16, packed, out, n_blocks, block[1], out_bytes, parallel, n_threads
         )
+
+    def set_grid(self, which: int, rows: int) -> None:
+        """Where the int8 rows of a grid of the IQ types are, from now on; numbers as in native/codec.h."""
+        self._functions.llamakit_set_grid(which, rows)
 
     def first_non_finite(self, x: int, n: int) -> int:
         """The index of the first NaN or infinity of n float32 at x, or n."""

@@ -29,9 +29,6 @@ typedef struct {
 #ifdef HAVE_DECODERS
 const void *llamakit_grids[N_GRIDS];
 
-/* The rows of a grid of the IQ types, which must stay where they are. */
-EXPORT void llamakit_set_grid(int which, const void *rows) { llamakit_grids[which] = rows; }
-
 #define DECLARE(isa)                                       \
     extern const encode_fn llamakit_encoders_##isa[N_TYPES]; \
     extern const decode_fn llamakit_decoders_##isa[N_OUTPUTS][N_TYPES]
@@ -55,6 +52,15 @@ static const isa_codecs codecs[] = {
 #endif
 };
 enum { N_ISAS = sizeof codecs / sizeof codecs[0] };
+
+/* The rows of a grid of the IQ types, which must stay where they are. */
+EXPORT void llamakit_set_grid(int which, const void *rows) {
+#ifdef HAVE_DECODERS
+    llamakit_grids[which] = rows;
+#else
+    (void)which, (void)rows;
+#endif
+}
 
 EXPORT int llamakit_abi(void) { return ABI; }
 
