@@ -35,6 +35,19 @@ typedef void (*encode_fn)(const float *x, const float *importance, uint8_t *out,
 /* By type number; NULL where there is none. Each entry's function stands in the file that is named after its family. */
 extern const encode_fn ISA_NAME(encoders)[N_TYPES];
 
+/* Whole blocks on one thread: packed, at any address, -> n_blocks times a block's weights. Allocates nothing. */
+typedef void (*decode_fn)(const uint8_t *packed, void *out, int64_t n_blocks);
+
+/* What a decoder writes: float32, or that value rounded half to even to bfloat16 (NaN stays NaN). */
+enum { OUTPUT_F32, OUTPUT_BF16, N_OUTPUTS };
+
+/* By output and type number; NULL where there is none. */
+extern const decode_fn ISA_NAME(decoders)[N_OUTPUTS][N_TYPES];
+
+/* The grids of the IQ types: int8 rows of 8 or 4 levels, IQ1's times 8. Set before a decoder that looks one up runs. */
+enum { GRID_IQ2_XXS, GRID_IQ2_XS, GRID_IQ2_S, GRID_IQ3_XXS, GRID_IQ3_S, GRID_IQ1, N_GRIDS };
+extern const void *llamakit_grids[N_GRIDS];
+
 #define DECLARE_ENCODER(name) \
     void ISA_NAME(name)(const float *x, const float *importance, uint8_t *out, int64_t n_rows, int64_t n_in)
 DECLARE_ENCODER(encode_q4_0);

@@ -15,28 +15,18 @@
 #define X86 1
 #endif
 
-#ifndef HAVE_DECODERS
-typedef void (*decode_fn)(const uint8_t *packed, void *out, int64_t n_blocks);
-enum { N_OUTPUTS = 2 };
-#endif
-
 typedef struct {
     const char *name;
     const encode_fn *encoders;
     const decode_fn (*decoders)[N_TYPES]; /* by what they write: float32, bfloat16 */
 } isa_codecs;
 
-#ifdef HAVE_DECODERS
 const void *llamakit_grids[N_GRIDS];
 
-#define DECLARE(isa)                                       \
+#define DECLARE(isa)                                         \
     extern const encode_fn llamakit_encoders_##isa[N_TYPES]; \
     extern const decode_fn llamakit_decoders_##isa[N_OUTPUTS][N_TYPES]
 #define CODECS(isa) {#isa, llamakit_encoders_##isa, llamakit_decoders_##isa}
-#else
-#define DECLARE(isa) extern const encode_fn llamakit_encoders_##isa[N_TYPES]
-#define CODECS(isa) {#isa, llamakit_encoders_##isa, NULL}
-#endif
 DECLARE(baseline);
 #ifdef X86
 DECLARE(avx2);
@@ -55,11 +45,7 @@ enum { N_ISAS = sizeof codecs / sizeof codecs[0] };
 
 /* The rows of a grid of the IQ types, which must stay where they are. */
 EXPORT void llamakit_set_grid(int which, const void *rows) {
-#ifdef HAVE_DECODERS
     llamakit_grids[which] = rows;
-#else
-    (void)which, (void)rows;
-#endif
 }
 
 EXPORT int llamakit_abi(void) { return ABI; }
@@ -90,7 +76,7 @@ EXPORT int llamakit_has_encoder(int isa, int type) {
 }
 
 EXPORT int llamakit_has_decoder(int isa, int type, int bf16) {
-    return type >= 0 && type < N_TYPES && codecs[isa].decoders && codecs[isa].decoders[bf16][type] != NULL;
+    return type >= 0 && type < N_TYPES && codecs[isa].decoders[bf16][type] != NULL;
 }
 
 /* OpenMP's way to run a function on a team of threads (GOMP_parallel of libgomp, which libomp has too). */

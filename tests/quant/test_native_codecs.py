@@ -1,4 +1,4 @@
-"""The native encoders against those in torch, byte for byte: every type, kind of weights and instruction set."""
+"""Native code against the same in torch, byte for byte: every type, kind of weights and instruction set."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import torch
 
 from llamakit import native
 from llamakit.ggml import BLOCK_SIZES, GGMLType
-from llamakit.quant import can_encode, first_bad_block, quantize, uses_importance
+from llamakit.quant import can_encode, dequantize, first_bad_block, quantize, uses_importance
+from tests.quant.test_tensor import QUANTIZED, assert_same_bits, random_rows
 from tests.quant.weights import importances, weights
 
 SCALED = [t for t in GGMLType if can_encode(t) and BLOCK_SIZES[t][0] > 1]
@@ -24,7 +25,7 @@ def _needs_native_code(request: pytest.FixtureRequest) -> None:
         pytest.skip(f"no native code for {isa}")
     ggml_type = request.node.callspec.params.get("ggml_type")
     with native.using(isa) as library:
-        if ggml_type is not None and library is not None and not library.can_encode(ggml_type):
+        if ggml_type in SCALED and library is not None and not library.can_encode(ggml_type):
             pytest.skip("encoded by torch")
 
 
@@ -99,3 +100,45 @@ def test_the_first_value_that_is_no_number_is_found(isa: str, where: int | None,
     with native.using(isa) as library:
         assert library is not None
         assert library.first_non_finite(rows.data_ptr(), len(rows)) == (len(rows) if where is None else where)
+
+
+@pytest.mark.parametrize("ggml_type", QUANTIZED, ids=lambda t: t.name)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_decoded_weights_are_those_of_torch(ggml_type: GGMLType, dtype: torch.dtype) -> None:
+    """Any bytes at all, so that scales are NaN, infinite and subnormal too."""
+    data = torch.from_numpy(random_rows(ggml_type, 3, 128 * 64 // BLOCK_SIZES[ggml_type][0], seed=21))
+    with native.using(None):
+        expected = dequantize(data, ggml_type, dtype)
+    for isa in native.status().isas:
+        with native.using(isa):
+            assert_same_bits(dequantize(data, ggml_type, dtype), expected)
+
+
+@each_isa
+@pytest.mark.parametrize("ggml_type", QUANTIZED, ids=lambda t: t.name)
+def test_nothing_is_decoded_beside_the_blocks(isa: str, ggml_type: GGMLType) -> None:
+    """Packed rows at an odd address, guards on both sides of what is written."""
+    n_blocks, block = 3, BLOCK_SIZES[ggml_type]
+    data = torch.from_numpy(random_rows(ggml_type, 1, n_blocks, seed=22))
+    shifted = torch.cat([torch.zeros(1, dtype=torch.uint8), data.flatten()])
+    for dtype, bf16 in ((torch.float32, False), (torch.bfloat16, True)):
+        with native.using(isa) as library:
+            expected = dequantize(data, ggml_type, dtype)
+            room = torch.full((expected.numel() + 32,), 7, dtype=dtype)
+            assert library is not None
+            out = room.data_ptr() + 16 * room.itemsize
+            library.decode(ggml_type, shifted.data_ptr() + 1, out, n_blocks, block, 1, bf16=bf16)
+        assert_same_bits(room[16:-16].view(expected.shape), expected)
+        assert room[:16].eq(7).all() and room[-16:].eq(7).all()
+
+
+@each_isa
+@pytest.mark.parametrize("name", ["Q4_0", "Q6_K", "IQ3_S"])
+def test_threads_do_not_show_in_decoded_weights(isa: str, name: str) -> None:
+    data = torch.from_numpy(random_rows(GGMLType[name], 67, 4096 // BLOCK_SIZES[GGMLType[name]][0], seed=23))
+    with native.using(isa):
+        alone = dequantize(data, GGMLType[name])
+        torch.set_num_threads(3)
+        together = dequantize(data, GGMLType[name])
+        torch.set_num_threads(1)
+    assert_same_bits(together, alone)
