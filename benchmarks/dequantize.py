@@ -102,9 +102,8 @@ def main() -> None:
         f"{options.rows} x {options.columns}, {options.threads} threads, native: {library and library.isa}; "
         f"a copy reads and writes {copy / 1e9:.1f} GB/s\n"
     )
-    print(
-        f"{'type':8} {'bf16':>6} {'torch':>6} {'gain':>6} {'f32':>6} {'fresh':>6} {'core':>6}  G weights/s  GB/s  memory"
-    )
+    heads = "".join(f"{head:>7}" for head in ("bf16", "torch", "gain", "f32", "fresh", "core"))
+    print(f"{'type':8}{heads}  G weights/s    GB/s  memory")
     for ggml_type in types:
         n_bytes = row_bytes(options.columns, ggml_type)
         data = torch.randint(0, 256, (options.rows, n_bytes), dtype=torch.uint8, generator=generator)

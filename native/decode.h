@@ -8,6 +8,7 @@
 #include <immintrin.h>
 #endif
 
+#include "bytes.h"
 #include "codec.h"
 #include "half.h"
 
@@ -26,17 +27,6 @@ static inline uint64_t spread_bits(uint8_t bits) {
     const uint64_t own = bits * 0x0101010101010101u & 0x8040201008040201u;
     return (own + 0x7F7F7F7F7F7F7F7Fu) & 0x8080808080808080u;
 }
-
-/* Levels are unpacked 16 at a time, which every x86-64 has registers for. */
-typedef uint8_t bytes16 __attribute__((vector_size(16)));
-
-static inline bytes16 load_16(const void *at) {
-    bytes16 x;
-    memcpy(&x, at, 16);
-    return x;
-}
-
-static inline void store_16(int8_t *at, bytes16 x) { memcpy(at, &x, 16); }
 
 /* Two words side by side; through memory they would have to wait for each other. */
 static inline bytes16 words_16(uint64_t low, uint64_t high) {

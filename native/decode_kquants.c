@@ -6,7 +6,7 @@ INLINE void twos(const uint8_t *packed, int8_t *level) {
     for (int i = 0; i < 64; i += 16) {
         const bytes16 x = load_16(packed + i);
         int8_t *to = level + (i & 32) * 4 + (i & 16);
-        for (int plane = 0; plane < 4; plane++) store_16(to + 32 * plane, x >> 2 * plane & 3);
+        for (int plane = 0; plane < 4; plane++) store_16(to + 32 * plane, x >> (uint8_t)(2 * plane) & 3);
     }
 }
 

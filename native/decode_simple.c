@@ -80,7 +80,7 @@ INLINE void unpack_tq2_0(const uint8_t *packed, block *b) {
     for (int i = 0; i < 64; i += 16) {
         const bytes16 x = load_16(packed + i);
         int8_t *level = b->level + (i & 32) * 4 + (i & 16);
-        for (int plane = 0; plane < 4; plane++) store_16(level + 32 * plane, (x >> 2 * plane & 3) - 1);
+        for (int plane = 0; plane < 4; plane++) store_16(level + 32 * plane, (x >> (uint8_t)(2 * plane) & 3) - 1);
     }
     b->scale[0] = get_half(packed + 64);
 }

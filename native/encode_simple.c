@@ -3,6 +3,7 @@
    source is ggml-quants.c. */
 #include <math.h>
 
+#include "bytes.h"
 #include "codec.h"
 #include "half.h"
 #include "weighted.h"
@@ -96,7 +97,7 @@ static inline void round_32(const float *x, float inverse, int8_t *levels) {
 }
 
 static inline void pack_nibbles(const uint8_t *levels, uint8_t *out) {
-    for (int i = 0; i < 16; i++) out[i] = (uint8_t)((levels[i] & 15) | levels[i + 16] << 4);
+    store_16(out, (load_16(levels) & 15) | load_16(levels + 16) << 4);
 }
 
 static inline void pack_fifth_bits(const uint8_t *levels, uint8_t *out) {
