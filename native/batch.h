@@ -2,6 +2,7 @@
 #ifndef LLAMAKIT_BATCH_H
 #define LLAMAKIT_BATCH_H
 
+#include "codec.h"
 #include "lanes.h"
 
 /* importance: of each lane's block, NULL where there is none. Lanes beyond the last block repeat it and write to
@@ -46,6 +47,13 @@ INLINE void each_batch(const Blocks *blocks, void (*encode)(const Batch *)) {
     }
 }
 
+/* The importance of `size` elements of each block, from element `at` on. */
+INLINE void load_importance(const Batch *batch, int at, int size, vf *out) {
+    const float *from[LANES];
+    for (int lane = 0; lane < LANES; lane++) from[lane] = batch->importance[lane] + at;
+    load_lanes(from, size, out);
+}
+
 INLINE void store_half(const Batch *batch, int at, vi half) {
     for (int lane = 0; lane < LANES; lane++) {
         const uint16_t bits = (uint16_t)half[lane];
@@ -84,5 +92,14 @@ INLINE void store_planes(const Batch *batch, int at, const vi *levels, int count
         }
     }
 }
+
+/* encode_NAME of codec.h from NAME(batch, weighted), which is compiled for both. */
+#define BATCH_ENCODER(name, block_size, block_bytes)                                                                  \
+    static void name##_plain(const Batch *batch) { name(batch, 0); }                                                  \
+    static void name##_weighted(const Batch *batch) { name(batch, 1); }                                               \
+    DECLARE_ENCODER(encode_##name) {                                                                                  \
+        const Blocks blocks = blocks_of(x, importance, out, n_rows, n_in, block_size, block_bytes);                   \
+        each_batch(&blocks, importance ? name##_weighted : name##_plain);                                             \
+    }
 
 #endif

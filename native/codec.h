@@ -66,4 +66,10 @@ DECLARE_ENCODER(encode_q6_k);
 DECLARE_ENCODER(encode_iq4_nl);
 DECLARE_ENCODER(encode_iq4_xs);
 
+/* Q4_0 to Q5_1 with an importance, which is not NULL. */
+DECLARE_ENCODER(encode_q4_0_weighted);
+DECLARE_ENCODER(encode_q4_1_weighted);
+DECLARE_ENCODER(encode_q5_0_weighted);
+DECLARE_ENCODER(encode_q5_1_weighted);
+
 #endif

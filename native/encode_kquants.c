@@ -5,7 +5,6 @@
    packed, and the levels are taken anew from the scales as the decoder will see them. Where such a scale is 0, the
    levels of the first fit stay. */
 #include "batch.h"
-#include "codec.h"
 #include "search.h"
 
 #define BLOCK 256
@@ -41,12 +40,6 @@ INLINE void fit_lines(const vf *x, LineType type, Lines *lines) {
         lines->scale[group] = lines->fit[group].scale;
         lines->low[group] = -lines->fit[group].low;
     }
-}
-
-INLINE void load_importance(const Batch *batch, int at, int size, vf *out) {
-    const float *from[LANES];
-    for (int lane = 0; lane < LANES; lane++) from[lane] = batch->importance[lane] + at;
-    load_lanes(from, size, out);
 }
 
 INLINE void fit_weighted_lines(const Batch *batch, const vf *x, LineType type, Lines *lines) {
@@ -218,12 +211,12 @@ INLINE vf q3_k_search(const Batch *batch, const vf *x, vi *scales, vi *fitted) {
         const vf *part = x + 16 * group;
         load_importance(batch, 16 * group, 16, weight);
         weigh(part, weight, variance, 16, weight);
-        const ScaleFit fit = fit_scale(part, weight, 16, 4);
+        const ScaleFit fit = fit_scale(part, weight, 16, 4, 1);
         for (int i = 0; i < 16; i++) fitted[16 * group + i] = level_of(&fit, part[i], 4);
         scale[group] = fit.scale;
         sum_w[group] = sum(weight, 16);
     }
-    const ScaleFit fit = fit_scale(scale, sum_w, 16, 32);
+    const ScaleFit fit = fit_scale(scale, sum_w, 16, 32, 0);
     for (int group = 0; group < 16; group++) scales[group] = level_of(&fit, scale[group], 32);
     return fit.scale;
 }
@@ -255,7 +248,7 @@ INLINE void q6_k(const Batch *batch, int weighted) {
         const vf *part = x + 16 * group;
         if (weighted) load_importance(batch, 16 * group, 16, weight);
         else squares(part, 16, weight);
-        const ScaleFit fit = fit_scale(part, weight, 16, 32);
+        const ScaleFit fit = fit_scale(part, weight, 16, 32, 1);
         for (int i = 0; i < 16; i++) levels[16 * group + i] = level_of(&fit, part[i], 32);
         scale[group] = fit.scale;
     }
@@ -273,17 +266,8 @@ INLINE void q6_k(const Batch *batch, int weighted) {
     store_half(batch, 208, half);
 }
 
-#define ENCODER(name, bytes)                                                                                          \
-    static void name##_plain(const Batch *batch) { name(batch, 0); }                                                  \
-    static void name##_weighted(const Batch *batch) { name(batch, 1); }                                               \
-    void ISA_NAME(encode_##name)(const float *x, const float *importance, uint8_t *out, int64_t n_rows,               \
-                                 int64_t n_in) {                                                                      \
-        const Blocks blocks = blocks_of(x, importance, out, n_rows, n_in, BLOCK, bytes);                              \
-        each_batch(&blocks, importance ? name##_weighted : name##_plain);                                             \
-    }
-
-ENCODER(q2_k, 84)
-ENCODER(q3_k, 110)
-ENCODER(q4_k, 144)
-ENCODER(q5_k, 176)
-ENCODER(q6_k, 210)
+BATCH_ENCODER(q2_k, BLOCK, 84)
+BATCH_ENCODER(q3_k, BLOCK, 110)
+BATCH_ENCODER(q4_k, BLOCK, 144)
+BATCH_ENCODER(q5_k, BLOCK, 176)
+BATCH_ENCODER(q6_k, BLOCK, 210)

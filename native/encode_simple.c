@@ -1,12 +1,11 @@
 /* Encoders of the types with one scale per 32 weights, of the ternary ones and of MXFP4, without an importance matrix;
-   the searches that use one stand in weighted.h. The same steps as in llamakit/quant/encode_simple.py, whose
+   the searches that use one stand in encode_weighted.c. The same steps as in llamakit/quant/encode_simple.py, whose
    source is ggml-quants.c. */
 #include <math.h>
 
 #include "bytes.h"
 #include "codec.h"
 #include "half.h"
-#include "weighted.h"
 
 /* The largest float32 below 0.5: adding it and cutting off the fraction rounds half away from zero, as roundf does. */
 #define BELOW_HALF 0.49999997f
@@ -126,45 +125,38 @@ static inline void with_minimum(const float *x, int n_max, uint8_t *out, uint8_t
 }
 
 typedef void (*fit_fn)(const float *x, int n_max, uint8_t *out, uint8_t *levels);
-typedef void (*weighted_fn)(const float *x, const float *weight, int n_max, uint8_t *out, uint8_t *levels);
 
 /* Rows of a type of 32 weights: `head` bytes of scales, 4 of fifth bits where there are such, nibbles. */
 static inline __attribute__((always_inline)) void rows_of_nibbles(
-    const float *x, const float *importance, uint8_t *out, int64_t n_rows, int64_t n_in, int n_max, int head, int fifths,
-    fit_fn fit, weighted_fn weighted_fit
+    const float *x, uint8_t *out, int64_t n_rows, int64_t n_in, int n_max, int head, int fifths, fit_fn fit
 ) {
     uint8_t levels[32];
-    float weight[32];
-    for (int64_t row = 0; row < n_rows; row++) {
-        const float power = importance ? mean_square(x, n_in) : 0;
-        for (int64_t column = 0; column < n_in; column += 32, x += 32) {
-            if (importance) {
-                weights_of_32(x, importance + column, power, weight);
-                weighted_fit(x, weight, n_max, out, levels);
-            } else {
-                fit(x, n_max, out, levels);
-            }
-            if (fifths) pack_fifth_bits(levels, out + head);
-            pack_nibbles(levels, out + head + (fifths ? 4 : 0));
-            out += head + (fifths ? 4 : 0) + 16;
-        }
+    for (int64_t block = 0; block < n_rows * (n_in / 32); block++, x += 32) {
+        fit(x, n_max, out, levels);
+        if (fifths) pack_fifth_bits(levels, out + head);
+        pack_nibbles(levels, out + head + (fifths ? 4 : 0));
+        out += head + (fifths ? 4 : 0) + 16;
     }
 }
 
 DECLARE_ENCODER(encode_q4_0) {
-    rows_of_nibbles(x, importance, out, n_rows, n_in, 8, 2, 0, symmetric, weighted_symmetric);
+    if (importance) ISA_NAME(encode_q4_0_weighted)(x, importance, out, n_rows, n_in);
+    else rows_of_nibbles(x, out, n_rows, n_in, 8, 2, 0, symmetric);
 }
 
 DECLARE_ENCODER(encode_q4_1) {
-    rows_of_nibbles(x, importance, out, n_rows, n_in, 15, 4, 0, with_minimum, weighted_with_minimum);
+    if (importance) ISA_NAME(encode_q4_1_weighted)(x, importance, out, n_rows, n_in);
+    else rows_of_nibbles(x, out, n_rows, n_in, 15, 4, 0, with_minimum);
 }
 
 DECLARE_ENCODER(encode_q5_0) {
-    rows_of_nibbles(x, importance, out, n_rows, n_in, 16, 2, 1, symmetric, weighted_symmetric);
+    if (importance) ISA_NAME(encode_q5_0_weighted)(x, importance, out, n_rows, n_in);
+    else rows_of_nibbles(x, out, n_rows, n_in, 16, 2, 1, symmetric);
 }
 
 DECLARE_ENCODER(encode_q5_1) {
-    rows_of_nibbles(x, importance, out, n_rows, n_in, 31, 4, 1, with_minimum, weighted_with_minimum);
+    if (importance) ISA_NAME(encode_q5_1_weighted)(x, importance, out, n_rows, n_in);
+    else rows_of_nibbles(x, out, n_rows, n_in, 31, 4, 1, with_minimum);
 }
 
 /* The largest magnitude becomes 127. */

@@ -69,14 +69,20 @@ typedef struct {
     vf xl, ll;
 } Sums;
 
+/* For finite elements: |x / peak| <= 1, and so the level is in range. */
 INLINE vf signed_level(vf x, vf inverse, int n_max) {
     return nearest_within(inverse * x, (float)-n_max, (float)(n_max - 1));
 }
 
-INLINE Sums scale_sums(const vf *x, const vf *weight, int size, int n_max, vf inverse) {
+/* For scales, too, which overflow where squares of weights do. */
+INLINE vf any_signed_level(vf x, vf inverse, int n_max) {
+    return to_float(clamp_int(nearest(inverse * x), -n_max, n_max - 1));
+}
+
+INLINE Sums scale_sums(const vf *x, const vf *weight, int size, int n_max, vf inverse, int finite) {
     Sums sums = {{0}, {0}};
     for (int i = 0; i < size; i++) {
-        const vf level = signed_level(x[i], inverse, n_max); /* |x / peak| <= 1: in range */
+        const vf level = finite ? signed_level(x[i], inverse, n_max) : any_signed_level(x[i], inverse, n_max);
         sums.xl += weight[i] * x[i] * level;
         sums.ll += weight[i] * level * level;
     }
@@ -84,17 +90,17 @@ INLINE Sums scale_sums(const vf *x, const vf *weight, int size, int n_max, vf in
 }
 
 /* make_qx_quants: weighted least squares for 19 scales around that of the largest element. */
-INLINE ScaleFit fit_scale(const vf *x, const vf *weight, int size, int n_max) {
+INLINE ScaleFit fit_scale(const vf *x, const vf *weight, int size, int n_max, int finite) {
     vf peak = largest(x, size);
     const mask zero = less(magnitude(peak), splat(TINY));
     peak = choose(zero, splat(INFINITE), peak);
     vf chosen = splat((float)-n_max) / peak;
-    Sums sums = scale_sums(x, weight, size, n_max, chosen);
+    Sums sums = scale_sums(x, weight, size, n_max, chosen, finite);
     vf scale = choose(equal(sums.ll, splat(0)), splat(0), sums.xl / sums.ll), best = scale * sums.xl;
     for (int step = -9; step <= 9; step++) {
         if (step == 0) continue;
         const vf inverse = splat(-((float)n_max + 0.1f * (float)step)) / peak;
-        sums = scale_sums(x, weight, size, n_max, inverse);
+        sums = scale_sums(x, weight, size, n_max, inverse, finite);
         const mask better = both(less(splat(0), sums.ll), less(best * sums.ll, sums.xl * sums.xl));
         scale = choose(better, sums.xl / sums.ll, scale);
         best = choose(better, scale * sums.xl, best);
