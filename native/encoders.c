@@ -9,7 +9,5 @@ const encode_fn ISA_NAME(encoders)[N_TYPES] = {
     [TYPE_Q2_K] = ISA_NAME(encode_q2_k),     [TYPE_Q3_K] = ISA_NAME(encode_q3_k),
     [TYPE_Q4_K] = ISA_NAME(encode_q4_k),     [TYPE_Q5_K] = ISA_NAME(encode_q5_k),
     [TYPE_Q6_K] = ISA_NAME(encode_q6_k),
-#ifdef HAVE_IQUANTS
     [TYPE_IQ4_NL] = ISA_NAME(encode_iq4_nl), [TYPE_IQ4_XS] = ISA_NAME(encode_iq4_xs),
-#endif
 };
