@@ -18,7 +18,7 @@ import typer
 from typer.main import get_command
 
 import llamakit
-from llamakit.cli import compat, convert, finetune, generate, inspect, merge, render, tokenize, verify
+from llamakit.cli import compat, convert, doctor, finetune, generate, inspect, merge, render, tokenize, verify
 from llamakit.cli.help import CONTEXT_SETTINGS, MAIN, MORE, Command, Group
 from llamakit.errors import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_MEMORY, EXIT_OK, EXIT_SAVE, LlamakitError
 
@@ -44,7 +44,10 @@ _COMMANDS = {
     "tokenize": (tokenize.tokenize, MORE),
     "inspect": (inspect.inspect, MORE),
     "verify": (verify.verify, MORE),
+    "doctor": (doctor.doctor, MORE),
 }
+#: commands that have no use for native code
+_LIGHT = {"tokenize", "inspect", "doctor"}
 
 
 def _root(
@@ -128,6 +131,8 @@ def _invoke(argv: list[str]) -> object:
     command = root.commands.get(argv[0]) if argv else None
     if command is None:
         return root.main(args=argv, prog_name="llamakit", standalone_mode=False)
+    if argv[0] not in _LIGHT and not {"-h", "--help"} & set(argv):
+        doctor.say_once_what_is_missing()
     return command.main(args=argv[1:], prog_name=f"llamakit {argv[0]}", standalone_mode=False)
 
 
