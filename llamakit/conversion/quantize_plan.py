@@ -228,11 +228,9 @@ def _new_layers(names: Sequence[str], pruned: frozenset[int]) -> dict[int, int |
         layer = int(found[1]) if found else -1
         if layer < 0 or layer in layers:
             continue
-        if layer in pruned:
-            layers[layer] = None
-        else:
-            layers[layer] = layer if not pruned or layer < min(pruned) else following
-            following = layers[layer] + 1
+        new = layer if not pruned or layer < min(pruned) else following
+        layers[layer] = None if layer in pruned else new
+        following = following if layer in pruned else new + 1
     missing = pruned - layers.keys()
     if missing:
         raise UsageError(f"--prune-layers names layer {min(missing)}, which the model does not have")
