@@ -93,4 +93,4 @@ def types_table() -> str:
     lines = [f"{'type':<10} {'number':>6}  {'bits per weight':>15}"]
     for name, number, bits in [*rows, ("COPY", "", "")]:
         lines.append(f"{name:<10} {number:>6}  {bits:>15}  {notes.get(name, '')}".rstrip())
-    return "\n".join(lines)
+    return "\n".join([*lines, "", "Bits per weight are those of Llama 3.1 8B."])

@@ -7,11 +7,10 @@ tools/quantize/quantize.cpp, string_parse_kv_override of common/common.cpp.
 
 from __future__ import annotations
 
-import math
 import os
 from collections import Counter
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -20,10 +19,8 @@ from llamakit.files import escape_control
 from llamakit.formats.base import ModelFile, TensorInfo
 from llamakit.formats.gguf_values import GGUFValueType
 from llamakit.formats.gguf_writer import Typed, typed_metadata
+from llamakit.formats.imatrix import Imatrix
 from llamakit.ggml import FILE_TYPES, GGMLType
-
-if TYPE_CHECKING:
-    from llamakit.formats.imatrix import Imatrix
 
 _QUANTIZATION_VERSION = 2
 _SPLIT = ("split.no", "split.count", "split.tensors.count")
@@ -129,6 +126,6 @@ def _value(kind: str, text: str, shown: str) -> Typed:
 
 def _is_f32(text: str) -> bool:
     try:
-        return math.isfinite(np.float32(float(text)))
-    except (ValueError, OverflowError):
+        return abs(float(text)) <= float(np.finfo(np.float32).max)
+    except ValueError:
         return False

@@ -177,6 +177,9 @@ def _mixture(
 ) -> Mixture:
     """The types under the tensors' new names; tensors: (in the source, new name), in the order of the result."""
     infos = [TensorInfo(name, info.shape, info.type, info.offset) for info, name in tensors]
+    output = _tensor_type(config.output_tensor_type, "--output-tensor-type")
+    embedding = _tensor_type(config.token_embedding_type, "--token-embedding-type")
+    rules = _rules(config)
     try:
         return tensor_types(
             config.file_type,
@@ -185,13 +188,11 @@ def _mixture(
             has_imatrix=importance is not None,
             pure=config.pure,
             leave_output_tensor=config.leave_output_tensor,
-            output_tensor_type=_tensor_type(config.output_tensor_type, "--output-tensor-type"),
-            token_embedding_type=_tensor_type(config.token_embedding_type, "--token-embedding-type"),
-            tensor_type_rules=_rules(config),
+            output_tensor_type=output,
+            token_embedding_type=embedding,
+            tensor_type_rules=rules,
         )
     except (FormatError, UnsupportedError) as error:
-        if error.path is not None:
-            raise
         raise type(error)(error.reason, path=source.path, hint=error.hint) from error
 
 

@@ -129,7 +129,7 @@ class _Rows:
         if bad is None:
             return
         row, column = start + bad[0], bad[1] * BLOCK_SIZES[self.wanted][0]
-        what = "values" if self.wanted is GGMLType.F16 else "a block"
+        what = "values" if self.wanted in FLOAT_TYPES else "a block"
         largest = float(weights[bad[0], column : column + BLOCK_SIZES[self.wanted][0]].abs().max())
         raise UnsupportedError(
             f"tensor {escape_control(self.info.name)} has {what} that {self.wanted.name} cannot hold (row {row}, "

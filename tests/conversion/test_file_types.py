@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from llamakit.conversion.file_types import BITS_PER_WEIGHT, QUANTIZE_TYPES, given_name, parse_file_type
+from llamakit.conversion.file_types import QUANTIZE_TYPES, given_name, parse_file_type
 from llamakit.errors import UnsupportedError, UsageError
 from llamakit.ggml import GGMLType as T
 
