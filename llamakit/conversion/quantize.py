@@ -138,8 +138,7 @@ def _check_quantizable(source: ModelFile, config: QuantizeConfig, plan: Quantize
 
 def _check_targets(source: ModelFile, config: QuantizeConfig, paths: Sequence[Path]) -> None:
     """The result may be no file that it is made of."""
-    if not config.keep_split:
-        check_writable(config.target)
+    check_writable(paths[0])
     inputs = [config.source, *getattr(source, "parts", ()), *([Path(config.imatrix)] if config.imatrix else [])]
     for path in paths:
         if any(path.exists() and used.exists() and os.path.samefile(path, used) for used in inputs):

@@ -127,6 +127,7 @@ def test_mistakes(here: Command, tmp_path: Path) -> None:
     assert_error(here("none.gguf", "Q4_0"), 2, "none.gguf: cannot be opened")
     assert_error(here("model.gguf", "model.gguf", "Q4_0"), 2, "model.gguf: input and output files are the same")
     assert_error(here("model.gguf", "no/out.gguf", "Q4_0"), 2, "hint: create it with: mkdir -p no")
+    assert_error(here("--keep-split", "model.gguf", "no/out", "Q4_0"), 2, "hint: create it with: mkdir -p no")
     assert_error(here("--pur", "model.gguf", "Q4_0"), 2, "no such option: --pur", "hint: did you mean --pure?")
     assert_error(here("hf:u/r", "Q4_0"), 2, "hf:u/r: where should it go?")
     assert sorted(os.listdir(tmp_path)) == before
