@@ -28,7 +28,7 @@ _MEMORY_HINT = "a smaller --ctx or a model with fewer bits per weight needs less
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 _OVERVIEW = """\
-llamakit: fine-tune, run, convert and merge Llama models, on the files that you already have
+llamakit: fine-tune, run, convert, quantize and merge Llama models, on the files that you already have
 
 {commands}
 Start with:  llamakit inspect MODEL.gguf
@@ -57,7 +57,7 @@ def _root(
     context: typer.Context,
     version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
 ) -> None:
-    """Fine-tune, run, convert and merge Llama models, on the files that you already have."""
+    """Fine-tune, run, convert, quantize and merge Llama models, on the files that you already have."""
     if version:
         render.say(f"llamakit {llamakit.__version__}")
         raise typer.Exit()
