@@ -12,6 +12,11 @@ from llamakit.errors import UsageError
 Target = Literal["gguf", "hf", "llama2c"]
 
 
+def target_of(path: Path) -> Target:
+    """The form that a target's name asks for."""
+    return {".gguf": "gguf", ".bin": "llama2c"}.get(path.suffix, "hf")  # pyright: ignore[reportReturnType]
+
+
 def check_stated(ctx: int | None, rope_freq_base: float | None) -> None:
     """Raise UsageError, naming the flag, for numbers of a model that cannot be."""
     if ctx is not None and not 1 <= ctx < 1 << 32:
@@ -66,6 +71,10 @@ class ConvertConfig:
             raise UsageError(f"--version is {self.version} (expected 0, 1 or 2)")
         if self.target != "gguf" and (self.is_split or self.vocab_only or self.model_name is not None):
             raise UsageError("--split-max-..., --vocab-only and --model-name are for GGUF targets")
+        if self.version and self.target != "llama2c":
+            raise UsageError("--version is for llama2.c targets")
+        if self.no_tensor_first_split and not self.is_split:
+            raise UsageError("--no-tensor-first-split needs --split-max-size or --split-max-tensors")
         if self.vocab is not None and self.vocab_type is not None:
             raise UsageError("--vocab and --vocab-type exclude each other: both say where the vocabulary is")
 
@@ -74,8 +83,7 @@ class ConvertConfig:
         """The form of the target."""
         if self.to is not None:
             return self.to
-        suffix = ".gguf" if self.out is None else self.out.suffix
-        return {".gguf": "gguf", ".bin": "llama2c"}.get(suffix, "hf")  # pyright: ignore[reportReturnType]
+        return "gguf" if self.out is None else target_of(self.out)
 
     @property
     def is_split(self) -> bool:
