@@ -340,8 +340,9 @@ def _next_command(config: ConvertConfig, written: Converted) -> list[str]:
     if config.vocab_only:
         return ["llamakit", "tokenize", "-m", model, "-p", "Hello world"]
     if config.target == "llama2c":
-        vocabulary = str(written.paths[1]) if len(written.paths) > 1 else "tokenizer.bin"
-        return ["llamakit", "generate", "-m", model, "-z", vocabulary]
+        if len(written.paths) == 1:
+            return ["llamakit", "inspect", model]
+        return ["llamakit", "generate", "-m", model, "-z", str(written.paths[1])]
     return ["llamakit", "generate", "-m", model, "-p", "Once upon a time"]
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from llamakit.conversion.convert import Converted, converted
 from llamakit.conversion.convert_config import Target, target_of
 from llamakit.errors import SaveError, UsageError
-from llamakit.files import atomic_directory, check_writable
+from llamakit.files import atomic_directory, check_writable, is_same_file
 from llamakit.formats.adapter import Adapter, check_adapter, read_adapter, write_adapter, write_adapter_folder
 from llamakit.formats.gguf import open_gguf, typed_metadata, write_gguf
 from llamakit.formats.huggingface_vocab_writer import write_vocabulary
@@ -103,5 +103,5 @@ def _vocabulary_notes(source: Path) -> tuple[str, ...]:
 
 
 def _refuse_same(path: Path, source: str | os.PathLike[str]) -> None:
-    if path.exists() and os.path.samefile(path, source):
+    if is_same_file(path, source):
         raise UsageError("is the source itself", path=path, hint="name another target with -o")

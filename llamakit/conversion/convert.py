@@ -6,6 +6,7 @@ Memory is about one slice of a tensor (one tensor, where a format orders rows di
 from __future__ import annotations
 
 import os
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,17 +17,17 @@ from llamakit.conversion.convert_config import ConvertConfig, Target
 from llamakit.conversion.outtype import automatic_outtype, gguf_types, huggingface_types
 from llamakit.conversion.recode import recoded
 from llamakit.errors import SaveError, UnsupportedError, UsageError
-from llamakit.files import check_writable
+from llamakit.files import check_writable, is_same_file
 from llamakit.formats.base import ModelFile, TensorData
 from llamakit.formats.borrowed import with_metadata, with_vocabulary, without_vocabulary
 from llamakit.formats.gguf import GGUFValueType, Typed, typed_metadata, write_gguf
-from llamakit.formats.gguf_split import write_gguf_split
+from llamakit.formats.gguf_split import part_prefix, write_gguf_split
 from llamakit.formats.huggingface import HuggingFaceModel
 from llamakit.formats.huggingface_writer import write_huggingface
 from llamakit.formats.llama2c import RMS_EPS, ROPE_FREQ_BASE
 from llamakit.formats.llama2c_vocab import read_llama2c_vocabulary, write_llama2c_vocabulary
 from llamakit.formats.llama2c_writer import llama2c_notes, write_llama2c
-from llamakit.formats.open import open_model, sniff
+from llamakit.formats.open import model_files, open_model, sniff
 from llamakit.formats.vocabulary import vocabulary_only
 from llamakit.ggml import GGMLType
 
@@ -180,13 +181,23 @@ def _is_checkpoint(path: Path) -> bool:
 
 
 def _check_target(config: ConvertConfig, path: Path) -> None:
-    if path.exists() and os.path.samefile(path, config.source):
-        raise UsageError("is the source itself", path=path, hint="name another target with -o")
+    """Nothing that the result is made of may be overwritten by it: its rows are read until the end."""
+    used = [config.source, *model_files(config.source), *([config.vocab] if config.vocab is not None else [])]
+    for file in used:
+        if is_same_file(path, file) or (config.is_split and _is_part(file, path)):
+            raise UsageError("is the source itself", path=file, hint="name another target with -o")
     if config.target == "hf":
         if not path.parent.is_dir():
             raise UsageError("the folder that it should go into does not exist", path=path)
     else:
         check_writable(path)
+
+
+def _is_part(file: Path, target: Path) -> bool:
+    """Whether a file lies where a part of `target` may go."""
+    prefix = re.escape(part_prefix(target).name)
+    named_so = re.fullmatch(prefix + r"-[0-9]{5}-of-[0-9]{5}\.gguf", file.name) is not None
+    return named_so and is_same_file(file.parent, target.parent)
 
 
 def convert(

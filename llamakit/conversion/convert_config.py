@@ -14,7 +14,13 @@ Target = Literal["gguf", "hf", "llama2c"]
 
 def target_of(path: Path) -> Target:
     """The form that a target's name asks for."""
-    return {".gguf": "gguf", ".bin": "llama2c"}.get(path.suffix, "hf")  # pyright: ignore[reportReturnType]
+    return {".gguf": "gguf", ".bin": "llama2c"}.get(path.suffix.lower(), "hf")  # pyright: ignore[reportReturnType]
+
+
+def refuse_stdout(out: Path | None) -> None:
+    """Raise UsageError for the name by which other programs write to standard output."""
+    if out is not None and str(out) == "-":
+        raise UsageError("-o -: a model is not written to standard output", hint="name a file or a folder")
 
 
 def check_stated(ctx: int | None, rope_freq_base: float | None) -> None:
@@ -65,6 +71,7 @@ class ConvertConfig:
 
     def __post_init__(self) -> None:
         check_stated(self.ctx, self.rope_freq_base)
+        refuse_stdout(self.out)
         if self.split_max_tensors is not None and self.split_max_tensors < 1:
             raise UsageError(f"--split-max-tensors is {self.split_max_tensors} (expected at least 1)")
         if self.version not in (0, 1, 2):

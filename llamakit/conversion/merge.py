@@ -22,11 +22,12 @@ from llamakit.conversion.convert import open_with_vocabulary, stated_metadata
 from llamakit.conversion.delta import low_rank_product, vector_lanes
 from llamakit.conversion.merge_config import MergeConfig
 from llamakit.errors import LlamakitError, MismatchError, UnsupportedError, UsageError
-from llamakit.files import check_writable, escape_control
+from llamakit.files import check_writable, escape_control, is_same_file
 from llamakit.formats.adapter import Adapter, check_adapter, read_adapter
 from llamakit.formats.base import ModelFile, TensorData, TensorInfo
 from llamakit.formats.borrowed import with_metadata
 from llamakit.formats.gguf_writer import copied_tensor, typed_metadata, written_tensors
+from llamakit.formats.open import model_files
 from llamakit.ggml import BLOCK_SIZES, FILE_TYPES, FLOAT_TYPES, GGMLType
 from llamakit.quant import can_decode, dequantize
 from llamakit.quant.encode import quantize
@@ -140,7 +141,7 @@ def merge(config: MergeConfig) -> Iterator[Report]:
     when the disk refuses.
     """
     with _open_base(config) as base:
-        _check_out(config, base)
+        _check_out(config)
         adapters = [(read_adapter(path, base), scale) for path, scale in config.adapters]
         notes = _check_adapters(base, adapters, config.force)
         jobs = _jobs(base, adapters, config)
@@ -170,11 +171,13 @@ def _warnings(base: ModelFile) -> tuple[str, ...]:
     return ("the base has no vocabulary, and the merged model none either: --vocab tokenizer.bin, say, adds one",)
 
 
-def _check_out(config: MergeConfig, base: ModelFile) -> None:
+def _check_out(config: MergeConfig) -> None:
     """The result may be no file that it is made of: who reads a base twice expects to find it."""
     check_writable(config.out)
-    for path in (config.model, *getattr(base, "parts", ()), *(path for path, _ in config.adapters)):
-        if config.out.exists() and path.exists() and os.path.samefile(config.out, path):
+    vocab = [] if config.vocab is None else [config.vocab]
+    adapters = (file for path, _ in config.adapters for file in model_files(path))
+    for path in (*model_files(config.model), *adapters, *vocab):
+        if is_same_file(config.out, path):
             raise UsageError("would be overwritten by the merged model", path=path, hint="name another file with -o")
 
 

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from llamakit.conversion.convert_config import check_stated
+from llamakit.conversion.convert_config import check_stated, refuse_stdout
 from llamakit.errors import UsageError
 from llamakit.ggml import GGMLType
 
@@ -43,6 +43,7 @@ class MergeConfig:
         for path, scale in self.lora_scaled:
             if not math.isfinite(scale):
                 raise UsageError(f"--lora-scaled has the scale {scale} for {path} (expected a finite number)")
+        refuse_stdout(self.out)
         check_stated(self.ctx, self.rope_freq_base)
         if self.outtype not in (None, "same") and self.type is None:
             names = ", ".join(t.name.lower() for t in GGMLType)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +24,7 @@ _OLD_GGML = {b"lmgg": "ggml", b"fmgg": "ggmf", b"tjgg": "ggjt"}
 _MODEL_WEIGHTS = (
     "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json",
 )  # fmt: skip
+_PART = re.compile(r"(.*)-[0-9]{5}-of-([0-9]{5})\.gguf", re.DOTALL)
 _TEXT_CONTROLS = frozenset(range(32)) - {*b"\t\n\r\f\x1b"}
 
 #: kind -> (what it is, what to do); the kinds that no model can be opened from
@@ -102,27 +104,43 @@ def _is_text(head: bytes) -> bool:
     return True
 
 
-def size_on_disk(path: str | os.PathLike[str]) -> int:
-    """Bytes of a file, or of those files of a folder that its model consists of: no README, no optimizer's state.
+def model_files(path: str | os.PathLike[str]) -> list[Path]:
+    """The files that the model (or adapter) at a path consists of: the file itself, all parts of a split GGUF, or those
+    of the folder that it is or that it opens; no README there, no optimizer's state.
 
-    Where a folder's weights cannot be told, all of its files count. Raises OSError or UsageError when it cannot be
-    read.
+    Where a folder's weights cannot be told, all of its files. Raises OSError or UsageError when it cannot be read.
     """
-    if not os.path.isdir(path):
-        return os.path.getsize(path)
-    folder, kind = Path(path), _folder_kind(Path(path))
+    path = Path(path)
+    if path.is_dir():
+        own = _own_names(path)
+        return [path / entry.name for entry in os.scandir(path) if entry.is_file() and entry.name in own]
+    part = _PART.fullmatch(path.name)
+    if part is not None:
+        others = re.compile(re.escape(part[1]) + r"-[0-9]{5}-of-" + part[2] + r"\.gguf")
+        return [entry for entry in path.parent.iterdir() if others.fullmatch(entry.name)]
+    if SHARD.fullmatch(path.name) or path.name.startswith(("model", "pytorch_model")):
+        own = _own_names(path.parent) if _folder_kind(path.parent) in ("huggingface", "meta") else set()
+        if path.name in own:
+            return model_files(path.parent)
+    return [path]
+
+
+def _own_names(folder: Path) -> set[str]:
+    kind = _folder_kind(folder)
     try:
         if kind == "huggingface":
-            own = {*weight_files(folder)[0], *COMPANIONS}
-        elif kind == "meta":
-            own = {*shard_names(folder), PARAMS, "tokenizer.model"}
-        elif kind == "peft":
-            own = {name for name in os.listdir(folder) if name.startswith("adapter_")}
-        else:
-            own = set(os.listdir(folder))
+            return {*weight_files(folder)[0], *COMPANIONS}
+        if kind == "meta":
+            return {*shard_names(folder), PARAMS, "tokenizer.model"}
     except FormatError:
-        own = set(os.listdir(folder))
-    return sum(entry.stat().st_size for entry in os.scandir(folder) if entry.is_file() and entry.name in own)
+        pass
+    names = set(os.listdir(folder))
+    return {name for name in names if name.startswith("adapter_")} if kind == "peft" else names
+
+
+def size_on_disk(path: str | os.PathLike[str]) -> int:
+    """Bytes of `model_files`. Raises OSError or UsageError when they cannot be read."""
+    return sum(os.path.getsize(file) for file in model_files(path))
 
 
 def open_model(path: str | os.PathLike[str], *, n_ctx: int | None = None, rope_theta: float | None = None) -> ModelFile:

@@ -177,3 +177,36 @@ def test_no_option_is_taken_and_ignored(
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     assert_error(called(capfd, "convert", *words.split()), 2, message)
     assert before == {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+
+def test_nothing_that_the_result_is_made_of_is_overwritten(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    tiny = cached_tiny_gguf()
+    for words in (("-o", "p.gguf", "--split-max-tensors", "9"), ("-o", "hf"), ("-o", "v.gguf", "--vocab-only")):
+        assert called(capfd, "convert", tiny, *words).returncode == 0
+    shutil.copy(tiny, "m.gguf")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    for line in (
+        "p-00001-of-00003.gguf -o p-00002-of-00003.gguf",
+        "p-00002-of-00003.gguf -o p.gguf --split-max-tensors 9",
+        "hf -o hf/model.safetensors --to gguf",
+        "hf/model.safetensors -o hf/config.json --to llama2c",
+        "m.gguf -o v.gguf --vocab v.gguf",
+    ):
+        assert_error(called(capfd, "convert", *line.split()), 2, "is the source itself")
+    assert_error(called(capfd, "convert", "m.gguf", "-o", "-"), 2, "standard output")
+    assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+
+def test_names_of_targets(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    tiny = cached_tiny_gguf()
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to("empty")
+    for name in ("M.GGUF", "link", "sp ace/mod\u00e8le \u6a21\u578b.gguf"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        result = called(capfd, "convert", tiny, "-o", name)
+        assert result.returncode == 0, result.stderr
+        assert called(capfd, "verify", name, tiny).returncode == 0
+    assert (tmp_path / "M.GGUF").is_file() and (tmp_path / "empty" / "config.json").is_file()
+    assert (tmp_path / "link").is_symlink()
+    bpe = called(capfd, "convert", cached_tiny_gguf(n_ctx=64, tokenizer="bpe", tied=True), "-o", "bpe.bin")
+    assert bpe.stdout.splitlines()[-1] == "next: llamakit inspect bpe.bin"  # no vocabulary, nothing to generate with

@@ -171,3 +171,16 @@ def test_a_base_that_states_no_context_and_one_without_a_vocabulary(tmp_path: Pa
     assert here("generate", "-m", "m.gguf", "-p", "ab", "-n", "1").returncode == 0
     for option in (("--ctx", "0"), ("--rope-freq-base", "inf")):
         assert_error(here("merge", "-m", "m.bin", "--lora", "a.gguf", "-o", "x.gguf", *option), 2, option[0])
+
+
+def test_nothing_that_the_result_is_made_of_is_overwritten(files: Path, here: Callable[..., Done]) -> None:
+    assert here("convert", cached_tiny_gguf(), "-o", "hf").returncode == 0
+    with open_model("hf") as base:
+        pair = np.ones((2, 64), np.float32), np.ones((64, 2), np.float32)
+        write_adapter(files / "l.gguf", Adapter(2.0, {"blk.0.attn_q.weight": pair}), base)
+    assert here("convert", "l.gguf", "-o", "peft", "--base", "hf").returncode == 0
+    for out in ("hf/model.safetensors", "peft/adapter_model.safetensors", "hf/tokenizer.json"):
+        before = (files / out).read_bytes()
+        assert_error(here("merge", "-m", "hf", "--lora", "peft", "-o", out), 2, "would be overwritten")
+        assert (files / out).read_bytes() == before
+    assert_error(here("merge", "-m", "hf", "--lora", "peft", "-o", "-"), 2, "standard output")
