@@ -11,7 +11,7 @@ from llamakit.conversion.modelfile import ModelfileReport, modelfile_text, split
 from llamakit.errors import FormatError, SaveError, UsageError
 from llamakit.formats.base import ModelFile
 from llamakit.formats.gguf_reader import GGUFFile
-from llamakit.formats.gguf_writer import write_gguf
+from llamakit.formats.gguf_writer import copied_tensor, write_gguf
 from llamakit.formats.llama2c import Llama2cFile
 from llamakit.formats.open import open_model
 from tests.conversion.go import parse_modelfile
