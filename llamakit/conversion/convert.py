@@ -5,10 +5,11 @@ Memory is about one slice of a tensor (one tensor, where a format orders rows di
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from typing import Any
 from llamakit.conversion.convert_config import ConvertConfig, Target
 from llamakit.conversion.outtype import automatic_outtype, gguf_types, huggingface_types
 from llamakit.conversion.recode import recoded
-from llamakit.errors import SaveError, UnsupportedError, UsageError
+from llamakit.errors import FormatError, SaveError, UnsupportedError, UsageError
 from llamakit.files import check_writable, is_same_file
 from llamakit.formats.base import ModelFile, TensorData
 from llamakit.formats.borrowed import with_metadata, with_vocabulary, without_vocabulary
@@ -228,12 +229,24 @@ def convert(
             if verify is not None and not config.vocab_only:
                 verify(expected, written)
 
-        if plan.to == "llama2c":
-            return _write_llama2c(source, plan, config, tensors, check)
-        if plan.to == "hf":
-            write_huggingface(plan.path, metadata=typed_metadata(source), tensors=tensors, verify=check)
-            return converted([plan.path])
-        return _write_gguf(source, plan, config, tensors, check)
+        with _blamed_on(source, plan.path):
+            if plan.to == "llama2c":
+                return _write_llama2c(source, plan, config, tensors, check)
+            if plan.to == "hf":
+                write_huggingface(plan.path, metadata=typed_metadata(source), tensors=tensors, verify=check)
+                return converted([plan.path])
+            return _write_gguf(source, plan, config, tensors, check)
+
+
+@contextlib.contextmanager
+def _blamed_on(source: ModelFile, target: Path) -> Iterator[None]:
+    """A writer that refuses what it was given names its target, or nothing: it is the source's doing."""
+    try:
+        yield
+    except (FormatError, UnsupportedError) as error:
+        if error.path is None or Path(error.path) == target:
+            error.path = source.path
+        raise
 
 
 def _counted(source: ModelFile, plan: ConvertPlan, on_report: Callable[[Report], None] | None) -> list[TensorData]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Protocol
@@ -25,7 +25,8 @@ from llamakit.formats.safetensors import SafetensorsFile
 from llamakit.formats.strict_json import read_object
 from llamakit.ggml import FLOAT_FILE_TYPES, FLOAT_TYPES, GGMLType
 
-_ROPE_FREQS = "rope_freqs.weight"
+_ROPE_FREQS, _OUTPUT, _EMBEDDING = "rope_freqs.weight", "output.weight", "token_embd.weight"
+_COMPARED_BYTES = 1 << 22
 #: tensors that old checkpoints carry and nobody needs
 _IGNORED = (".rotary_emb.inv_freq", ".attention.masked_bias", ".attention.bias")
 #: what belongs to a model beside its weights
@@ -103,6 +104,9 @@ class HuggingFaceModel:
                     found[ours] = _Source(file, info, heads)
         if index is not None:
             _compare_with_index(index, places, self.path)
+        if self._shape.tied_output and _OUTPUT in found:
+            _check_output(found, self.path)
+            self._shape = replace(self._shape, tied_output=False)
         shapes = {name: source.info.shape for name, source in found.items()}
         check_tensors(self._shape, shapes, self.path, huggingface_name)
         return found
@@ -165,6 +169,32 @@ class HuggingFaceModel:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _check_output(found: Mapping[str, _Source], directory: Path) -> None:
+    """Some save the output matrix of a tied model as well: it must be the embedding, and is then written as it is.
+
+    transformers goes by config.json and ignores it, llama.cpp goes by the tensor. Raises FormatError where these would
+    be two models.
+    """
+    output, embedding = found[_OUTPUT], found.get(_EMBEDDING)
+    if embedding is None or not _same_rows(output, embedding):
+        raise FormatError(
+            "lm_head.weight is another matrix than the embedding, and config.json says that they are one",
+            path=directory,
+            hint="set tie_word_embeddings to false in config.json where the model has an output matrix of its own",
+        )
+
+
+def _same_rows(a: _Source, b: _Source) -> bool:
+    if (a.info.shape, a.info.type) != (b.info.shape, b.info.type):
+        return False
+    step = max(1, _COMPARED_BYTES // max(1, a.info.row_bytes))
+    for start in range(0, a.info.n_rows, step):
+        stop = min(start + step, a.info.n_rows)
+        if not np.array_equal(a.file.read(a.info.name, start, stop), b.file.read(b.info.name, start, stop)):
+            return False
+    return True
 
 
 def _unrotated(source: _Source, start: int, stop: int) -> np.ndarray:

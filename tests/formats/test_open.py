@@ -98,3 +98,11 @@ def test_what_is_no_model_says_what_it_is(tmp_path):
         with open_model(tmp_path / f"{name}.gguf") as file, pytest.raises(UnsupportedError, match=name):
             check_is_model(file)
     check_is_model(base)
+
+
+def test_a_pointer_of_git_lfs_is_not_the_file(tmp_path):
+    pointer = tmp_path / "model.gguf"
+    pointer.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:" + "0" * 64 + "\nsize 5\n")
+    with pytest.raises(FormatError, match="is a Git LFS pointer") as caught:
+        open_model(pointer)
+    assert "git lfs pull" in str(caught.value.hint)
