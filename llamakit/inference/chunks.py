@@ -10,7 +10,7 @@ import os
 
 import numpy as np
 
-from llamakit.errors import DataError
+from llamakit.errors import UsageError
 from llamakit.files import read_text
 from llamakit.tokenizer import Tokenizer
 
@@ -30,10 +30,10 @@ def cut(
 ) -> np.ndarray:
     """The first `chunks` (-1: all) whole chunks of some ids, (n_chunk, n_ctx), as they stand in the text.
 
-    source: the text's file, named in errors. Raises DataError for less than two chunks.
+    source: the text's file, named in errors. Raises UsageError for less than two chunks.
     """
     if len(tokens) < 2 * n_ctx:
-        raise DataError(
+        raise UsageError(
             f"the text has {len(tokens)} tokens (expected at least {2 * n_ctx}, two contexts of {n_ctx})",
             path=source,
             hint="give a longer text, or a smaller context: -c",
