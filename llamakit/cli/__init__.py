@@ -18,7 +18,7 @@ import typer
 from typer.main import get_command
 
 import llamakit
-from llamakit.cli import compat, convert, finetune, generate, inspect, merge, render, tokenize, verify
+from llamakit.cli import compat, convert, doctor, finetune, generate, inspect, merge, quantize, render, tokenize, verify
 from llamakit.cli.help import CONTEXT_SETTINGS, MAIN, MORE, Command, Group
 from llamakit.errors import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_MEMORY, EXIT_OK, EXIT_SAVE, LlamakitError
 
@@ -28,30 +28,36 @@ _MEMORY_HINT = "a smaller --ctx or a model with fewer bits per weight needs less
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 _OVERVIEW = """\
-llamakit: fine-tune, run, convert and merge Llama models, on the files that you already have
+llamakit: fine-tune, run, convert, quantize and merge Llama models, on the files that you already have
 
 {commands}
 Start with:  llamakit inspect MODEL.gguf
 Then:        llamakit generate -m MODEL.gguf -p "Once upon a time"
 Options:     llamakit COMMAND --help"""
 
+#: command -> what its help ends with
+_EPILOGS = {"quantize": quantize.EPILOG}
 #: command -> (its function, its group in the help), in the order of the help
 _COMMANDS = {
     "finetune": (finetune.finetune, MAIN),
     "generate": (generate.generate, MAIN),
     "convert": (convert.convert, MAIN),
+    "quantize": (quantize.quantize, MAIN),
     "merge": (merge.merge, MAIN),
     "tokenize": (tokenize.tokenize, MORE),
     "inspect": (inspect.inspect, MORE),
     "verify": (verify.verify, MORE),
+    "doctor": (doctor.doctor, MORE),
 }
+#: commands that have no use for native code
+_LIGHT = {"tokenize", "inspect", "doctor"}
 
 
 def _root(
     context: typer.Context,
     version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
 ) -> None:
-    """Fine-tune, run, convert and merge Llama models, on the files that you already have."""
+    """Fine-tune, run, convert, quantize and merge Llama models, on the files that you already have."""
     if version:
         render.say(f"llamakit {llamakit.__version__}")
         raise typer.Exit()
@@ -82,7 +88,8 @@ def build_app() -> typer.Typer:
     )
     app.callback()(_root)
     for name, (function, panel) in _COMMANDS.items():
-        app.command(name, cls=Command, context_settings=CONTEXT_SETTINGS, rich_help_panel=panel)(function)
+        settings = {"context_settings": CONTEXT_SETTINGS, "epilog": _EPILOGS.get(name), "rich_help_panel": panel}
+        app.command(name, cls=Command, **settings)(function)
     return app
 
 
@@ -128,6 +135,8 @@ def _invoke(argv: list[str]) -> object:
     command = root.commands.get(argv[0]) if argv else None
     if command is None:
         return root.main(args=argv, prog_name="llamakit", standalone_mode=False)
+    if argv[0] not in _LIGHT and not {"-h", "--help"} & set(argv):
+        doctor.say_once_what_is_missing()
     return command.main(args=argv[1:], prog_name=f"llamakit {argv[0]}", standalone_mode=False)
 
 
