@@ -10,6 +10,7 @@ Shapes: T n_ctx, n positions, N all scored positions, V n_vocab, W u16 words of 
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -103,6 +104,24 @@ def divergence(
                 yield sums.report(chunk + 1)
     if sums.count >= _LEAST_FOR_TABLE:
         yield sums.table(len(seen))
+
+
+def check_same_text(base: KLBaseFile, tokens: np.ndarray, text: str | os.PathLike[str]) -> None:
+    """Refuse the ids (n,) of a text that are not those that the base's file was made of. Raises MismatchError."""
+    count = min(len(tokens), base.tokens.size)
+    different = np.flatnonzero(tokens[:count] != base.tokens.reshape(-1)[:count])
+    if len(different):
+        at = int(different[0])
+        found = f"its token {at + 1} is {tokens[at]}, which is {base.tokens.flat[at]} in {base.path}"
+    elif count < base.tokens.size:
+        found = f"it has {count} tokens (expected the {base.tokens.size} of {base.path})"
+    else:
+        return
+    raise MismatchError(
+        f"is not the text of the base's log-probabilities: {found}",
+        path=text,
+        hint="leave -f out: the file has its ids",
+    )
 
 
 @dataclass
