@@ -35,20 +35,24 @@ class Row:
     table: DivergenceTable | None = None
 
     @property
-    def ppl(self) -> tuple[float, float]:
-        """Perplexity and its standard error."""
-        ppl = self.result.ppl
-        return (ppl, getattr(self.result, "error", 0.0)) if isinstance(ppl, float) else (ppl.value, ppl.error)
+    def ppl(self) -> Uncertain:
+        """Perplexity."""
+        from llamakit.inference.divergence import Divergence, Uncertain
+
+        result = self.result
+        return result.ppl if isinstance(result, Divergence) else Uncertain(result.ppl, result.error)
 
     @property
-    def kld(self) -> Uncertain | None:
-        """Mean divergence from the base, where there is one."""
-        return getattr(self.result, "kld", None)
+    def divergence(self) -> Divergence | None:
+        """From the base, where there is one."""
+        from llamakit.inference.divergence import Divergence
+
+        return self.result if isinstance(self.result, Divergence) else None
 
     @property
     def rank(self) -> float:
         """What makes one result better than another: less divergence, or without a base less perplexity."""
-        value = self.kld.value if self.kld is not None else self.ppl[0]
+        value = self.divergence.kld.value if self.divergence is not None else self.ppl.value
         return value if math.isfinite(value) else math.inf
 
 
@@ -66,7 +70,7 @@ class Watch:
         self._started = time.perf_counter()
         # A bar and lines that grow on the same terminal would write over each other.
         has_bar = json or not render.is_terminal(sys.stdout)
-        self._bar = render.Progress("measuring", total=n_chunk, fields=("tok/s", "PPL")) if has_bar else None
+        self._bar = render.Progress("measuring", total=n_chunk, fields=("tok/s",)) if has_bar else None
 
     def __enter__(self) -> Watch:
         if self._bar is not None:
@@ -88,15 +92,16 @@ class Watch:
             eta = self.seconds * self._n_chunk / min(self._n_seq, self._n_chunk)
             passes = f"{min(self._n_seq, self._n_chunk)} chunks of {self._n_ctx} tokens in {self.seconds:.2f} s"
             render.log(f"{passes}, {self._n_chunk} chunks to measure - ETA {render.human_duration(eta)}")
-        value = report.ppl if isinstance(report.ppl, float) else report.ppl.value
         if self._bar is not None:
             rate = report.chunk * self._n_ctx / max(1e-9, self.seconds)
-            self._bar.update(report.chunk, **{"tok/s": f"{rate:.0f}", "PPL": f"{value:.4f}"})
+            self._bar.update(report.chunk, **{"tok/s": f"{rate:.0f}"})
         if not self._json:
-            self._line(report)
+            self._say(report)
 
-    def _line(self, report: Any) -> None:
-        if hasattr(report, "kld"):
+    def _say(self, report: Estimate | Divergence) -> None:
+        from llamakit.inference.divergence import Divergence
+
+        if isinstance(report, Divergence):
             if report.chunk == 1:
                 render.say(_HEADING)
             render.say(_divergence_line(report))
@@ -122,9 +127,8 @@ def _pair(pair: Uncertain, form: str, factor: float = 1.0, error_form: str | Non
 def print_result(row: Row) -> None:
     """The end of one measurement, in llama-perplexity's words."""
     render.say()
-    if row.kld is None:
-        ppl, error = row.ppl
-        render.say(f"Final estimate: PPL = {ppl:.4f} +/- {error:.5f}")
+    if row.divergence is None:
+        render.say(f"Final estimate: PPL = {row.ppl.value:.4f} +/- {row.ppl.error:.5f}")
     elif row.table is None:
         render.note("less than 100 positions were scored: too few for statistics")
     else:
@@ -169,16 +173,15 @@ def print_comparison(rows: Sequence[Row]) -> None:
     """One line for each result, the best marked."""
     winner = best(rows)
     headers = ["", "name", "size", "BPW", "PPL", "+/-"]
-    has_base = any(row.kld is not None for row in rows)
-    headers += ["mean KLD", "+/-", "same top p"] if has_base else []
+    if winner.divergence is not None:
+        headers += ["mean KLD", "+/-", "same top p"]
     cells = []
     for row in rows:
-        ppl, error = row.ppl
         line = ["*" if row is winner else "", row.name, render.human_bytes(row.n_bytes), f"{row.bits_per_weight:.2f}"]
-        line += [f"{ppl:.4f}", f"{error:.4f}"]
-        if row.kld is not None:
-            same: Any = getattr(row.result, "same_top", None)
-            line += [f"{row.kld.value:.6f}", f"{row.kld.error:.6f}", f"{100 * same.value:.2f} %"]
+        line += [f"{row.ppl.value:.4f}", f"{row.ppl.error:.4f}"]
+        if row.divergence is not None:
+            kld, same = row.divergence.kld, row.divergence.same_top
+            line += [f"{kld.value:.6f}", f"{kld.error:.6f}", f"{100 * same.value:.2f} %"]
         cells.append(line)
     render.say()
     render.table(headers, cells, right=range(2, len(headers)))
@@ -193,15 +196,16 @@ def as_json(rows: Sequence[Row], text: Path | None, n_ctx: int) -> dict[str, Any
 def _row_json(row: Row) -> dict[str, Any]:
     value: dict[str, Any] = {
         "name": row.name, "model": row.model, "lora": row.lora, "scale": row.scale if row.lora else None,
-        "n_bytes": row.n_bytes, "bits_per_weight": row.bits_per_weight, "ppl": row.ppl[0], "ppl_error": row.ppl[1],
-        "chunks": row.result.chunk, "tokens_scored": row.result.count, "seconds": row.seconds,
+        "n_bytes": row.n_bytes, "bits_per_weight": row.bits_per_weight, "ppl": row.ppl.value,
+        "ppl_error": row.ppl.error, "chunks": row.result.chunk, "tokens_scored": row.result.count,
+        "seconds": row.seconds,
     }  # fmt: skip
-    if row.kld is None:
-        return value | {"nll": getattr(row.result, "nll", None), "nll_error": getattr(row.result, "nll_error", None)}
-    return value | {"divergence": divergence_json(row.result, row.table)}
+    if row.divergence is None:
+        return value
+    return value | {"divergence": divergence_json(row.divergence, row.table)}
 
 
-def divergence_json(last: Any, table: DivergenceTable | None) -> dict[str, Any]:
+def divergence_json(last: Divergence, table: DivergenceTable | None) -> dict[str, Any]:
     """The statistics of a divergence as JSON has them; shares as text: "0.999"."""
     value = asdict(last)
     if table is not None:
