@@ -127,6 +127,8 @@ def perplexity(
     )
     adapters = [(local(name, offline=offline), scale) for name, scale in named]
     paths = [local(name, offline=offline) for name in models]
+    if not kl_divergence:
+        _check_target(kl_divergence_base, [*paths, *(path for path, _ in adapters), file])
     keep_freed_memory()
     set_threads(threads)
     with ExitStack() as stack:
@@ -167,6 +169,13 @@ def _check_base(base: Path | None, read: bool, text: Path | None, n_results: int
             reason = f"--kl-divergence-base writes the log-probabilities of one model (there are {n_results} results)"
             raise UsageError(reason, hint="give one -m; add --kl-divergence to read the file")
         check_writable(base)
+
+
+def _check_target(target: Path | None, inputs: Sequence[Path | None]) -> None:
+    """The file of log-probabilities may be none of those that it is made of."""
+    for path in inputs:
+        if target is not None and path is not None and target.exists() and path.exists() and target.samefile(path):
+            raise UsageError("input and output files are the same", path=target, hint="name another output")
 
 
 def _run(job: _Job, paths: Sequence[Path], adapters: Sequence[tuple[Path, float]], stack: ExitStack) -> None:
