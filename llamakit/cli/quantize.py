@@ -245,12 +245,12 @@ def _run(config: QuantizeConfig, text: Path | None, json: bool) -> None:
         cost = quantize_cost.measure(config.source, written.paths[0], text, n_chunks)
     following = ("llamakit", "generate", "-m", _as_argument(written.paths[0]), "-p", "Once upon a time")
     if json:
-        kl = {} if cost is None else {"kl": quantize_cost.as_json(cost, text)}
+        kl = {} if cost is None else {"kl": quantize_cost.as_json(cost)}
         render.print_json(_as_json(config, plan, tensors, written, seconds, following) | kl)
         return
     _report(plan, tensors)
     if cost is not None:
-        quantize_cost.print_cost(cost, text)
+        quantize_cost.print_cost(cost)
     render.say(
         f"{', '.join(map(str, written.paths))}: {plan.type}, {render.human_bytes(plan.source_bytes)} -> "
         f"{render.human_bytes(written.n_bytes)}, {_bits(plan):.2f} bits per weight"

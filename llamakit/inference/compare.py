@@ -25,8 +25,9 @@ from llamakit.tokenizer import load_tokenizer
 @dataclass(frozen=True)
 class Comparison:
     """source: the estimate of the model as it was; last: the other's perplexity and its divergence from it; table: the
-    rest of llama-perplexity's statistics, None below 100 scored positions."""
+    rest of llama-perplexity's statistics, None below 100 scored positions. text: what they were measured on."""
 
+    text: Path
     source: Estimate
     last: Divergence
     table: DivergenceTable | None
@@ -87,4 +88,4 @@ def compare(
                 last = report
                 yield report
     assert estimate is not None and last is not None
-    yield Comparison(estimate, last, table)
+    yield Comparison(Path(text), estimate, last, table)
