@@ -191,6 +191,8 @@ def _run(job: _Job, paths: Sequence[Path], adapters: Sequence[tuple[Path, float]
             rows.append(row)
             if not job.json:
                 perplexity_view.print_result(row)
+    if job.base_path is not None and not job.read_base:
+        render.log(f"{job.base_path}: log-probabilities of {rows[0].result.chunk} chunks, for --kl-divergence")
     if job.json:
         render.print_json(perplexity_view.as_json(rows, job.text, base.n_ctx if base is not None else job.config.ctx))
     elif several:
@@ -315,4 +317,3 @@ def _estimates(job: _Job, model: Llama, tokens: np.ndarray, seen: np.ndarray) ->
         return
     with kl_base_writer(job.base_path, tokens, model.config.n_vocab) as write:
         yield from measure(model, tokens, seen, job.config, write=write)
-    render.log(f"{job.base_path}: log-probabilities of {len(tokens)} chunks, for --kl-divergence")
