@@ -26,9 +26,9 @@ from llamakit.cli.options import (
     set_threads,
 )
 from llamakit.cli.prompt import read_prompt
-from llamakit.cli.sources import local
+from llamakit.cli.sources import check_is_model, local
 from llamakit.conversion.convert_config import check_stated
-from llamakit.errors import EXIT_INTERRUPTED, EXIT_OK, UnsupportedError, UsageError
+from llamakit.errors import EXIT_INTERRUPTED, EXIT_OK, UsageError
 from llamakit.inference.config import GenerateConfig
 
 if TYPE_CHECKING:
@@ -189,7 +189,7 @@ def _load(
     started = time.perf_counter()  # imports are not the model's fault
     file = open_model(path, n_ctx=n_ctx, rope_theta=rope_theta)
     is_llama2c = isinstance(file, (Llama2cFile, Llama2cCheckpoint))
-    _check_is_model(file)
+    check_is_model(file)
     _check_vocabulary_option(file, vocabulary, is_llama2c)
     tokenizer = _tokenizer(file, vocabulary)
     read = [(read_adapter(adapter, file), scale) for adapter, scale in adapters]
@@ -204,23 +204,6 @@ def _load(
     for adapter, scale in read:
         attach(model, adapter, scale)
     return _Loaded(file, model, tokenizer, time.perf_counter() - started, is_llama2c)
-
-
-def _check_is_model(file: ModelFile) -> None:
-    """Say what a GGUF file is that is no model, and where it belongs."""
-    metadata = file.metadata
-    kind = metadata.get("general.type")
-    if "training.type" in metadata:
-        reason, hint = "is a training checkpoint, not a model", "generate with the adapter that was saved beside it"
-    elif kind == "adapter":
-        reason, hint = "is an adapter, not a model", "give it with --lora, and the model with -m"
-    elif isinstance(kind, str) and kind != "model":
-        reason, hint = f"is not a model (general.type is {kind!r})", None
-    elif not file.tensors:
-        reason, hint = "is a vocabulary without a model: it holds no tensors", None
-    else:
-        return
-    raise UnsupportedError(reason, path=file.path, hint=hint)
 
 
 def _check_vocabulary_option(file: ModelFile, vocabulary: Path | None, is_llama2c: bool) -> None:
