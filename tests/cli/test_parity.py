@@ -31,6 +31,7 @@ def test_generate() -> None:
         "lora",
         "lora_scaled",
         "force",
+        "rope_freq_base",
     )
     others = ("conversation", "offline", "threads", "device", "dtype", "no_display_prompt", "json", "config")
     assert_parity(
