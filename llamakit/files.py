@@ -194,8 +194,11 @@ def remove_stale_temporaries(directory: Path, names: re.Pattern[str]) -> None:
     for stale in directory.glob(".*.tmp-*"):
         name, _, pid = stale.name[1:].rpartition(".tmp-")
         if names.fullmatch(name) and pid.isdigit() and not Path(f"/proc/{pid}").exists():
-            with contextlib.suppress(OSError):
-                stale.unlink()
+            if stale.is_dir() and not stale.is_symlink():
+                shutil.rmtree(stale, ignore_errors=True)
+            else:
+                with contextlib.suppress(OSError):
+                    stale.unlink()
 
 
 def check_writable(path: str | os.PathLike[str]) -> None:

@@ -50,6 +50,8 @@ def _command(name: str, command: Any) -> str:
     rest = panels.pop("Other options", [])
     for title, rows in [*panels.items(), *([("Other options", rest)] if rest else [])]:
         lines += [f"### {title}", "", "| option | default | meaning |", "|---|---|---|", *rows, ""]
+    if command.epilog:
+        lines += ["```text", inspect.cleandoc(command.epilog).removeprefix("\b\n"), "```", ""]
     shown = {spelling for param in command.params for spelling in param.opts}
     return "\n".join(lines + _old_spellings(name, shown))
 

@@ -18,7 +18,7 @@ import typer
 from typer.main import get_command
 
 import llamakit
-from llamakit.cli import compat, convert, finetune, generate, inspect, merge, render, tokenize, verify
+from llamakit.cli import compat, convert, finetune, generate, inspect, merge, quantize, render, tokenize, verify
 from llamakit.cli.help import CONTEXT_SETTINGS, MAIN, MORE, Command, Group
 from llamakit.errors import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_MEMORY, EXIT_OK, EXIT_SAVE, LlamakitError
 
@@ -35,11 +35,14 @@ Start with:  llamakit inspect MODEL.gguf
 Then:        llamakit generate -m MODEL.gguf -p "Once upon a time"
 Options:     llamakit COMMAND --help"""
 
+#: command -> what its help ends with
+_EPILOGS = {"quantize": quantize.EPILOG}
 #: command -> (its function, its group in the help), in the order of the help
 _COMMANDS = {
     "finetune": (finetune.finetune, MAIN),
     "generate": (generate.generate, MAIN),
     "convert": (convert.convert, MAIN),
+    "quantize": (quantize.quantize, MAIN),
     "merge": (merge.merge, MAIN),
     "tokenize": (tokenize.tokenize, MORE),
     "inspect": (inspect.inspect, MORE),
@@ -82,7 +85,8 @@ def build_app() -> typer.Typer:
     )
     app.callback()(_root)
     for name, (function, panel) in _COMMANDS.items():
-        app.command(name, cls=Command, context_settings=CONTEXT_SETTINGS, rich_help_panel=panel)(function)
+        settings = {"context_settings": CONTEXT_SETTINGS, "epilog": _EPILOGS.get(name), "rich_help_panel": panel}
+        app.command(name, cls=Command, **settings)(function)
     return app
 
 

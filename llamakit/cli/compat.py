@@ -70,6 +70,7 @@ ALIASES: dict[str, dict[str, str]] = {
         "-m": "",
         "--model": "",
     },
+    "quantize": {"-m": "", "--model": "", "-t": "--threads"},
     "tokenize": {"--model": "-m", "--prompt": "-p", "--file": "-f"},
     "inspect": {"-m": "", "--model": ""},
     "verify": {},
@@ -77,7 +78,8 @@ ALIASES: dict[str, dict[str, str]] = {
 
 #: llama.cpp's -hf user/repo[:QUANT] and -hff FILE -> the option that names the model, as hf:...
 _HUB_MODEL = {
-    "finetune": "--model-base", "generate": "-m", "merge": "-m", "convert": "-m", "tokenize": "-m", "inspect": "-m",
+    "finetune": "--model-base", "generate": "-m", "merge": "-m", "convert": "-m", "quantize": "-m",
+    "tokenize": "-m", "inspect": "-m",
 }  # fmt: skip
 _HUB_REPO, _HUB_FILE = ("-hf", "-hfr", "--hf-repo"), ("-hff", "--hf-file")
 
@@ -129,6 +131,7 @@ NO_OPS: dict[str, dict[str, tuple[int, str]]] = {
         "--verbose": (0, "the log is the same with and without it"),
         "--skip-unknown": (0, "what cannot be carried over is refused by name"),
     },
+    "quantize": {"--max-buffer-size": (1, _STREAMED)},
     "tokenize": {"--log-disable": (0, "what is no token goes to stderr: 2>/dev/null silences it")},
     "inspect": {},
     "verify": {},

@@ -7,7 +7,8 @@ from types import MappingProxyType
 import numpy as np
 import torch
 
-from llamakit.conversion.quantize_policy import FileType, output_order, parse_file_type, tensor_types
+from llamakit.conversion.file_types import FileType, parse_file_type
+from llamakit.conversion.quantize_policy import output_order, tensor_types
 from llamakit.errors import UsageError
 from llamakit.formats.base import ModelFile, TensorInfo
 from llamakit.ggml import BLOCK_SIZES, FLOAT_TYPES, GGMLType

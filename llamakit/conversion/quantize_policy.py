@@ -1,7 +1,7 @@
 """Which type each tensor gets when a model is quantized: llama-quantize's file types and their mixtures.
 
-Facts: llama.cpp of 2026, src/llama-quant.cpp (which tensors, which type, shapes that do not fit) and
-tools/quantize/quantize.cpp (names). Pure functions of metadata and tensor tables; nothing is read or written here.
+Facts: llama.cpp of 2026, src/llama-quant.cpp (which tensors, which type, shapes that do not fit). Pure functions of
+metadata and tensor tables; nothing is read or written here.
 """
 
 from __future__ import annotations
@@ -12,53 +12,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from llamakit.conversion.file_types import FileType
 from llamakit.errors import FormatError, UnsupportedError, UsageError
 from llamakit.files import escape_control
 from llamakit.formats.base import TensorInfo
-from llamakit.ggml import BLOCK_SIZES, FILE_TYPES, FLOAT_TYPES, GGMLType
+from llamakit.ggml import BLOCK_SIZES, FLOAT_TYPES, GGMLType
 from llamakit.quant import can_encode
 
 T = GGMLType
-
-
-class FileType(NamedTuple):
-    """What a user asks for: the name, `general.file_type`, and the type of most tensors. COPY has no number."""
-
-    name: str
-    number: int | None
-    default: GGMLType | None
-
-
-_DEFAULTS = {
-    "F32": T.F32, "F16": T.F16, "BF16": T.BF16, "Q4_0": T.Q4_0, "Q4_1": T.Q4_1, "Q5_0": T.Q5_0, "Q5_1": T.Q5_1,
-    "Q8_0": T.Q8_0, "Q2_K": T.Q2_K, "Q2_K_S": T.Q2_K, "Q3_K_S": T.Q3_K, "Q3_K_M": T.Q3_K, "Q3_K_L": T.Q3_K,
-    "Q4_K_S": T.Q4_K, "Q4_K_M": T.Q4_K, "Q5_K_S": T.Q5_K, "Q5_K_M": T.Q5_K, "Q6_K": T.Q6_K, "IQ4_NL": T.IQ4_NL,
-    "IQ4_XS": T.IQ4_XS, "TQ1_0": T.TQ1_0, "TQ2_0": T.TQ2_0, "MXFP4_MOE": T.MXFP4,
-}  # fmt: skip
-_NUMBERS = {name: number for number, name in FILE_TYPES.items()}
-_ALIASES = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M"}
-#: by name, with COPY; aliases are not in it
-QUANTIZE_TYPES: dict[str, FileType] = {
-    **{name: FileType(name, _NUMBERS[name], default) for name, default in _DEFAULTS.items()},
-    "COPY": FileType("COPY", None, None),
-}
-
-
-def parse_file_type(text: str) -> FileType:
-    """A name, in any case, an alias, or a number of `general.file_type`.
-
-    Raises UnsupportedError for a type of llama.cpp's that llamakit does not make, UsageError for anything else.
-    """
-    name = text.upper()
-    if name.isascii() and name.isdigit():
-        name = FILE_TYPES.get(int(name[:9]), name)
-    name = _ALIASES.get(name, name)
-    if name in QUANTIZE_TYPES:
-        return QUANTIZE_TYPES[name]
-    offered = f"one of {', '.join([*QUANTIZE_TYPES, *_ALIASES])}"
-    if name in _NUMBERS:
-        raise UnsupportedError(f"quantizing to {name} is not supported", hint=f"take {offered}")
-    raise UsageError(f"unknown type to quantize to: {escape_control(text)}", hint=f"take {offered}")
 
 
 def parse_tensor_type(text: str) -> GGMLType:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import errno
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import MappingProxyType
@@ -23,7 +23,7 @@ from llamakit.files import atomic_files, escape_control
 from llamakit.formats.base import TensorData, TensorInfo, read_back
 from llamakit.formats.gguf_reader import DEFAULT_ALIGNMENT, GGUFFile
 from llamakit.formats.gguf_values import GGUFValueType, ValueType
-from llamakit.formats.gguf_writer import Typed, write_gguf
+from llamakit.formats.gguf_writer import Typed, written_tensors
 
 DEFAULT_MAX_TENSORS = 128
 
@@ -95,6 +95,10 @@ class SplitGGUF:
     def n_bytes(self) -> int:
         """Size of all parts together when they were opened."""
         return sum(file.n_bytes for file in self._files)
+
+    def part_of(self, name: str) -> int:
+        """Which part a tensor lies in, from 0."""
+        return self._files.index(self._homes[name])
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Packed rows [start, stop) as a fresh, writable uint8 array (rows, row_bytes); raises what GGUFFile.read
@@ -215,30 +219,61 @@ def write_gguf_split(
     arguments that no GGUF file can hold.
     """
     tensors = list(tensors)
-    if len({tensor.name for tensor in tensors}) != len(tensors):
-        raise ValueError("two tensors have the same name")
     parts = _cut(tensors, max_bytes, max_tensors, no_tensor_first_split)
-    prefix = os.fspath(path).removesuffix(".gguf")
-    targets = [part_path(prefix, no, len(parts)) for no in range(len(parts))]
     own = _without_split(metadata)
+    keys = [_split_keys(_Place(no, len(parts), len(tensors))) for no in range(len(parts))]
+    whole = [({**own, **keys[no]} if no == 0 else keys[no], part) for no, part in enumerate(parts)]
+    for _ in written_parts(path, whole, verify=verify):
+        pass
+    return part_paths(path, len(parts))
+
+
+def part_paths(path: str | os.PathLike[str], count: int) -> list[Path]:
+    """Where `write_gguf_split` and `written_parts` put the parts of `path`, with .gguf at its end or without."""
+    prefix = os.fspath(path).removesuffix(".gguf")
+    return [part_path(prefix, no, count) for no in range(count)]
+
+
+def split_keys(no: int, n_parts: int, n_tensors: int) -> dict[str, Any]:
+    """What part `no` (from 0) says of its place, in the order in which llama-quantize writes it."""
+    keys = _split_keys(_Place(no, n_parts, n_tensors))
+    return {key: keys[key] for key in _KEY_TYPES}
+
+
+def written_parts(
+    path: str | os.PathLike[str],
+    parts: Sequence[tuple[Mapping[str, Any], Sequence[TensorData]]],
+    *,
+    verify: Callable[[SplitGGUF], None] | None = None,
+) -> Iterator[TensorData]:
+    """Write the parts of a split GGUF, all of them or none, at `part_paths`; gives each tensor once it is written.
+
+    parts: (metadata with what concerns the split, tensors) of each. A single part may be without it, a whole file then.
+    verify: called with the opened whole before the parts get their names; what it raises leaves everything as it was.
+    The files are in their places when the iterator ends. Raises what `write_gguf_split` raises.
+    """
+    names = [tensor.name for _, tensors in parts for tensor in tensors]
+    if len(set(names)) != len(names):
+        raise ValueError("two tensors have the same name")
+    targets = part_paths(path, len(parts))
 
     def check(folder: Path) -> None:
-        with read_back(SplitGGUF, folder / targets[0].name, "parts") as file:
-            if list(file.tensors) != [t.name for t in tensors] or list(file.metadata) != list(own):
+        with read_back(open_gguf, folder / targets[0].name, "parts") as file:
+            if list(file.tensors) != names or list(file.metadata) != list(_without_split(parts[0][0])):
                 raise OSError(errno.EIO, "the parts read back with other names than were written")
-            if verify is not None:
+            if verify is not None and isinstance(file, SplitGGUF):
                 verify(file)
 
     with atomic_files(path, check) as folder:
-        for no, (target, part) in enumerate(zip(targets, parts, strict=True)):
-            keys = _split_keys(_Place(no, len(parts), len(tensors)))
-            _write_part(folder, target, {**own, **keys} if no == 0 else keys, part)
-    return targets
+        for target, (metadata, tensors) in zip(targets, parts, strict=True):
+            yield from _written_part(folder, target, metadata, tensors)
 
 
-def _write_part(folder: Path, target: Path, metadata: Mapping[str, Any], tensors: Sequence[TensorData]) -> None:
+def _written_part(
+    folder: Path, target: Path, metadata: Mapping[str, Any], tensors: Sequence[TensorData]
+) -> Iterator[TensorData]:
     try:
-        write_gguf(folder / target.name, metadata=metadata, tensors=tensors)
+        yield from written_tensors(folder / target.name, metadata=metadata, tensors=tensors)
     except SaveError as error:
         raise SaveError(error.reason, path=target, hint=error.hint) from error
 

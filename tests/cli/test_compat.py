@@ -66,6 +66,11 @@ def notes(line: str) -> list[compat.Note]:
     ("convert -hf u/r:Q8_0 --outfile x.gguf", "convert hf:u/r:Q8_0 -o x.gguf"),
     ("convert --remote u/r --outfile x.gguf", "convert hf:u/r -o x.gguf"),
     ("inspect -hf u/r", "inspect hf:u/r"),
+    # llama-quantize
+    ("quantize --allow-requantize --imatrix a_b.gguf --tensor-type attn_v=q8_0 --max-buffer-size 64 m_f.gguf o_q.gguf q4_k 8",
+     "quantize --allow-requantize --imatrix a_b.gguf --tensor-type attn_v=q8_0 m_f.gguf o_q.gguf q4_k 8"),
+    ("quantize --override-kv general.name=str:a_b m.gguf 7 -t 4", "quantize --override-kv general.name=str:a_b m.gguf 7 --threads 4"),
+    ("quantize -hf u/r:F16 q.gguf Q4_K_M", "quantize hf:u/r:F16 q.gguf Q4_K_M"),
     # everything else stays
     ("inspect -m m.gguf", "inspect m.gguf"),
     ("inspect -- --a_b.gguf", "inspect -- --a_b.gguf"),

@@ -33,7 +33,7 @@ def test_help_lists_main_commands_first_and_has_no_escapes() -> None:
     assert cli("-h").stdout == result.stdout
 
 
-@pytest.mark.parametrize("name", ["finetune", "generate", "tokenize", "inspect"])
+@pytest.mark.parametrize("name", ["finetune", "generate", "quantize", "tokenize", "inspect"])
 def test_every_command_documents_every_option(name: str) -> None:
     result = cli(name, "--help", env={"COLUMNS": "200"})
     assert result.returncode == 0 and "\x1b" not in result.stdout

@@ -6,8 +6,10 @@ from llamakit.cli.convert import convert
 from llamakit.cli.finetune import finetune
 from llamakit.cli.generate import generate
 from llamakit.cli.merge import merge
+from llamakit.cli.quantize import quantize
 from llamakit.conversion.convert_config import ConvertConfig
 from llamakit.conversion.merge_config import MergeConfig
+from llamakit.conversion.quantize_config import QuantizeConfig
 from llamakit.inference.config import GenerateConfig
 from llamakit.training.config import FinetuneConfig
 from tests.helpers import assert_parity
@@ -47,4 +49,13 @@ def test_merge() -> None:
         MergeConfig,
         cli_only=("lora", "lora_scaled", "threads", "offline", "json", "config"),
         config_only=("lora", "lora_scaled"),
+    )
+
+
+def test_quantize() -> None:
+    # Typer cannot tell an empty list from none: the options that can be repeated are None there, () here.
+    repeated = ("tensor_type", "tensor_type_file", "include_weights", "exclude_weights", "override_kv")
+    others = ("arguments", "dry_run", "threads", "offline", "json", "config")
+    assert_parity(
+        quantize, QuantizeConfig, cli_only=(*others, *repeated), config_only=("source", "out", "type", *repeated)
     )

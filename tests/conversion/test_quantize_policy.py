@@ -8,13 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from llamakit.conversion.file_types import QUANTIZE_TYPES
 from llamakit.conversion.quantize_policy import (
-    QUANTIZE_TYPES,
     Mixture,
     may_quantize,
     needs_imatrix,
     output_order,
-    parse_file_type,
     parse_tensor_type,
     tensor_types,
 )
@@ -162,31 +161,6 @@ def test_rows_that_do_not_fit_fall_back_and_are_counted() -> None:
     assert mixture.types["blk.2.ffn_down.weight"] == T.Q6_K
     assert "blk.0.attn_q.weight" in mixture.fallbacks and "blk.2.ffn_down.weight" not in mixture.fallbacks
     assert mixtures("rows of 40")["Q4_K_M"].types["blk.0.attn_q.weight"] == T.F16
-
-
-def test_names_numbers_and_aliases() -> None:
-    assert parse_file_type("q4_k_m") == parse_file_type("15") == parse_file_type("Q4_K") == ("Q4_K_M", 15, T.Q4_K)
-    assert parse_file_type("Q3_K").number == 12 and parse_file_type("Q5_K").number == 17
-    assert parse_file_type("0").name == "F32" and parse_file_type("copy").number is None
-    assert {t.number for t in QUANTIZE_TYPES.values() if t.number is not None} == {
-        0, 1, 2, 3, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 21, 25, 30, 32, 36, 37, 38,
-    }  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    "text", ["IQ1_S", "iq1_m", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ2_M", "IQ3_XXS", "IQ3_XS", "IQ3_S", "27", "Q1_0"]
-)
-def test_what_llama_quantize_has_beyond_is_refused_by_name(text: str) -> None:
-    with pytest.raises(UnsupportedError, match=r"^quantizing to I?Q[123]\w+ is not supported$") as caught:
-        parse_file_type(text)
-    assert "Q4_K_M" in str(caught.value.hint)
-
-
-@pytest.mark.parametrize("text", ["", "Q4", "4", "1024", "-1", "9" * 99, "Q4_K_M ", "q\x1b[31m", "٣"])
-def test_other_types_are_unknown(text: str) -> None:
-    with pytest.raises(UsageError, match=r"^unknown type to quantize to: ") as caught:
-        parse_file_type(text)
-    assert "\x1b" not in str(caught.value)
 
 
 def test_tensor_types_by_name() -> None:

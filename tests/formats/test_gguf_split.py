@@ -354,7 +354,7 @@ def test_a_full_disk_names_the_part(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     def full(path: Path, **_: Any) -> None:
         raise SaveError("cannot save: No space left on device", path=path)
 
-    monkeypatch.setattr("llamakit.formats.gguf_split.write_gguf", full)
+    monkeypatch.setattr("llamakit.formats.gguf_split.written_tensors", full)
     with pytest.raises(SaveError, match="No space left") as caught:
         write_gguf_split(tmp_path / "m.gguf", metadata={}, tensors=[])
     assert caught.value.path == tmp_path / "m-00001-of-00001.gguf"
