@@ -106,7 +106,8 @@ class Collector:
         """One line for each entry of which some experts saw nothing."""
         for name, counts in sorted(self._counts.items()):
             if not counts.all():
-                yield f"entry {escape_control(name)} has partial data ({100 * np.count_nonzero(counts) / len(counts):.2f}%)"
+                share = 100 * np.count_nonzero(counts) / len(counts)
+                yield f"entry {escape_control(name)} has partial data ({share:.2f}%)"
 
     def watch(self, model: Llama) -> None:
         """Collect from every matrix of the blocks from now on."""

@@ -5,12 +5,14 @@ from __future__ import annotations
 from llamakit.cli.convert import convert
 from llamakit.cli.finetune import finetune
 from llamakit.cli.generate import generate
+from llamakit.cli.imatrix import imatrix
 from llamakit.cli.merge import merge
 from llamakit.cli.quantize import quantize
 from llamakit.conversion.convert_config import ConvertConfig
 from llamakit.conversion.merge_config import MergeConfig
 from llamakit.conversion.quantize_config import QuantizeConfig
 from llamakit.inference.config import GenerateConfig
+from llamakit.inference.imatrix_config import ImatrixConfig
 from llamakit.training.config import FinetuneConfig
 from tests.helpers import assert_parity
 
@@ -59,3 +61,8 @@ def test_quantize() -> None:
     assert_parity(
         quantize, QuantizeConfig, cli_only=(*others, *repeated), config_only=("source", "out", "type", *repeated)
     )
+
+
+def test_imatrix() -> None:
+    others = ("threads", "device", "dtype", "offline", "json", "config")
+    assert_parity(imatrix, ImatrixConfig, cli_only=("in_files", *others), config_only=("in_files",))
