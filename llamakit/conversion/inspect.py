@@ -318,6 +318,7 @@ def _next_commands(kind: str, file: ModelFile | None, path: Path | None = None) 
         "llama2c-tokenizer": (("llamakit", "generate", "-m", "MODEL.bin", "-z", name),),
         "text": ((*finetune, "BASE.gguf", "--train-data", name),),
         "peft": lora,
+        "imatrix": (("llamakit", "quantize", "--imatrix", name, "MODEL.gguf", "Q4_K_M"),),
     }.get(kind, ())
 
 

@@ -253,7 +253,7 @@ def test_importances_that_do_not_fit(folder: Folder, tmp_path: Path) -> None:
     plan, *_ = written(QuantizeConfig(source=narrow / "model.gguf", out=tmp_path / "o.gguf", **options))
     assert "nothing for 15 of 15 tensors" in plan.notes[0]
     write_imatrix(tmp_path / "bad.gguf", plain / "model.gguf", scale=np.inf)
-    with pytest.raises(FormatError, match="NaN or infinity|has inf as a sum"):
+    with pytest.raises(FormatError, match=r"NaN or infinity|has inf as a sum"):
         written(QuantizeConfig(
             source=plain / "model.gguf", out=tmp_path / "o.gguf", type="Q4_0", imatrix=str(tmp_path / "bad.gguf"),
         ))  # fmt: skip
