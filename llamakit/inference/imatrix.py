@@ -7,13 +7,14 @@ position, float32 sums in the order of the tokens.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import Module
 
 from llamakit.errors import DataError, FormatError, MismatchError
 from llamakit.files import escape_control, read_text
@@ -113,7 +114,10 @@ class Collector:
         """Collect from every matrix of the blocks from now on."""
         for path, module in model.named_modules():
             if path.startswith("blk.") and isinstance(module, QuantizedLinear):
-                module.register_forward_pre_hook(lambda _, args, name=f"{path}.weight": self.add(name, args[0]))
+                module.register_forward_pre_hook(self._hook(f"{path}.weight"))
+
+    def _hook(self, name: str) -> Callable[[Module, tuple[Tensor, ...]], None]:
+        return lambda _, inputs: self.add(name, inputs[0])
 
 
 def imatrix(

@@ -73,7 +73,7 @@ def test_no_tensor_of_a_model_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"llamakit.checkpoint.version": 1, "general.architecture": "llama"}, "checkpoint", "llamakit training checkpoint", "finetune"),
         ({"training.type": "finetune_lora"}, "old-checkpoint", "training checkpoint of the old llama.cpp finetune", "finetune"),
         ({"training.type": "train_model"}, "old-checkpoint", "training checkpoint of llama.cpp (train_model)", None),
-        ({"general.type": "imatrix"}, "imatrix", "importance matrix", None),
+        ({"general.type": "imatrix"}, "imatrix", "importance matrix", "quantize"),
         ({"general.architecture": "bert"}, "model", "model", None),
         ({"general.architecture": "qwen2", "tokenizer.ggml.model": "gpt2"}, "model", "model", "tokenize"),
     ],
