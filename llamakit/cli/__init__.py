@@ -21,6 +21,7 @@ import llamakit
 from llamakit.cli import (
     compat,
     convert,
+    doctor,
     finetune,
     generate,
     imatrix,
@@ -40,7 +41,7 @@ _MEMORY_HINT = "a smaller --ctx or a model with fewer bits per weight needs less
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 _OVERVIEW = """\
-llamakit: fine-tune, run, convert and merge Llama models, on the files that you already have
+llamakit: fine-tune, run, convert, quantize and merge Llama models, on the files that you already have
 
 {commands}
 Start with:  llamakit inspect MODEL.gguf
@@ -60,14 +61,17 @@ _COMMANDS = {
     "tokenize": (tokenize.tokenize, MORE),
     "inspect": (inspect.inspect, MORE),
     "verify": (verify.verify, MORE),
+    "doctor": (doctor.doctor, MORE),
 }
+#: commands that have no use for native code
+_LIGHT = {"tokenize", "inspect", "doctor"}
 
 
 def _root(
     context: typer.Context,
     version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
 ) -> None:
-    """Fine-tune, run, convert and merge Llama models, on the files that you already have."""
+    """Fine-tune, run, convert, quantize and merge Llama models, on the files that you already have."""
     if version:
         render.say(f"llamakit {llamakit.__version__}")
         raise typer.Exit()
@@ -145,6 +149,8 @@ def _invoke(argv: list[str]) -> object:
     command = root.commands.get(argv[0]) if argv else None
     if command is None:
         return root.main(args=argv, prog_name="llamakit", standalone_mode=False)
+    if argv[0] not in _LIGHT and not {"-h", "--help"} & set(argv):
+        doctor.say_once_what_is_missing()
     return command.main(args=argv[1:], prog_name=f"llamakit {argv[0]}", standalone_mode=False)
 
 

@@ -85,6 +85,7 @@ ALIASES: dict[str, dict[str, str]] = {
     "tokenize": {"--model": "-m", "--prompt": "-p", "--file": "-f"},
     "inspect": {"-m": "", "--model": ""},
     "verify": {},
+    "doctor": {},
 }
 
 #: llama.cpp's -hf user/repo[:QUANT] and -hff FILE -> the option that names the model, as hf:...
@@ -151,6 +152,7 @@ NO_OPS: dict[str, dict[str, tuple[int, str]]] = {
     "tokenize": {"--log-disable": (0, "what is no token goes to stderr: 2>/dev/null silences it")},
     "inspect": {},
     "verify": {},
+    "doctor": {},
 }
 
 # Options whose value is a text or a name, which may itself begin with a dash and is never rewritten.

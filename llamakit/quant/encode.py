@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from llamakit import native
 from llamakit.errors import MismatchError, UnsupportedError
 from llamakit.ggml import BLOCK_SIZES, GGMLType, row_bytes
 from llamakit.quant import encode_iquants, encode_kquants, encode_simple
@@ -53,8 +54,8 @@ def quantize(rows: Tensor, ggml_type: GGMLType, *, imatrix: Tensor | None = None
     """Encode rows: float32 (n_rows, n_in) -> uint8 (n_rows, row_bytes), on their device.
 
     imatrix: float32 (n_in,), how much an error in each column matters; types that have no use for it ignore it. On CPU
-    the bytes equal those of `ggml_quantize_chunk` on x86-64 where rows and scales are finite. Beyond the
-    result it needs some twenty megabytes there, whatever the size. F32 may share its memory with rows.
+    the bytes equal those of `ggml_quantize_chunk` on x86-64 where rows and scales are finite. Beyond the result it
+    needs some twenty megabytes there, whatever the size; native code needs none. F32 may share its memory with rows.
     Raises UnsupportedError for a type without an encoder, MismatchError when the rows are not whole blocks or the
     imatrix does not fit.
     """
@@ -67,7 +68,10 @@ def quantize(rows: Tensor, ggml_type: GGMLType, *, imatrix: Tensor | None = None
     out = torch.empty(len(rows), row_bytes(rows.shape[1], ggml_type), dtype=torch.uint8, device=rows.device)
     if not out.numel():
         return out
-    source = _Source(rows.contiguous(), n_elements, imatrix if ggml_type in _WEIGHTED else None, ggml_type)
+    rows, imatrix = rows.contiguous(), imatrix if ggml_type in _WEIGHTED else None
+    if rows.device.type == "cpu" and _encode_native(rows, ggml_type, imatrix, out):
+        return out
+    source = _Source(rows, n_elements, imatrix, ggml_type)
     packed = out.view(-1, n_bytes)
     step = max(1, (_CHUNK_CPU if rows.device.type == "cpu" else _CHUNK_OTHER) // n_elements)
     for start in range(0, len(packed), step):
@@ -75,6 +79,24 @@ def quantize(rows: Tensor, ggml_type: GGMLType, *, imatrix: Tensor | None = None
         encode = _PLAIN.get(ggml_type)
         packed[start : start + step] = encode(blocks) if encode else _WEIGHTED[ggml_type](blocks, importance)
     return out
+
+
+def _encode_native(rows: Tensor, ggml_type: GGMLType, imatrix: Tensor | None, out: Tensor) -> bool:
+    """Encode contiguous rows into out with the native library; False where it is not there or lacks the type."""
+    library = native.library()
+    if library is None or not library.can_encode(ggml_type):
+        return False
+    importance = None if imatrix is None else imatrix.cpu().contiguous()
+    library.encode(
+        ggml_type,
+        rows.data_ptr(),
+        None if importance is None else importance.data_ptr(),
+        out.data_ptr(),
+        (rows.shape[0], rows.shape[1]),
+        out.shape[1],
+        torch.get_num_threads(),
+    )
+    return True
 
 
 def _check(rows: Tensor, ggml_type: GGMLType, imatrix: Tensor | None) -> None:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
 
+from llamakit import native
 from llamakit.errors import MismatchError, UnsupportedError
 from llamakit.ggml import BLOCK_SIZES, GGMLType
 from llamakit.quant import iquants, kquants, simple
 from llamakit.quant.blocks import Levels
+from llamakit.quant.tables import grid
 
 _DENSE = {GGMLType.F32: torch.float32, GGMLType.F16: torch.float16, GGMLType.BF16: torch.bfloat16}
 _UNPACK: dict[GGMLType, Callable[[Tensor], Levels]] = {
@@ -39,6 +42,9 @@ _UNPACK: dict[GGMLType, Callable[[Tensor], Levels]] = {
     GGMLType.IQ4_NL: iquants.iq4_nl,
     GGMLType.IQ4_XS: iquants.iq4_xs,
 }
+#: the grids that native decoders look up, in the order of native/codec.h; and whose each is
+_GRIDS = ("IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ1_S")
+_GRID_OF = {GGMLType[name]: name for name in _GRIDS} | {GGMLType.IQ1_M: "IQ1_S"}
 # Weights decoded at a time. The temporaries take about 8 bytes per weight: on CPU few enough to stay in the caches,
 # many enough that the operators' own costs do not count; elsewhere launches are what costs.
 _CHUNK_CPU, _CHUNK_OTHER = 1 << 19, 1 << 23
@@ -120,6 +126,8 @@ def _decode_rows(data: Tensor, ggml_type: GGMLType, out: Tensor, chunk: int) -> 
     if ggml_type in _DENSE:
         out.copy_(data.view(_DENSE[ggml_type]))
         return
+    if out.device.type == "cpu" and _decode_native(data, ggml_type, out):
+        return
     n_elements, n_bytes = BLOCK_SIZES[ggml_type]
     blocks, weights = data.view(-1, n_bytes), out.view(-1, n_elements)
     step = chunk // n_elements
@@ -132,6 +140,27 @@ def _decode_rows(data: Tensor, ggml_type: GGMLType, out: Tensor, chunk: int) -> 
         _combine(_UNPACK[ggml_type](part), exact)
         if exact is not target:
             target.copy_(exact)
+
+
+def _decode_native(data: Tensor, ggml_type: GGMLType, out: Tensor) -> bool:
+    """Decode contiguous data into contiguous out with the native library; False where it is not there or lacks this."""
+    library, bf16 = native.library(), out.dtype == torch.bfloat16
+    if library is None or not (bf16 or out.dtype == torch.float32) or not library.can_decode(ggml_type, bf16=bf16):
+        return False
+    if ggml_type in _GRID_OF:
+        _hand_over(_GRID_OF[ggml_type])
+    block = BLOCK_SIZES[ggml_type]
+    n_blocks = data.numel() // block[1]
+    library.decode(ggml_type, data.data_ptr(), out.data_ptr(), n_blocks, block, torch.get_num_threads(), bf16=bf16)
+    return True
+
+
+@cache
+def _hand_over(name: str) -> None:
+    """Tell the native library where a grid is; the table's cache keeps it there."""
+    library = native.library()
+    assert library is not None
+    library.set_grid(_GRIDS.index(name), grid(name, torch.device("cpu")).data_ptr())
 
 
 def _combine(levels: Levels, out: Tensor) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from llamakit import native
 from llamakit.errors import UnsupportedError
 from llamakit.ggml import BLOCK_SIZES, GGMLType
 
@@ -34,6 +35,10 @@ def first_non_finite(rows: Tensor) -> tuple[int, int] | None:
 
     Block types cannot hold such a value; it would spoil its whole block.
     """
+    library = native.library()
+    if library is not None and rows.device.type == "cpu" and rows.dtype == torch.float32 and rows.is_contiguous():
+        place = library.first_non_finite(rows.data_ptr(), rows.numel())
+        return None if place == rows.numel() else divmod(place, rows.shape[1])
     step = max(1, _CHUNK // max(1, rows.shape[1]))
     for start in range(0, len(rows), step):
         part = rows[start : start + step]

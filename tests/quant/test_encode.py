@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 
 import gguf
 import numpy as np
@@ -12,6 +13,7 @@ from gguf import quants
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llamakit import native
 from llamakit.errors import MismatchError, UnsupportedError
 from llamakit.ggml import BLOCK_SIZES, GGMLType, row_bytes
 from llamakit.quant import can_decode, can_encode, dequantize, encode, first_bad_block, quantize, uses_importance
@@ -65,6 +67,16 @@ def encoded(rows: np.ndarray, ggml_type: GGMLType, imatrix: np.ndarray | None = 
     return quantize(torch.from_numpy(rows), ggml_type, imatrix=importance).numpy()
 
 
+@pytest.fixture(params=["torch", "native"])
+def path(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Both ways to the same bytes, where there is native code."""
+    isas = native.status().isas
+    if request.param == "native" and not isas:
+        pytest.skip("no native code")
+    with native.using(isas[-1] if request.param == "native" else None):
+        yield
+
+
 def golden_input() -> tuple[np.ndarray, np.ndarray]:
     rows = [rows for name, rows in weights(2, 512).items() if name != "huge"]
     return np.concatenate(rows), importances(512)["with zeros"]
@@ -80,6 +92,7 @@ def test_the_types_are_those_of_llama_quantize() -> None:
     assert all(can_decode(t) for t in ENCODED)
 
 
+@pytest.mark.usefixtures("path")
 @every_type
 def test_bytes_are_those_that_ggml_made(ggml_type: GGMLType) -> None:
     rows, importance = golden_input()
@@ -88,6 +101,7 @@ def test_bytes_are_those_that_ggml_made(ggml_type: GGMLType) -> None:
     assert digest(encoded(rows, ggml_type, importance)) == with_importance
 
 
+@pytest.mark.usefixtures("path")
 @pytest.mark.parametrize("ggml_type", IN_GGUF, ids=lambda t: t.name)
 def test_bytes_are_those_of_the_gguf_package(ggml_type: GGMLType) -> None:
     """But for the sign of a scale or minimum of zero, where it differs from ggml: hence no minus zeros."""
@@ -100,6 +114,7 @@ def test_bytes_are_those_of_the_gguf_package(ggml_type: GGMLType) -> None:
             np.testing.assert_array_equal(encoded(rows, ggml_type), expected, err_msg=name)
 
 
+@pytest.mark.usefixtures("path")
 @pytest.mark.interop
 @every_type
 def test_bytes_are_those_of_ggml(ggml_type: GGMLType) -> None:
@@ -123,6 +138,7 @@ def _finite_blocks(packed: np.ndarray, ggml_type: GGMLType) -> np.ndarray:
     return np.array([first_bad_block(block, ggml_type) is None for block in blocks])
 
 
+@pytest.mark.usefixtures("path")
 @pytest.mark.interop
 @pytest.mark.parametrize("ggml_type", WEIGHTED, ids=lambda t: t.name)
 def test_bytes_are_those_of_ggml_for_many_weights(ggml_type: GGMLType) -> None:
@@ -178,6 +194,7 @@ def test_zeros_stay_zeros(ggml_type: GGMLType) -> None:
     assert not dequantize(packed, ggml_type).any()
 
 
+@pytest.mark.usefixtures("path")
 @scaled_type
 def test_pieces_and_strides_do_not_show(ggml_type: GGMLType, monkeypatch: pytest.MonkeyPatch) -> None:
     rows, importance = (
@@ -194,6 +211,7 @@ def test_pieces_and_strides_do_not_show(ggml_type: GGMLType, monkeypatch: pytest
     assert torch.equal(quantize(rows, ggml_type, imatrix=importance), whole)
 
 
+@pytest.mark.usefixtures("path")
 @pytest.mark.parametrize("name", ["Q4_0", "Q8_0", "Q3_K", "Q4_K", "IQ4_XS"])
 def test_temporaries_do_not_grow_with_the_matrix(name: str) -> None:
     rows = torch.zeros(512, 2**10)
