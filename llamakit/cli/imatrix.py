@@ -37,8 +37,9 @@ def imatrix(
         typer.Option("--in-file", metavar="FILE", help="Earlier result to add to; repeatable.", rich_help_panel=FILES),
     ] = None,
     output_format: Annotated[
-        Literal["gguf", "dat"], typer.Option("--output-format", help="Format to write.", rich_help_panel=OUTPUT)
-    ] = "gguf",
+        Literal["gguf", "dat"] | None,
+        typer.Option("--output-format", help="Format to write.", show_default="gguf", rich_help_panel=OUTPUT),
+    ] = None,
     ctx: Annotated[int, typer.Option("--ctx", "-c", help="Tokens of a chunk.", rich_help_panel=DATA)] = 512,
     batch: Annotated[
         int, typer.Option("--batch", "-b", help="Tokens computed at once, whole chunks.", rich_help_panel=COMPUTE)

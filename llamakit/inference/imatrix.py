@@ -6,22 +6,25 @@ position, float32 sums in the order of the tokens.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import Module
 
-from llamakit.errors import DataError, FormatError, MismatchError
-from llamakit.files import escape_control, read_text
+from llamakit.errors import FormatError, MismatchError, UsageError
+from llamakit.files import escape_control
 from llamakit.formats.imatrix import Entry, Imatrix, read_imatrix
 from llamakit.formats.imatrix_writer import write_imatrix, write_imatrix_dat
 from llamakit.formats.open import open_model
+from llamakit.inference.chunks import cut, read_tokens, with_bos
+from llamakit.inference.config import PerplexityConfig
 from llamakit.inference.imatrix_config import ImatrixConfig
+from llamakit.inference.perplexity import Estimate, perplexity
 from llamakit.model import load_model
 from llamakit.model.layers import QuantizedLinear
 from llamakit.model.llama import Llama
@@ -97,24 +100,29 @@ class Collector:
             raise FormatError(f"the inputs of {name} are no finite numbers")
         self._sums[name], self._counts[name] = total, counts[:1] + len(squares)
 
+    @property
+    def chunk_count(self) -> int:
+        """Chunks that the fullest count stands for, earlier files included."""
+        return max((int(counts.max()) for counts in self._counts.values()), default=0) // self.chunk_size
+
     def result(self) -> Imatrix:
         """What has been summed so far."""
         entries = {name: Entry(sums, self._counts[name].astype(np.float32)) for name, sums in self._sums.items()}
-        most = max((int(counts.max()) for counts in self._counts.values()), default=0)
-        return Imatrix(entries, tuple(self.datasets), most // self.chunk_size, self.chunk_size)
+        return Imatrix(entries, tuple(self.datasets), self.chunk_count, self.chunk_size)
 
-    def warnings(self) -> Iterator[str]:
-        """One line for each entry of which some experts saw nothing."""
-        for name, counts in sorted(self._counts.items()):
-            if not counts.all():
-                share = 100 * np.count_nonzero(counts) / len(counts)
-                yield f"entry {escape_control(name)} has partial data ({share:.2f}%)"
+    def watch(self, model: Llama, *, process_output: bool) -> None:
+        """Collect from every matrix of the blocks from now on, and from output.weight where that is wanted.
 
-    def watch(self, model: Llama) -> None:
-        """Collect from every matrix of the blocks from now on."""
+        llama.cpp calls a tied output token_embd.weight, and measures no matrix of that name.
+        """
         for path, module in model.named_modules():
             if path.startswith("blk.") and isinstance(module, QuantizedLinear):
                 module.register_forward_pre_hook(self._hook(f"{path}.weight"))
+        if process_output and not model.config.tied_output:
+            model.output_norm.register_forward_hook(self._output_hook)
+
+    def _output_hook(self, _: Module, __: Any, hidden: Tensor) -> None:
+        self.add("output.weight", hidden)
 
     def _hook(self, name: str) -> Callable[[Module, tuple[Tensor, ...]], None]:
         return lambda _, inputs: self.add(name, inputs[0])
@@ -125,99 +133,91 @@ def imatrix(
 ) -> Iterator[Chunk | Collected]:
     """Measure, or merge, and write `config.output`; a report for each chunk, and one of the result.
 
-    Raises what reading a model, a text or an importance matrix raises; DataError for a text that is too short;
+    Raises what reading a model, a text or an importance matrix raises; UsageError for a text that is too short;
     SaveError.
     """
-    collector, ppl = Collector(config.ctx), _Perplexity()
+    collector = Collector(config.ctx)
     for path in config.in_files:
         collector.add_file(path)
+    warnings, last = [], None
     if config.file is not None and config.model is not None:
         collector.datasets.append(str(config.file))
-        yield from _collect(config, collector, ppl, device, dtype)
+        with open_model(config.model) as source:
+            tokenizer = load_tokenizer(source)
+            chunks = _chunks(config, config.file, tokenizer)
+            model = load_model(source, device=device, dtype=dtype)
+        if config.process_output and model.config.tied_output:
+            warnings.append(f"{config.model} has no output.weight (token_embd.weight serves as such): no entry of it")
+        collector.watch(model, process_output=config.process_output)
+        for done, last in enumerate(_estimates(config, model, chunks, with_bos(chunks, tokenizer), collector), 1):
+            yield Chunk(done, len(chunks), last.ppl if last else None)
     result = collector.result()
+    warnings += [*_warnings(config, result)]
     _save(config, config.output, result)
-    value, error = ppl.value if config.ppl and ppl.n else None, ppl.error if config.ppl else None
-    yield Collected(config.output, len(result.entries), result.chunk_count, value, error, tuple(collector.warnings()))
+    ppl, error = (last.ppl, last.error or None) if last else (None, None)
+    yield Collected(config.output, _n_stored(config, result), result.chunk_count, ppl, error, tuple(warnings))
+
+
+def _chunks(config: ImatrixConfig, path: Path, tokenizer: Tokenizer) -> np.ndarray:
+    """The text as int32 (chunks, ctx), after the chunks that are skipped; two at least must be left."""
+    tokens = read_tokens(path, tokenizer, parse_special=config.parse_special)
+    least = (config.chunk + 2) * config.ctx
+    if config.chunk and len(tokens) <= least:
+        raise UsageError(
+            f"the text has {len(tokens)} tokens (expected more than {least}, {config.chunk} + 2 chunks)",
+            path=path,
+            hint="skip fewer: --chunk",
+        )
+    return cut(tokens[config.chunk * config.ctx :], config.ctx, chunks=config.chunks, source=path)
+
+
+def _estimates(
+    config: ImatrixConfig, model: Llama, chunks: np.ndarray, seen: np.ndarray, collector: Collector
+) -> Iterator[Estimate | None]:
+    """Read all chunks, and save on the way, whenever a multiple of a frequency has been passed."""
+    before = collector.chunk_count
+    for estimate in _forward(config, model, chunks, seen):
+        now = collector.chunk_count  # counts whole batches, at the first chunk of each
+        if before // config.output_frequency != now // config.output_frequency:
+            _save(config, config.output, collector.result())
+        if config.save_frequency and before // config.save_frequency != now // config.save_frequency:
+            _save(config, config.output.with_name(f"{config.output.name}.at_{now}"), collector.result())
+        before = now
+        yield estimate
+
+
+def _forward(config: ImatrixConfig, model: Llama, chunks: np.ndarray, seen: np.ndarray) -> Iterator[Estimate | None]:
+    """The model over every chunk; the running perplexity after each, None where it is not wanted."""
+    if config.ppl:
+        yield from perplexity(model, chunks, seen, PerplexityConfig(ctx=config.ctx, batch=config.batch))
+        return
+    device, step = next(model.output_norm.parameters()).device, max(1, config.batch // config.ctx)
+    for start in range(0, len(seen), step):
+        batch = torch.from_numpy(seen[start : start + step].astype(np.int64)).to(device)
+        with torch.inference_mode():
+            model(batch)
+        yield from [None] * len(batch)
 
 
 def _save(config: ImatrixConfig, path: Path, result: Imatrix) -> None:
-    (write_imatrix if config.output_format == "gguf" else write_imatrix_dat)(path, result)
+    (write_imatrix_dat if config.output_format == "dat" else write_imatrix)(path, result)
 
 
-@torch.inference_mode()
-def _collect(
-    config: ImatrixConfig, collector: Collector, ppl: _Perplexity, device: str, dtype: torch.dtype
-) -> Iterator[Chunk]:
-    assert config.model is not None and config.file is not None
-    with open_model(config.model) as source:
-        tokenizer = load_tokenizer(source)
-        chunks = _chunks(config, config.file, tokenizer)
-        model = load_model(source, device=device, dtype=dtype)
-    collector.watch(model)
-    step, first = max(1, config.batch // config.ctx), config.ctx // 2
-    for start in range(0, len(chunks), step):
-        targets = chunks[start : start + step].to(device)
-        inputs = targets.clone()
-        if tokenizer.add_bos and tokenizer.bos_id is not None:
-            inputs[:, 0] = tokenizer.bos_id
-        hidden = model(inputs)
-        if config.process_output and not model.config.tied_output:  # llama.cpp's output is token_embd where tied
-            collector.add("output.weight", hidden)
-        for i in range(len(targets)):
-            if config.ppl:
-                ppl.add(model.logits(hidden[i, first:-1]), targets[i, first + 1 :])
-            yield Chunk(start + i + 1, len(chunks), ppl.value if config.ppl else None)
-        _snapshot(config, collector, start, start + len(targets))
+def _n_stored(config: ImatrixConfig, result: Imatrix) -> int:
+    """Entries in the file: a .dat has no place for one without data."""
+    return sum(config.output_format != "dat" or bool(counts.any()) for _, counts in result.entries.values())
 
 
-def _snapshot(config: ImatrixConfig, collector: Collector, before: int, now: int) -> None:
-    """Save on the way, whenever a multiple of a frequency has been passed."""
-    if before // config.output_frequency != now // config.output_frequency:
-        _save(config, config.output, collector.result())
-    every = config.save_frequency
-    if every and before // every != now // every:
-        result = collector.result()
-        _save(config, config.output.with_name(f"{config.output.name}.at_{result.chunk_count}"), result)
-
-
-def _chunks(config: ImatrixConfig, path: Path, tokenizer: Tokenizer) -> Tensor:
-    """The text as int64 (chunks, ctx). One newline at its end is dropped, as by llama.cpp."""
-    tokens = tokenizer.encode(read_text(path).removesuffix("\n"), parse_special=config.parse_special)
-    least = (config.chunk + 2) * config.ctx
-    if len(tokens) < least:
-        raise DataError(
-            f"has {len(tokens)} tokens (expected at least {least})", path=path, hint="a smaller --ctx needs fewer"
-        )
-    tokens = tokens[config.chunk * config.ctx :]
-    n = len(tokens) // config.ctx
-    n = n if config.chunks < 0 else min(n, config.chunks)
-    return torch.tensor(tokens[: n * config.ctx], dtype=torch.int64).view(n, config.ctx)
-
-
-class _Perplexity:
-    """Of the tokens that were added; sums in float64."""
-
-    def __init__(self) -> None:
-        self.n, self._sum, self._squares = 0, 0.0, 0.0
-
-    def add(self, logits: Tensor, targets: Tensor) -> None:
-        shifted = logits - logits.amax(-1, keepdim=True)
-        sums = shifted.exp().sum(-1, dtype=torch.float64)
-        nll = sums.log() - shifted.gather(-1, targets[:, None])[:, 0].double()
-        self.n, self._sum, self._squares = (
-            self.n + len(nll),
-            self._sum + float(nll.sum()),
-            self._squares + float(nll.square().sum()),
-        )
-
-    @property
-    def value(self) -> float:
-        return math.exp(self._sum / self.n)
-
-    @property
-    def error(self) -> float | None:
-        """Standard error of the value; None where there is none."""
-        if self.n < 2:
-            return None
-        variance = self._squares / self.n - (self._sum / self.n) ** 2
-        return self.value * math.sqrt(variance / (self.n - 1)) if variance > 0 else None
+def _warnings(config: ImatrixConfig, result: Imatrix) -> Iterator[str]:
+    """What is missing in the file: experts that saw nothing, entries left out; a name that promises another format."""
+    for name, (_, counts) in sorted(result.entries.items()):
+        if not counts.any() and config.output_format == "dat":
+            yield f"entry {escape_control(name)} has no data - skipping"
+        elif not counts.all():
+            share = 100 * np.count_nonzero(counts) / len(counts)
+            yield f"entry {escape_control(name)} has partial data ({share:.2f}%)"
+    n_stored = _n_stored(config, result)
+    if n_stored < len(result.entries):
+        yield f"storing only {n_stored} out of {len(result.entries)} entries"
+    if config.output_format is None and config.output.suffix != ".gguf":
+        yield f"{config.output} is in the GGUF format, whatever its name says; --output-format dat writes the older one"

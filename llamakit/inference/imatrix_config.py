@@ -24,8 +24,8 @@ class ImatrixConfig:
     """File to write."""
     in_files: tuple[Path, ...] = ()
     """Earlier results to add to."""
-    output_format: Literal["gguf", "dat"] = "gguf"
-    """Format to write: GGUF, or the older .dat."""
+    output_format: Literal["gguf", "dat"] | None = None
+    """Format to write: GGUF, or the older .dat; None is GGUF, with a warning where the name says otherwise."""
     ctx: int = 512
     """Tokens of a chunk."""
     batch: int = 2048
@@ -56,6 +56,8 @@ class ImatrixConfig:
         ):
             if value < least:
                 raise UsageError(f"{flag} is {value} (expected {least} or more)")
+        if self.chunks == 0:
+            raise UsageError("--chunks is 0 (expected -1, or 1 or more)")
         if self.file is None and not self.in_files:
             raise UsageError("there is no text and no --in-file", hint="give a text with -f, or files to merge")
         if self.file is not None and self.model is None:

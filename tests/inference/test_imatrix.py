@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from llamakit.errors import DataError, UsageError
+from llamakit.errors import UsageError
 from llamakit.formats.imatrix import Imatrix, read_imatrix
 from llamakit.inference.imatrix import Collected, imatrix
 from llamakit.inference.imatrix_config import ImatrixConfig
@@ -56,7 +56,7 @@ def test_halves_merge_to_the_whole(tmp_path: Path) -> None:
 def test_what_cannot_be(tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("short")
-    with pytest.raises(DataError, match="tokens"):
+    with pytest.raises(UsageError, match="tokens"):
         measured(model=cached_tiny_gguf(), file=text, output=tmp_path / "i.gguf")
     with pytest.raises(UsageError, match="no text and no --in-file"):
         ImatrixConfig()
