@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -21,7 +22,12 @@ from llamakit.cli.options import (
     set_threads,
 )
 from llamakit.cli.sources import local
+from llamakit.errors import UsageError
 from llamakit.files import check_writable
+
+if TYPE_CHECKING:
+    from llamakit.inference.imatrix import Collected
+    from llamakit.inference.imatrix_config import ImatrixConfig
 
 
 def imatrix(
@@ -62,6 +68,9 @@ def imatrix(
     ppl: Annotated[
         bool, typer.Option("--ppl/--no-ppl", help="Show the perplexity on the way.", rich_help_panel=OUTPUT)
     ] = True,
+    show_statistics: Annotated[
+        bool, typer.Option("--show-statistics", help="Show what the --in-file says, and end.", rich_help_panel=OUTPUT)
+    ] = False,
     threads: ThreadsOption = None,
     device: DeviceOption = "auto",
     dtype: Annotated[
@@ -74,6 +83,9 @@ def imatrix(
     """Measure on a text which columns of each matrix matter (an importance matrix), or merge such files."""
     from llamakit.inference.imatrix_config import ImatrixConfig
 
+    if show_statistics:
+        _show_statistics(in_files or [], json)
+        return
     settings = ImatrixConfig(
         model=Path(local(model, offline=offline)) if model is not None else None,
         file=file, output=output, in_files=tuple(in_files or ()), output_format=output_format, ctx=ctx, batch=batch,
@@ -81,25 +93,62 @@ def imatrix(
         process_output=process_output, parse_special=parse_special, ppl=ppl,
     )  # fmt: skip
     check_writable(output)
+    set_threads(threads)
+    _measure(settings, device, dtype, json)
+
+
+def _measure(settings: ImatrixConfig, device: str, dtype: str, json: bool) -> None:
     import torch
 
     from llamakit.inference.imatrix import Chunk
     from llamakit.inference.imatrix import imatrix as measure
     from llamakit.model.device import resolve_device
 
-    set_threads(threads)
     kind = torch.float32 if dtype == "f32" else torch.bfloat16
     for report in measure(settings, device=str(resolve_device(device)), dtype=kind):
         if not isinstance(report, Chunk):
-            for warning in report.warnings:
-                render.warn(warning)
-            if json:
-                render.print_json({**vars(report), "path": str(report.path)})
-                return
-            if report.ppl is not None:
-                render.say("")
-                error = f" +/- {report.ppl_error:.5f}" if report.ppl_error is not None else ""
-                render.say(f"Final estimate: PPL = {report.ppl:.4f}{error}")
-            render.say(f"{report.path}: {report.n_entries} entries from {report.chunk_count} chunks")
+            _print_result(report, json)
         elif report.ppl is not None and not json:
             print(f"[{report.done}]{report.ppl:.4f},", end="", flush=True)
+
+
+def _print_result(report: Collected, json: bool) -> None:
+    if report.ppl is not None and not json:
+        render.say("")
+        error = f" +/- {report.ppl_error:.5f}" if report.ppl_error is not None else ""
+        render.say(f"Final estimate: PPL = {report.ppl:.4f}{error}")
+    for warning in report.warnings:
+        render.warn(warning)
+    if json:
+        render.print_json(vars(report))
+    else:
+        render.say(f"{report.path}: {report.n_entries} entries from {report.chunk_count} chunks")
+
+
+def _show_statistics(in_files: list[Path], json: bool) -> None:
+    from llamakit.formats.imatrix import read_imatrix
+    from llamakit.inference.imatrix_statistics import layer_statistics, tensor_statistics
+
+    if len(in_files) != 1:
+        raise UsageError(f"--show-statistics is of one --in-file (got {len(in_files)})")
+    rows = tensor_statistics(read_imatrix(in_files[0]))
+    layers = layer_statistics(rows)
+    if json:
+        render.print_json({"tensors": [vars(row) for row in rows], "layers": [vars(row) for row in layers]})
+        return
+    _table(
+        ("layer", "tensor", "Σ(act²)", "min", "max", "μ", "σ", "active", "N", "entropy", "E (norm)", "ZD", "cos sim"),
+        [
+            ("-" if r.layer is None else r.layer, r.tensor, f"{r.total:.2f}", f"{r.min:.4f}", f"{r.max:.4f}",
+             f"{r.mean:.2f}", f"{r.stddev:.2f}", f"{r.active:.2%}", r.n, f"{r.entropy:.4f}", f"{r.entropy_norm:.2%}",
+             f"{r.zd:.2%}", f"{r.cossim:.4f}")
+            for r in rows
+        ],
+    )  # fmt: skip
+    render.say("")
+    means = [(row.layer, f"{row.total:.2f}", f"{row.zd:.4%}", f"{row.cossim:.4f}") for row in layers]
+    _table(("layer", "μΣ(act²)", "μZD", "μ cos sim"), means)
+
+
+def _table(headers: tuple[str, ...], rows: Sequence[Sequence[object]]) -> None:
+    render.table(headers, rows, right=[i for i, header in enumerate(headers) if header != "tensor"])

@@ -64,5 +64,5 @@ def test_quantize() -> None:
 
 
 def test_imatrix() -> None:
-    others = ("threads", "device", "dtype", "offline", "json", "config")
+    others = ("show_statistics", "threads", "device", "dtype", "offline", "json", "config")
     assert_parity(imatrix, ImatrixConfig, cli_only=("in_files", *others), config_only=("in_files",))
