@@ -25,6 +25,8 @@ from llamakit.ggml import GGMLType
 SUMS, COUNTS = ".in_sum2", ".counts"
 DATASETS, CHUNK_COUNT, CHUNK_SIZE = "imatrix.datasets", "imatrix.chunk_count", "imatrix.chunk_size"
 _F32 = np.dtype("<f4")
+#: entries of a .dat; real models have some thousands of matrices at most
+_MAX_ENTRIES = 1 << 16
 
 
 class Entry(NamedTuple):
@@ -68,6 +70,11 @@ def read_imatrix(path: str | os.PathLike[str]) -> Imatrix:
         return _read_gguf(file)
 
 
+def is_dat(source: FileSource) -> bool:
+    """Whether a file is an importance matrix in the .dat form, to its last byte; its values are not looked at."""
+    return _Dat(source).is_one()
+
+
 def _read_gguf(file: GGUFFile) -> Imatrix:
     for key in (DATASETS, CHUNK_COUNT, CHUNK_SIZE):
         if key not in file.metadata:
@@ -80,7 +87,8 @@ def _read_gguf(file: GGUFFile) -> Imatrix:
     if not names:
         raise FormatError("has no entries", path=file.path)
     datasets = file.metadata[DATASETS]
-    if isinstance(datasets, (str, np.ndarray)) or not isinstance(datasets, Sequence):
+    listed = isinstance(datasets, Sequence) and not isinstance(datasets, str)
+    if not listed or not all(isinstance(name, str) for name in datasets):
         raise FormatError(f"{DATASETS} is no list of names", path=file.path)
     entries = {name: _entry(file, name) for name in names}
     return Imatrix(entries, tuple(datasets), _natural(file, CHUNK_COUNT), _natural(file, CHUNK_SIZE))
@@ -124,7 +132,7 @@ class _Dat:
     def read(self) -> Imatrix:
         """The whole file. The number of entries is bounded by the bytes that each takes."""
         entries: dict[str, Entry] = {}
-        for _ in range(self._natural("number of entries", 1)):
+        for _ in range(self._natural("number of entries", 1, _MAX_ENTRIES)):
             name = self._text()
             n_calls = self._natural("number of calls")
             sums = self._take(4 * self._natural("number of values", 1)).view(_F32)
@@ -137,19 +145,38 @@ class _Dat:
         chunks, text = self._natural("number of chunks"), self._text()
         return Imatrix(entries, (text,) if text else (), chunks, 0, legacy=True)
 
+    def is_one(self) -> bool:
+        """Whether the whole file is built like a .dat, names of visible ASCII, values unseen."""
+        try:
+            for _ in range(self._natural("number of entries", 1, _MAX_ENTRIES)):
+                name = self._text()
+                if not (name and name.isascii() and name.isprintable()):
+                    return False
+                self._natural("number of calls")
+                self._skip(4 * self._natural("number of values", 1))
+            if self._offset < self._source.size:
+                self._natural("number of chunks")
+                self._text()
+        except FormatError:
+            return False
+        return self._offset == self._source.size
+
     def _take(self, n_bytes: int) -> np.ndarray:
+        start = self._offset
+        self._skip(n_bytes)
+        return self._source.read(start, n_bytes)
+
+    def _skip(self, n_bytes: int) -> None:
         if n_bytes > self._source.size - self._offset:
             raise self._broken(f"ends too soon (expected {n_bytes} bytes, got {self._source.size - self._offset})")
-        data = self._source.read(self._offset, n_bytes)
         self._offset += n_bytes
-        return data
 
     def _text(self) -> str:
         return self._take(self._natural("length of a name")).tobytes().decode("utf-8", "surrogateescape")
 
-    def _natural(self, what: str, least: int = 0) -> int:
+    def _natural(self, what: str, least: int = 0, most: int = 2**31 - 1) -> int:
         value = struct.unpack("<i", self._take(4).tobytes())[0]
-        if value < least:
+        if not least <= value <= most:
             raise self._broken(f"has {value} as the {what}")
         return value
 

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from llamakit.errors import UnsupportedError
 from llamakit.formats.imatrix import Entry, Imatrix, read_imatrix
@@ -57,3 +59,41 @@ def test_a_name_that_does_not_fit(tmp_path: Path) -> None:
         with pytest.raises(UnsupportedError, match="cannot hold an entry"):
             write_imatrix(tmp_path / "i.gguf", Imatrix({name: EXPERTS.entries["a"]}, (), 1, 8))
     assert not list(tmp_path.iterdir())
+
+
+NAMES = st.text(st.characters(min_codepoint=33, max_codepoint=126), min_size=1, max_size=20)
+SUMS = st.floats(0, 2.0**99, width=32)
+
+
+@st.composite
+def imatrices(draw: st.DrawFn) -> Imatrix:
+    entries = {}
+    for name in draw(st.lists(NAMES, min_size=1, max_size=4, unique=True)):
+        n_mat, n_in = draw(st.integers(1, 3)), draw(st.integers(1, 5))
+        sums = draw(st.lists(SUMS, min_size=n_mat * n_in, max_size=n_mat * n_in))
+        counts = draw(st.lists(st.integers(0, 2**24), min_size=n_mat, max_size=n_mat))
+        entries[name] = Entry(np.array(sums, np.float32).reshape(n_mat, n_in), np.array(counts, np.float32))
+    datasets = draw(st.lists(st.text(st.characters(exclude_categories=["Cs"]), max_size=9), max_size=3))
+    return Imatrix(entries, datasets, draw(st.integers(0, 2**31 - 1)), draw(st.integers(1, 2**16)))
+
+
+@settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(imatrix=imatrices())
+def test_any_matrix_comes_back(tmp_path: Path, imatrix: Imatrix) -> None:
+    path = tmp_path / "i"
+    write_imatrix(path, imatrix)
+    found = read_imatrix(path)
+    assert found.entries.keys() == imatrix.entries.keys() and list(found.datasets) == imatrix.datasets
+    assert (found.chunk_count, found.chunk_size) == (imatrix.chunk_count, imatrix.chunk_size)
+    for name, (sums, counts) in imatrix.entries.items():
+        assert np.array_equal(found.entries[name].sums, sums) and np.array_equal(found.entries[name].counts, counts)
+    kept = [name for name, entry in imatrix.entries.items() if entry.counts.any()]
+    write_imatrix_dat(path, imatrix)
+    if not kept:
+        return
+    found = read_imatrix(path)
+    assert sorted(found.entries) == sorted(kept) and found.chunk_count == imatrix.chunk_count
+    assert list(found.datasets) == [name for name in imatrix.datasets[-1:] if name]
+    for name in kept:
+        expected = imatrix.weights(name).reshape(1, -1)
+        np.testing.assert_allclose(found.weights(name), expected, rtol=3e-7, atol=1e-37)
