@@ -79,6 +79,17 @@ ALIASES: dict[str, dict[str, str]] = {
         "--batch-size": "--batch",
         "--save-all-logits": "--kl-divergence-base",
     },
+    "imatrix": {
+        "--model": "-m",
+        "--file": "-f",
+        "--output": "-o",
+        "--output-file": "-o",
+        "-t": "--threads",
+        "--ctx-size": "--ctx",
+        "--batch-size": "--batch",
+        "-ofreq": "--output-frequency",
+        "--from-chunk": "--chunk",
+    },
     "tokenize": {"--model": "-m", "--prompt": "-p", "--file": "-f"},
     "inspect": {"-m": "", "--model": ""},
     "verify": {},
@@ -87,7 +98,7 @@ ALIASES: dict[str, dict[str, str]] = {
 
 #: llama.cpp's -hf user/repo[:QUANT] and -hff FILE -> the option that names the model, as hf:...
 _HUB_MODEL = {
-    "finetune": "--model-base", "generate": "-m", "merge": "-m", "convert": "-m", "quantize": "-m",
+    "finetune": "--model-base", "generate": "-m", "imatrix": "-m", "merge": "-m", "convert": "-m", "quantize": "-m",
     "tokenize": "-m", "inspect": "-m", "perplexity": "-m",
 }  # fmt: skip
 _HUB_REPO, _HUB_FILE = ("-hf", "-hfr", "--hf-repo"), ("-hff", "--hf-file")
@@ -159,6 +170,11 @@ NO_OPS: dict[str, dict[str, tuple[int, str]]] = {
         "--warmup": (0, _CPU),
         "--no-warmup": (0, _CPU),
         "--no-escape": (0, "the text is always taken as it is"),
+    },
+    "imatrix": {
+        "-ub": (1, _CPU),
+        "--ubatch-size": (1, _CPU),
+        "--no-mmap": (0, _MEMORY),
     },
     "tokenize": {"--log-disable": (0, "what is no token goes to stderr: 2>/dev/null silences it")},
     "inspect": {},
