@@ -127,6 +127,8 @@ def perplexity(
     )
     adapters = [(local(name, offline=offline), scale) for name, scale in named]
     paths = [local(name, offline=offline) for name in models]
+    if not kl_divergence:
+        _check_target(kl_divergence_base, [*paths, *(path for path, _ in adapters), file])
     keep_freed_memory()
     set_threads(threads)
     with ExitStack() as stack:
@@ -169,6 +171,13 @@ def _check_base(base: Path | None, read: bool, text: Path | None, n_results: int
         check_writable(base)
 
 
+def _check_target(target: Path | None, inputs: Sequence[Path | None]) -> None:
+    """The file of log-probabilities may be none of those that it is made of."""
+    for path in inputs:
+        if target is not None and path is not None and target.exists() and path.exists() and target.samefile(path):
+            raise UsageError("input and output files are the same", path=target, hint="name another output")
+
+
 def _run(job: _Job, paths: Sequence[Path], adapters: Sequence[tuple[Path, float]], stack: ExitStack) -> None:
     """Open everything first, so that a mistake in the last name shows at once; then measure one after the other."""
     from llamakit.formats.kl_base import KLBaseFile
@@ -182,6 +191,8 @@ def _run(job: _Job, paths: Sequence[Path], adapters: Sequence[tuple[Path, float]
             rows.append(row)
             if not job.json:
                 perplexity_view.print_result(row)
+    if job.base_path is not None and not job.read_base:
+        render.log(f"{job.base_path}: log-probabilities of {rows[0].result.chunk} chunks, for --kl-divergence")
     if job.json:
         render.print_json(perplexity_view.as_json(rows, job.text, base.n_ctx if base is not None else job.config.ctx))
     elif several:
@@ -306,4 +317,3 @@ def _estimates(job: _Job, model: Llama, tokens: np.ndarray, seen: np.ndarray) ->
         return
     with kl_base_writer(job.base_path, tokens, model.config.n_vocab) as write:
         yield from measure(model, tokens, seen, job.config, write=write)
-    render.log(f"{job.base_path}: log-probabilities of {len(tokens)} chunks, for --kl-divergence")

@@ -36,7 +36,7 @@ def cut(
         raise UsageError(
             f"the text has {len(tokens)} tokens (expected at least {2 * n_ctx}, two contexts of {n_ctx})",
             path=source,
-            hint="give a longer text, or a smaller context: -c",
+            hint="give a longer text, or a smaller context",
         )
     n_chunk = len(tokens) // n_ctx
     if chunks >= 0:

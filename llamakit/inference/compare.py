@@ -8,8 +8,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
+from llamakit.formats.base import ModelFile
 from llamakit.formats.kl_base import KLBaseFile, kl_base_writer
 from llamakit.formats.open import open_model
 from llamakit.inference.chunks import cut, read_tokens, with_bos
@@ -23,11 +25,31 @@ from llamakit.tokenizer import load_tokenizer
 @dataclass(frozen=True)
 class Comparison:
     """source: the estimate of the model as it was; last: the other's perplexity and its divergence from it; table: the
-    rest of llama-perplexity's statistics, None below 100 scored positions."""
+    rest of llama-perplexity's statistics, None below 100 scored positions. text: what they were measured on."""
 
+    text: Path
     source: Estimate
     last: Divergence
     table: DivergenceTable | None
+
+
+def count_chunks(
+    source: str | os.PathLike[str], text: str | os.PathLike[str], *, config: PerplexityConfig | None = None
+) -> int:
+    """Into how many chunks `compare` would cut a text. Raises UsageError for one that is too short, and what opening
+    a model raises."""
+    with open_model(source) as file:
+        return len(_cut(file, text, config)[0])
+
+
+def _cut(
+    file: ModelFile, text: str | os.PathLike[str], config: PerplexityConfig | None
+) -> tuple[np.ndarray, np.ndarray, PerplexityConfig]:
+    """(tokens as they stand in the text, tokens as the model sees them, both (B, T), how they were cut)."""
+    wanted = config or PerplexityConfig(ctx=min(PerplexityConfig.ctx, load_config(file).n_ctx))
+    tokenizer = load_tokenizer(file)
+    tokens = cut(read_tokens(text, tokenizer), wanted.ctx, chunks=wanted.chunks, source=text)
+    return tokens, with_bos(tokens, tokenizer), wanted
 
 
 def compare(
@@ -49,10 +71,7 @@ def compare(
     with tempfile.TemporaryDirectory(dir=Path(quantized).parent, prefix=".llamakit-kl-") as folder:
         path = Path(folder) / "base.kl"
         with open_model(source) as file:
-            wanted = config or PerplexityConfig(ctx=min(PerplexityConfig.ctx, load_config(file).n_ctx))
-            tokenizer = load_tokenizer(file)
-            tokens = cut(read_tokens(text, tokenizer), wanted.ctx, chunks=wanted.chunks, source=text)
-            seen = with_bos(tokens, tokenizer)
+            tokens, seen, wanted = _cut(file, text, config)
             model = load_model(file, device=device, dtype=dtype)
         estimate = None
         with kl_base_writer(path, tokens, model.config.n_vocab) as write:
@@ -69,4 +88,4 @@ def compare(
                 last = report
                 yield report
     assert estimate is not None and last is not None
-    yield Comparison(estimate, last, table)
+    yield Comparison(Path(text), estimate, last, table)

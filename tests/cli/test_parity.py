@@ -59,7 +59,7 @@ def test_merge() -> None:
 def test_quantize() -> None:
     # Typer cannot tell an empty list from none: the options that can be repeated are None there, () here.
     repeated = ("tensor_type", "tensor_type_file", "include_weights", "exclude_weights", "override_kv")
-    others = ("arguments", "dry_run", "threads", "offline", "json", "config")
+    others = ("arguments", "kl", "dry_run", "threads", "offline", "json", "config")
     assert_parity(
         quantize, QuantizeConfig, cli_only=(*others, *repeated), config_only=("source", "out", "type", *repeated)
     )

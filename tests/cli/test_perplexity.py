@@ -148,7 +148,11 @@ def test_mistakes(here: Command, tmp_path: Path) -> None:
     )
     assert_error(here("-m", "none.gguf", "-f", "text.txt"), 2, "none.gguf: cannot be opened")
     assert_error(here(*LINE[:2], "-f", "none.txt", "-c", "32"), 2, "none.txt")
-    assert_error(here(*LINE, "--kl-divergence-base", "no/b"), 2, "error: no: the output directory")
+    assert_error(here(*LINE, "--kl-divergence-base", "no/b"), 2, "hint: create it with: mkdir -p no")
+    assert_error(
+        here(*LINE, "--kl-divergence-base", "model.gguf"), 2, "model.gguf: input and output files are the same"
+    )
+    assert_error(here(*LINE, "--kl-divergence-base", "text.txt"), 2, "text.txt: input and output files are the same")
     assert_error(here(*LINE, "-c", "3"), 2, "--ctx is 3")
     assert_error(here(*LINE, "--hellaswag"), 2, "--hellaswag is not supported", "hint: llamakit perplexity measures")
     assert_error(here(*LINE, "--ppl-stride", "8"), 2, "--ppl-stride is not supported")
