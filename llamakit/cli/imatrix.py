@@ -39,8 +39,13 @@ def imatrix(
         "imatrix.gguf"
     ),
     in_files: Annotated[
-        list[Path] | None,
-        typer.Option("--in-file", metavar="FILE", help="Earlier result to add to; repeatable.", rich_help_panel=FILES),
+        list[str] | None,
+        typer.Option(
+            "--in-file",
+            metavar="FILE",
+            help="Earlier result to add to; repeatable, or separated by commas.",
+            rich_help_panel=FILES,
+        ),
     ] = None,
     output_format: Annotated[
         Literal["gguf", "dat"] | None,
@@ -83,18 +88,24 @@ def imatrix(
     """Measure on a text which columns of each matrix matter (an importance matrix), or merge such files."""
     from llamakit.inference.imatrix_config import ImatrixConfig
 
+    earlier = tuple(path for item in in_files or () for path in _paths(item))
     if show_statistics:
-        _show_statistics(in_files or [], json)
+        _show_statistics(earlier, json)
         return
     settings = ImatrixConfig(
         model=Path(local(model, offline=offline)) if model is not None else None,
-        file=file, output=output, in_files=tuple(in_files or ()), output_format=output_format, ctx=ctx, batch=batch,
+        file=file, output=output, in_files=earlier, output_format=output_format, ctx=ctx, batch=batch,
         chunk=chunk, chunks=chunks, output_frequency=output_frequency, save_frequency=save_frequency,
         process_output=process_output, parse_special=parse_special, ppl=ppl,
     )  # fmt: skip
     check_writable(output)
     set_threads(threads)
     _measure(settings, device, dtype, json)
+
+
+def _paths(item: str) -> list[Path]:
+    """One path, or several between commas; a comma may as well be part of a file's name."""
+    return [Path(item)] if Path(item).exists() else [Path(part) for part in item.split(",")]
 
 
 def _measure(settings: ImatrixConfig, device: str, dtype: str, json: bool) -> None:
@@ -125,7 +136,7 @@ def _print_result(report: Collected, json: bool) -> None:
         render.say(f"{report.path}: {report.n_entries} entries from {report.chunk_count} chunks")
 
 
-def _show_statistics(in_files: list[Path], json: bool) -> None:
+def _show_statistics(in_files: Sequence[Path], json: bool) -> None:
     from llamakit.formats.imatrix import read_imatrix
     from llamakit.inference.imatrix_statistics import layer_statistics, tensor_statistics
 
