@@ -90,6 +90,7 @@ def atomic_directory(path: str | os.PathLike[str], verify: Callable[[Path], None
     """
     path = Path(path)
     _refuse_occupied(path)
+    path = Path(os.path.realpath(path)) if path.is_symlink() else path  # a link to an empty folder stays one
     temporary = _temporary(path)
     try:
         temporary.mkdir()
@@ -199,6 +200,14 @@ def remove_stale_temporaries(directory: Path, names: re.Pattern[str]) -> None:
             else:
                 with contextlib.suppress(OSError):
                     stale.unlink()
+
+
+def is_same_file(a: str | os.PathLike[str], b: str | os.PathLike[str]) -> bool:
+    """Whether two paths lead to one file or directory; False where one of them leads nowhere."""
+    try:
+        return os.path.samefile(a, b)
+    except OSError:
+        return False
 
 
 def check_writable(path: str | os.PathLike[str]) -> None:

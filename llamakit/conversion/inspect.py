@@ -18,7 +18,7 @@ from llamakit.formats.base import ModelFile, TensorInfo
 from llamakit.formats.ggla import read_ggla
 from llamakit.formats.gguf import GGUFFile, SplitGGUF, Typed, open_gguf
 from llamakit.formats.imatrix import SUMS, read_imatrix
-from llamakit.formats.open import open_model, sniff
+from llamakit.formats.open import open_model, size_on_disk, sniff
 from llamakit.ggml import FILE_TYPES, GGMLType
 
 #: llama.cpp cuts values off after this many bytes
@@ -89,8 +89,8 @@ class FileReport:
 
     kind: model, adapter, checkpoint, old-checkpoint, imatrix, vocabulary, ggla, llama2c, or what formats.open.sniff
     calls a file that is none of these; what: the same in words; format: the container ("GGUF V3"), "" where unknown.
-    facts: label -> value, in the order to be shown; n_bytes: of the file; bits_per_weight: of all tensors together.
-    next_commands: command lines, as lists of arguments.
+    facts: label -> value, in the order to be shown; n_bytes: of the file, or of the model's files in a folder;
+    bits_per_weight: of all tensors together. next_commands: command lines, as lists of arguments.
     """
 
     path: Path
@@ -272,19 +272,30 @@ def _inspect_source(path: Path, kind: str) -> FileReport:
     """A folder or checkpoint as the model that is in it, or with the reason why none can be read."""
     report = _inspect_other(path, kind)
     try:
-        with open_model(path) as file:
+        with open_model(path, n_ctx=0) as file:
             values = {key: _plain(value) for key, value in file.metadata.items()}
             return replace(
                 report,
-                facts=_general_facts(values) | _model_facts(values),
+                facts=_general_facts(values) | _model_facts(values) | _unknown_context(values),
                 metadata=tuple(_key_value(key, value) for key, value in values.items()),
-                next_commands=(("llamakit", "convert", _as_argument(path), "-o", "model.gguf"),
-                               *_next_for_model(values, _as_argument(path))),
+                next_commands=_next_for_source(values, _as_argument(path)),
                 **_tensor_fields(file.tensors),
             )  # fmt: skip
     except LlamakitError as error:
         hint = {} if error.hint is None else {"hint": error.hint}
         return replace(report, facts={"no model": error.reason, **hint})
+
+
+def _unknown_context(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    return {} if "llama.context_length" in metadata else {"context": "not stated: the commands take it with --ctx"}
+
+
+def _next_for_source(metadata: Mapping[str, Any], name: str) -> tuple[tuple[str, ...], ...]:
+    """The model's commands; where its context has to be named, generate and convert need it, finetune has one."""
+    commands = (("llamakit", "convert", name, "-o", "model.gguf"), *_next_for_model(metadata, name))
+    if "llama.context_length" in metadata:
+        return commands
+    return tuple(c if c[1] == "finetune" else (*c, "--ctx", "N") for c in commands)
 
 
 def _plain(value: Any) -> Any:
@@ -293,10 +304,7 @@ def _plain(value: Any) -> Any:
 
 
 def _inspect_other(path: Path, kind: str) -> FileReport:
-    if path.is_dir():
-        n_bytes = sum(entry.stat().st_size for entry in os.scandir(path) if entry.is_file())
-    else:
-        n_bytes = path.stat().st_size
+    n_bytes = size_on_disk(path)
     what = _OTHERS.get(kind, "file of an unknown kind")
     return FileReport(path=path, kind=kind, what=what, n_bytes=n_bytes, next_commands=_next_commands(kind, None, path))
 

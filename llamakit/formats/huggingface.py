@@ -28,6 +28,12 @@ from llamakit.ggml import FLOAT_FILE_TYPES, FLOAT_TYPES, GGMLType
 _ROPE_FREQS = "rope_freqs.weight"
 #: tensors that old checkpoints carry and nobody needs
 _IGNORED = (".rotary_emb.inv_freq", ".attention.masked_bias", ".attention.bias")
+#: what belongs to a model beside its weights
+COMPANIONS = frozenset({
+    "config.json", "generation_config.json", "model.safetensors.index.json", "pytorch_model.bin.index.json",
+    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json",
+})  # fmt: skip
 #: any of these is a vocabulary
 _VOCABULARY = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json")
 
@@ -69,7 +75,7 @@ class HuggingFaceModel:
             raise UsageError("is no folder", path=directory)
         config_path = member(self.path, "config.json")
         self._shape = shape_of_config(read_object(config_path), config_path)
-        self.files, index = _weight_files(self.path)
+        self.files, index = weight_files(self.path)
         self._files = ExitStack()
         try:
             self._sources = self._map(index)
@@ -208,7 +214,7 @@ def _vocabulary(directory: Path, n_vocab: int) -> dict[str, Any]:
     return read_vocabulary(directory, n_vocab)
 
 
-def _weight_files(directory: Path) -> tuple[list[str], Mapping[str, Any] | None]:
+def weight_files(directory: Path) -> tuple[list[str], Mapping[str, Any] | None]:
     """The names of the weight files, sorted, and the index (tensor -> file) where there is one; safetensors first.
 
     Raises FormatError where one file and an index of others lie side by side: they may be two models.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -13,10 +14,10 @@ from llamakit.formats.base import ModelFile
 from llamakit.formats.ggla import MAGIC as GGLA_MAGIC
 from llamakit.formats.gguf_reader import MAGIC as GGUF_MAGIC
 from llamakit.formats.gguf_split import open_gguf
-from llamakit.formats.huggingface import HuggingFaceModel
+from llamakit.formats.huggingface import COMPANIONS, HuggingFaceModel, weight_files
 from llamakit.formats.imatrix import is_dat
 from llamakit.formats.llama2c_checkpoint import Llama2cCheckpoint
-from llamakit.formats.meta import PARAMS, SHARD, MetaModel
+from llamakit.formats.meta import PARAMS, SHARD, MetaModel, shard_names
 from llamakit.formats.source import FileSource
 
 _HEAD_BYTES = 4096
@@ -24,6 +25,7 @@ _OLD_GGML = {b"lmgg": "ggml", b"fmgg": "ggmf", b"tjgg": "ggjt"}
 _MODEL_WEIGHTS = (
     "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json",
 )  # fmt: skip
+_PART = re.compile(r"(.*)-[0-9]{5}-of-([0-9]{5})\.gguf", re.DOTALL)
 _TEXT_CONTROLS = frozenset(range(32)) - {*b"\t\n\r\f\x1b"}
 
 #: kind -> (what it is, what to do); the kinds that no model can be opened from
@@ -105,14 +107,53 @@ def _is_text(head: bytes) -> bool:
     return True
 
 
+def model_files(path: str | os.PathLike[str]) -> list[Path]:
+    """The files that the model (or adapter) at a path consists of: the file itself, all parts of a split GGUF, or those
+    of the folder that it is or that it opens; no README there, no optimizer's state.
+
+    Where a folder's weights cannot be told, all of its files. Raises OSError or UsageError when it cannot be read.
+    """
+    path = Path(path)
+    if path.is_dir():
+        own = _own_names(path)
+        return [path / entry.name for entry in os.scandir(path) if entry.is_file() and entry.name in own]
+    part = _PART.fullmatch(path.name)
+    if part is not None:
+        others = re.compile(re.escape(part[1]) + r"-[0-9]{5}-of-" + part[2] + r"\.gguf")
+        return [entry for entry in path.parent.iterdir() if others.fullmatch(entry.name)]
+    if SHARD.fullmatch(path.name) or path.name.startswith(("model", "pytorch_model")):
+        own = _own_names(path.parent) if _folder_kind(path.parent) in ("huggingface", "meta") else set()
+        if path.name in own:
+            return model_files(path.parent)
+    return [path]
+
+
+def _own_names(folder: Path) -> set[str]:
+    kind = _folder_kind(folder)
+    try:
+        if kind == "huggingface":
+            return {*weight_files(folder)[0], *COMPANIONS}
+        if kind == "meta":
+            return {*shard_names(folder), PARAMS, "tokenizer.model"}
+    except FormatError:
+        pass
+    names = set(os.listdir(folder))
+    return {name for name in names if name.startswith("adapter_")} if kind == "peft" else names
+
+
+def size_on_disk(path: str | os.PathLike[str]) -> int:
+    """Bytes of `model_files`. Raises OSError or UsageError when they cannot be read."""
+    return sum(os.path.getsize(file) for file in model_files(path))
+
+
 def open_model(path: str | os.PathLike[str], *, n_ctx: int | None = None, rope_theta: float | None = None) -> ModelFile:
     """Open a model file or folder of any known format; weights in a Hugging Face or Meta folder open that folder.
 
-    A part of a split GGUF file opens all of them. n_ctx, rope_theta: for Meta's checkpoints, which do not state the
-    context, and not always the base of the rotary embedding; others ignore both. A GGUF file may as well be an adapter,
-    a vocabulary, a checkpoint or an importance matrix: what its metadata says is for the caller to check. Raises
-    UsageError when the path cannot be read, a part is missing or one of both has to be given, UnsupportedError for what
-    is known but no model here, FormatError for the rest and for broken files.
+    A part of a split GGUF file opens all of them. n_ctx, rope_theta: for Meta's checkpoints, where params.json does not
+    state the context (0: nobody needs it) or the base of the rotary embedding; others ignore both. A GGUF file may as
+    well be an adapter, a vocabulary, a checkpoint or an importance matrix: what its metadata says is for the caller to
+    check. Raises UsageError when the path cannot be read, a part is missing or one of both has to be given,
+    UnsupportedError for what is known but no model here, FormatError for the rest and for broken files.
     """
     kind, path = sniff(path), Path(path)
     if kind in _OPENERS:

@@ -7,11 +7,12 @@ from llamakit.cli.finetune import finetune
 from llamakit.cli.generate import generate
 from llamakit.cli.imatrix import imatrix
 from llamakit.cli.merge import merge
+from llamakit.cli.perplexity import perplexity
 from llamakit.cli.quantize import quantize
 from llamakit.conversion.convert_config import ConvertConfig
 from llamakit.conversion.merge_config import MergeConfig
 from llamakit.conversion.quantize_config import QuantizeConfig
-from llamakit.inference.config import GenerateConfig
+from llamakit.inference.config import GenerateConfig, PerplexityConfig
 from llamakit.inference.imatrix_config import ImatrixConfig
 from llamakit.training.config import FinetuneConfig
 from tests.helpers import assert_parity
@@ -32,6 +33,7 @@ def test_generate() -> None:
         "lora",
         "lora_scaled",
         "force",
+        "rope_freq_base",
     )
     others = ("conversation", "offline", "threads", "device", "dtype", "no_display_prompt", "json", "config")
     assert_parity(
@@ -61,6 +63,12 @@ def test_quantize() -> None:
     assert_parity(
         quantize, QuantizeConfig, cli_only=(*others, *repeated), config_only=("source", "out", "type", *repeated)
     )
+
+
+def test_perplexity() -> None:
+    files = ("models", "file", "kl_divergence_base", "kl_divergence", "lora", "lora_scaled", "force")
+    others = ("threads", "device", "dtype", "offline", "json", "config")
+    assert_parity(perplexity, PerplexityConfig, cli_only=files + others)
 
 
 def test_imatrix() -> None:
