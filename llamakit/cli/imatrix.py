@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -19,11 +21,11 @@ from llamakit.cli.options import (
     JsonOption,
     OfflineOption,
     ThreadsOption,
+    keep_freed_memory,
     set_threads,
 )
-from llamakit.cli.sources import local
+from llamakit.cli.sources import check_is_model, local
 from llamakit.errors import UsageError
-from llamakit.files import check_writable
 
 if TYPE_CHECKING:
     from llamakit.inference.imatrix import Collected
@@ -79,8 +81,9 @@ def imatrix(
     threads: ThreadsOption = None,
     device: DeviceOption = "auto",
     dtype: Annotated[
-        Literal["f32", "bf16"], typer.Option("--dtype", help="Type to compute in.", rich_help_panel=COMPUTE)
-    ] = "f32",
+        Literal["auto", "f32", "bf16"],
+        typer.Option("--dtype", help="Type to compute in; auto is f32, for accuracy.", rich_help_panel=COMPUTE),
+    ] = "auto",
     offline: OfflineOption = False,
     json: JsonOption = False,
     config: ConfigOption = None,
@@ -98,7 +101,7 @@ def imatrix(
         chunk=chunk, chunks=chunks, output_frequency=output_frequency, save_frequency=save_frequency,
         process_output=process_output, parse_special=parse_special, ppl=ppl,
     )  # fmt: skip
-    check_writable(output)
+    keep_freed_memory()
     set_threads(threads)
     _measure(settings, device, dtype, json)
 
@@ -111,16 +114,35 @@ def _paths(item: str) -> list[Path]:
 def _measure(settings: ImatrixConfig, device: str, dtype: str, json: bool) -> None:
     import torch
 
+    from llamakit.formats.open import open_model
     from llamakit.inference.imatrix import Chunk
     from llamakit.inference.imatrix import imatrix as measure
     from llamakit.model.device import resolve_device
 
-    kind = torch.float32 if dtype == "f32" else torch.bfloat16
-    for report in measure(settings, device=str(resolve_device(device)), dtype=kind):
-        if not isinstance(report, Chunk):
-            _print_result(report, json)
-        elif report.ppl is not None and not json:
-            print(f"[{report.done}]{report.ppl:.4f},", end="", flush=True)
+    if settings.model is not None and settings.file is not None:
+        with open_model(settings.model) as file:
+            check_is_model(file)
+        render.loading(settings.model)
+    kind = torch.bfloat16 if dtype == "bf16" else torch.float32
+    running = settings.ppl and not json
+    # A bar and figures that grow on the same terminal would write over each other.
+    bar = (
+        None
+        if running and render.is_terminal(sys.stdout)
+        else render.Progress("measuring", total=None, fields=("chunk",))
+    )
+    result: Collected | None = None
+    with bar or nullcontext():
+        for report in measure(settings, device=str(resolve_device(device)), dtype=kind):
+            if isinstance(report, Chunk):
+                if bar is not None:
+                    bar.update(report.done, chunk=f"{report.done} of {report.total}")
+                if running:
+                    render.stream(f"[{report.done}]{report.ppl:.4f},")
+            else:
+                result = report
+    assert result is not None
+    _print_result(result, json)
 
 
 def _print_result(report: Collected, json: bool) -> None:

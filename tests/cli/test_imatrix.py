@@ -29,7 +29,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureF
 
 def test_what_is_printed(here: Command) -> None:
     result = here("-m", "model.gguf", "-f", "text.txt", "-c", "16", "--chunks", "6", "--process-output")
-    assert (result.returncode, result.stderr) == (0, "")
+    assert (result.returncode, result.stderr) == (0, "loading model.gguf (520 kB)\n")
     lines = result.stdout.splitlines()  # the figures are llama-imatrix's, with -fa off -ctk f32 -ctv f32
     running = [float(item.partition("]")[2]) for item in lines[0].rstrip(",").split(",")]
     assert running == pytest.approx([1770.3177, 2660.5533, 5891.3967, 4708.2786, 6011.0845, 6003.6843], rel=1e-5)
@@ -71,6 +71,18 @@ def test_files_are_merged(here: Command, tmp_path: Path) -> None:
     assert "warning: a.dat is in the GGUF format" in result.stderr and not read_imatrix("a.dat").legacy
 
 
+def test_a_result_grows(here: Command) -> None:
+    common = ("-m", "model.gguf", "-f", "text.txt", "-c", "16", "--chunks", "2", "--no-ppl", "-fa", "on", "-ctk", "f32")
+    assert here(*common).returncode == 0
+    assert here(*common, "--in-file", "imatrix.gguf").returncode == 0
+    assert read_imatrix("imatrix.gguf").chunk_count == 4
+
+
+def test_a_context_that_the_model_was_not_trained_for(here: Command) -> None:
+    result = here("-m", "model.gguf", "-f", "text.txt", "-c", "300", "--chunks", "1")
+    assert result.returncode == 0 and "was trained for 256 tokens, a chunk has 300" in result.stderr
+
+
 def test_statistics(here: Command) -> None:
     result = here("--in-file", "one.gguf", "--show-statistics")
     assert result.returncode == 0
@@ -91,6 +103,11 @@ def test_bad_input(here: Command, tmp_path: Path) -> None:
     assert_error(here("-m", "model.gguf", "-f", "none.txt", *out), 2, "none.txt")
     assert_error(here("-m", "model.gguf", "-f", "text.txt", "-c", "1000", *out), 2, "text.txt: the text has")
     assert_error(here("-m", "old.dat", "-f", "text.txt", *out), 2, "old.dat: is an importance matrix, not a model")
+    assert_error(here("-m", "one.gguf", "-f", "text.txt", *out), 2, "one.gguf: is not a model")
+    for name in ("model.gguf", "text.txt"):
+        before = (tmp_path / name).read_bytes()
+        assert_error(here("-m", "model.gguf", "-f", "text.txt", "-c", "16", "-o", name), 2, f"{name}: would be")
+        assert (tmp_path / name).read_bytes() == before
     assert_error(here("-m", "model.gguf", "-f", "text.txt", "-c", "3", *out), 2, "--ctx is 3 (expected 4 or more)")
     assert_error(here("--in-file", "model.gguf", *out), 2, "model.gguf: is no importance matrix")
     assert_error(here("--in-file", "one.gguf", "-o", "none/i.gguf"), 2, "mkdir -p none")
