@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -19,11 +21,11 @@ from llamakit.cli.options import (
     JsonOption,
     OfflineOption,
     ThreadsOption,
+    keep_freed_memory,
     set_threads,
 )
-from llamakit.cli.sources import local
+from llamakit.cli.sources import check_is_model, local
 from llamakit.errors import UsageError
-from llamakit.files import check_writable
 
 if TYPE_CHECKING:
     from llamakit.inference.imatrix import Collected
@@ -39,8 +41,13 @@ def imatrix(
         "imatrix.gguf"
     ),
     in_files: Annotated[
-        list[Path] | None,
-        typer.Option("--in-file", metavar="FILE", help="Earlier result to add to; repeatable.", rich_help_panel=FILES),
+        list[str] | None,
+        typer.Option(
+            "--in-file",
+            metavar="FILE",
+            help="Earlier result to add to; repeatable, or separated by commas.",
+            rich_help_panel=FILES,
+        ),
     ] = None,
     output_format: Annotated[
         Literal["gguf", "dat"] | None,
@@ -74,8 +81,9 @@ def imatrix(
     threads: ThreadsOption = None,
     device: DeviceOption = "auto",
     dtype: Annotated[
-        Literal["f32", "bf16"], typer.Option("--dtype", help="Type to compute in.", rich_help_panel=COMPUTE)
-    ] = "f32",
+        Literal["auto", "f32", "bf16"],
+        typer.Option("--dtype", help="Type to compute in; auto is f32, for accuracy.", rich_help_panel=COMPUTE),
+    ] = "auto",
     offline: OfflineOption = False,
     json: JsonOption = False,
     config: ConfigOption = None,
@@ -83,33 +91,58 @@ def imatrix(
     """Measure on a text which columns of each matrix matter (an importance matrix), or merge such files."""
     from llamakit.inference.imatrix_config import ImatrixConfig
 
+    earlier = tuple(path for item in in_files or () for path in _paths(item))
     if show_statistics:
-        _show_statistics(in_files or [], json)
+        _show_statistics(earlier, json)
         return
     settings = ImatrixConfig(
         model=Path(local(model, offline=offline)) if model is not None else None,
-        file=file, output=output, in_files=tuple(in_files or ()), output_format=output_format, ctx=ctx, batch=batch,
+        file=file, output=output, in_files=earlier, output_format=output_format, ctx=ctx, batch=batch,
         chunk=chunk, chunks=chunks, output_frequency=output_frequency, save_frequency=save_frequency,
         process_output=process_output, parse_special=parse_special, ppl=ppl,
     )  # fmt: skip
-    check_writable(output)
+    keep_freed_memory()
     set_threads(threads)
     _measure(settings, device, dtype, json)
+
+
+def _paths(item: str) -> list[Path]:
+    """One path, or several between commas; a comma may as well be part of a file's name."""
+    return [Path(item)] if Path(item).exists() else [Path(part) for part in item.split(",")]
 
 
 def _measure(settings: ImatrixConfig, device: str, dtype: str, json: bool) -> None:
     import torch
 
+    from llamakit.formats.open import open_model
     from llamakit.inference.imatrix import Chunk
     from llamakit.inference.imatrix import imatrix as measure
     from llamakit.model.device import resolve_device
 
-    kind = torch.float32 if dtype == "f32" else torch.bfloat16
-    for report in measure(settings, device=str(resolve_device(device)), dtype=kind):
-        if not isinstance(report, Chunk):
-            _print_result(report, json)
-        elif report.ppl is not None and not json:
-            print(f"[{report.done}]{report.ppl:.4f},", end="", flush=True)
+    if settings.model is not None and settings.file is not None:
+        with open_model(settings.model) as file:
+            check_is_model(file)
+        render.loading(settings.model)
+    kind = torch.bfloat16 if dtype == "bf16" else torch.float32
+    running = settings.ppl and not json
+    # A bar and figures that grow on the same terminal would write over each other.
+    bar = (
+        None
+        if running and render.is_terminal(sys.stdout)
+        else render.Progress("measuring", total=None, fields=("chunk",))
+    )
+    result: Collected | None = None
+    with bar or nullcontext():
+        for report in measure(settings, device=str(resolve_device(device)), dtype=kind):
+            if isinstance(report, Chunk):
+                if bar is not None:
+                    bar.update(report.done, chunk=f"{report.done} of {report.total}")
+                if running:
+                    render.stream(f"[{report.done}]{report.ppl:.4f},")
+            else:
+                result = report
+    assert result is not None
+    _print_result(result, json)
 
 
 def _print_result(report: Collected, json: bool) -> None:
@@ -125,7 +158,7 @@ def _print_result(report: Collected, json: bool) -> None:
         render.say(f"{report.path}: {report.n_entries} entries from {report.chunk_count} chunks")
 
 
-def _show_statistics(in_files: list[Path], json: bool) -> None:
+def _show_statistics(in_files: Sequence[Path], json: bool) -> None:
     from llamakit.formats.imatrix import read_imatrix
     from llamakit.inference.imatrix_statistics import layer_statistics, tensor_statistics
 

@@ -17,15 +17,15 @@ from torch import Tensor
 from torch.nn import Module
 
 from llamakit.errors import FormatError, MismatchError, UsageError
-from llamakit.files import escape_control
+from llamakit.files import check_writable, escape_control, is_same_file
 from llamakit.formats.imatrix import Entry, Imatrix, read_imatrix
 from llamakit.formats.imatrix_writer import write_imatrix, write_imatrix_dat
-from llamakit.formats.open import open_model
+from llamakit.formats.open import model_files, open_model
 from llamakit.inference.chunks import cut, read_tokens, with_bos
 from llamakit.inference.config import PerplexityConfig
 from llamakit.inference.imatrix_config import ImatrixConfig
 from llamakit.inference.perplexity import Estimate, perplexity
-from llamakit.model import load_model
+from llamakit.model import load_config, load_model
 from llamakit.model.layers import QuantizedLinear
 from llamakit.model.llama import Llama
 from llamakit.tokenizer import Tokenizer, load_tokenizer
@@ -133,9 +133,10 @@ def imatrix(
 ) -> Iterator[Chunk | Collected]:
     """Measure, or merge, and write `config.output`; a report for each chunk, and one of the result.
 
-    Raises what reading a model, a text or an importance matrix raises; UsageError for a text that is too short;
-    SaveError.
+    Raises what reading a model, a text or an importance matrix raises; UsageError for a text that is too short, and
+    for an output that is the model or the text; SaveError.
     """
+    _check_output(config)
     collector = Collector(config.ctx)
     for path in config.in_files:
         collector.add_file(path)
@@ -143,9 +144,13 @@ def imatrix(
     if config.file is not None and config.model is not None:
         collector.datasets.append(str(config.file))
         with open_model(config.model) as source:
+            load_config(source)
             tokenizer = load_tokenizer(source)
             chunks = _chunks(config, config.file, tokenizer)
             model = load_model(source, device=device, dtype=dtype)
+        warnings += [f"{config.model}: {warning}" for warning in tokenizer.warnings]
+        if config.ctx > model.config.n_ctx:
+            warnings.append(f"{config.model} was trained for {model.config.n_ctx} tokens, a chunk has {config.ctx}: -c")
         if config.process_output and model.config.tied_output:
             warnings.append(f"{config.model} has no output.weight (token_embd.weight serves as such): no entry of it")
         collector.watch(model, process_output=config.process_output)
@@ -156,6 +161,15 @@ def imatrix(
     _save(config, config.output, result)
     ppl, error = (last.ppl, last.error or None) if last else (None, None)
     yield Collected(config.output, _n_stored(config, result), result.chunk_count, ppl, error, tuple(warnings))
+
+
+def _check_output(config: ImatrixConfig) -> None:
+    """An earlier result may be replaced by the one that it is part of; a model or a text may not."""
+    check_writable(config.output)
+    inputs = [] if config.model is None else model_files(config.model)
+    for path in (*inputs, *([] if config.file is None else [config.file])):
+        if is_same_file(config.output, path):
+            raise UsageError("would be overwritten by the result", path=path, hint="name another file with -o")
 
 
 def _chunks(config: ImatrixConfig, path: Path, tokenizer: Tokenizer) -> np.ndarray:

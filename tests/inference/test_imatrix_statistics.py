@@ -7,12 +7,7 @@ import pytest
 
 from llamakit.formats.imatrix import Entry, Imatrix
 from llamakit.inference.imatrix_statistics import layer_statistics, tensor_statistics
-
-
-def entry(seed: int, n_in: int, *counts: int) -> Entry:
-    i = np.arange(len(counts) * n_in) + seed
-    sums = ((i * i * 37 + 11 * i) % 101 / 4).astype(np.float32).reshape(len(counts), n_in)
-    return Entry(sums, np.array(counts, np.float32))
+from tests.inference.imatrix_files import entry
 
 
 def same(value: float, n_in: int) -> Entry:
