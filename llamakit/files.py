@@ -8,6 +8,7 @@ import fcntl
 import os
 import re
 import shutil
+import stat
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -297,14 +298,24 @@ def available_memory_bytes() -> int | None:
 
 def read_text(path: str | os.PathLike[str]) -> str:
     """A whole UTF-8 text. Raises LlamakitError naming the byte at fault, or what the system said."""
-    try:
-        data = Path(path).read_bytes()
-    except OSError as error:
-        raise UsageError(f"cannot be read: {error.strerror}", path=path) from error
+    data = read_whole(path)
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise _not_utf8(path, data, error) from error
+
+
+def read_whole(path: str | os.PathLike[str]) -> bytes:
+    """All bytes of a file, or of a pipe until it ends. Raises UsageError where it cannot be read or is a device, which
+    may never end."""
+    try:
+        with open(path, "rb") as file:
+            mode = os.fstat(file.fileno()).st_mode
+            if not (stat.S_ISREG(mode) or stat.S_ISFIFO(mode)):
+                raise UsageError("is no file that can be read whole", path=path)
+            return file.read()
+    except (OSError, ValueError) as error:
+        raise UsageError(f"cannot be read: {getattr(error, 'strerror', None) or error}", path=path) from error
 
 
 def _not_utf8(path: str | os.PathLike[str], data: bytes, error: UnicodeDecodeError) -> LlamakitError:

@@ -79,6 +79,17 @@ ALIASES: dict[str, dict[str, str]] = {
         "--batch-size": "--batch",
         "--save-all-logits": "--kl-divergence-base",
     },
+    "imatrix": {
+        "--model": "-m",
+        "--file": "-f",
+        "--output": "-o",
+        "--output-file": "-o",
+        "-t": "--threads",
+        "--ctx-size": "--ctx",
+        "--batch-size": "--batch",
+        "-ofreq": "--output-frequency",
+        "--from-chunk": "--chunk",
+    },
     "tokenize": {"--model": "-m", "--prompt": "-p", "--file": "-f"},
     "inspect": {"-m": "", "--model": ""},
     "verify": {},
@@ -87,7 +98,7 @@ ALIASES: dict[str, dict[str, str]] = {
 
 #: llama.cpp's -hf user/repo[:QUANT] and -hff FILE -> the option that names the model, as hf:...
 _HUB_MODEL = {
-    "finetune": "--model-base", "generate": "-m", "merge": "-m", "convert": "-m", "quantize": "-m",
+    "finetune": "--model-base", "generate": "-m", "imatrix": "-m", "merge": "-m", "convert": "-m", "quantize": "-m",
     "tokenize": "-m", "inspect": "-m", "perplexity": "-m",
 }  # fmt: skip
 _HUB_REPO, _HUB_FILE = ("-hf", "-hfr", "--hf-repo"), ("-hff", "--hf-file")
@@ -96,6 +107,25 @@ _HUB_REPO, _HUB_FILE = ("-hf", "-hfr", "--hf-repo"), ("-hff", "--hf-file")
 _MEMORY = "the file is read once and its weights stay packed in memory"
 _CPU = "llamakit decides this by itself"
 _STREAMED = "tensors are always streamed, and take little memory"
+_MEASURING: dict[str, tuple[int, str]] = {
+    "--mlock": (0, _MEMORY),
+    "--mmap": (0, _MEMORY),
+    "--no-mmap": (0, _MEMORY),
+    "--numa": (1, _CPU),
+    "-ub": (1, _CPU),
+    "--ubatch-size": (1, _CPU),
+    "-tb": (1, "--threads sets the threads of everything"),
+    "--threads-batch": (1, "--threads sets the threads of everything"),
+    "-np": (1, "--batch says how many chunks are computed at once"),
+    "--parallel": (1, "--batch says how many chunks are computed at once"),
+    "-ctk": (1, "keys and values are never rounded"),
+    "--cache-type-k": (1, "keys and values are never rounded"),
+    "-ctv": (1, "keys and values are never rounded"),
+    "--cache-type-v": (1, "keys and values are never rounded"),
+    "--warmup": (0, _CPU),
+    "--no-warmup": (0, _CPU),
+    "--no-escape": (0, "the text is always taken as it is"),
+}
 NO_OPS: dict[str, dict[str, tuple[int, str]]] = {
     "finetune": {
         "--use-flash": (0, "the fastest exact attention is always used"),
@@ -141,25 +171,8 @@ NO_OPS: dict[str, dict[str, tuple[int, str]]] = {
         "--skip-unknown": (0, "what cannot be carried over is refused by name"),
     },
     "quantize": {"--max-buffer-size": (1, _STREAMED)},
-    "perplexity": {
-        "--mlock": (0, _MEMORY),
-        "--mmap": (0, _MEMORY),
-        "--no-mmap": (0, _MEMORY),
-        "--numa": (1, _CPU),
-        "-ub": (1, _CPU),
-        "--ubatch-size": (1, _CPU),
-        "-tb": (1, "--threads sets the threads of everything"),
-        "--threads-batch": (1, "--threads sets the threads of everything"),
-        "-np": (1, "--batch says how many chunks are computed at once"),
-        "--parallel": (1, "--batch says how many chunks are computed at once"),
-        "-ctk": (1, "keys and values are never rounded"),
-        "--cache-type-k": (1, "keys and values are never rounded"),
-        "-ctv": (1, "keys and values are never rounded"),
-        "--cache-type-v": (1, "keys and values are never rounded"),
-        "--warmup": (0, _CPU),
-        "--no-warmup": (0, _CPU),
-        "--no-escape": (0, "the text is always taken as it is"),
-    },
+    "perplexity": _MEASURING,
+    "imatrix": _MEASURING,
     "tokenize": {"--log-disable": (0, "what is no token goes to stderr: 2>/dev/null silences it")},
     "inspect": {},
     "verify": {},
@@ -252,7 +265,7 @@ def _rewrite_option(
         return
     if command == "generate" and name in ("-t", "-p"):
         _warn_about_letter(name, queue, notes)
-    if command in ("generate", "perplexity") and _rewrite_compute(name, queue, out, notes):
+    if command in ("generate", "perplexity", "imatrix") and _rewrite_compute(name, queue, out, notes):
         return
     canonical = ALIASES[command].get(name, name)
     if canonical == "--lora-scaled":

@@ -114,6 +114,9 @@ class _Run:
         config = self.config
         outputs = [file_name(t, config, None) for t in (config.checkpoint_out, config.lora_out) if t]
         outputs += [Path(config.log_file)] if config.log_file else []
+        twice = next((path for i, path in enumerate(outputs) if path in outputs[:i]), None)
+        if twice is not None:
+            raise UsageError("is named for two of checkpoint, adapter and log: one would replace the other", path=twice)
         sources = (*model_files(config.model_base), config.train_data)
         for output in outputs:
             check_writable(output)
