@@ -229,7 +229,7 @@ def _measure_model(job: _Job, opened: _Opened, base: KLBaseFile | None, several:
             attach(model, adapter, scale)
         name = _name(opened.path, adapter, scale)
         if several and not job.json:
-            render.say(render.bold(name))
+            render.heading(name)
         yield _measure(job, opened, model, tokens, seen, base, name, adapter, scale)
         detach(model)
 
