@@ -233,5 +233,5 @@ def _warnings(config: ImatrixConfig, result: Imatrix) -> Iterator[str]:
     n_stored = _n_stored(config, result)
     if n_stored < len(result.entries):
         yield f"storing only {n_stored} out of {len(result.entries)} entries"
-    if config.output_format is None and config.output.suffix != ".gguf":
+    if config.output_format is None and config.output.suffix.lower() != ".gguf":
         yield f"{config.output} is in the GGUF format, whatever its name says; --output-format dat writes the older one"
