@@ -93,15 +93,14 @@ def divergence(
     first, n_rows = base.n_ctx // 2, n_scored(base.n_ctx)
     sums = _Sums()
     rows = base.rows(0)
-    with torch.inference_mode():
-        for chunk, at, logits in scored_logits(model, seen, config):
-            rows = base.rows(chunk) if at == 0 else rows
-            stop = at + len(logits)
-            targets = base.tokens[chunk, first + 1 + at : first + 1 + stop]
-            if not sums.add(logits, rows[at:stop], targets):
-                raise FormatError(f"no finite divergence in chunk {chunk + 1}", path=base.path)
-            if stop == n_rows:
-                yield sums.report(chunk + 1)
+    for chunk, at, logits in scored_logits(model, seen, config):
+        rows = base.rows(chunk) if at == 0 else rows
+        stop = at + len(logits)
+        targets = base.tokens[chunk, first + 1 + at : first + 1 + stop]
+        if not sums.add(logits, rows[at:stop], targets):
+            raise FormatError(f"no finite divergence in chunk {chunk + 1}", path=base.path)
+        if stop == n_rows:
+            yield sums.report(chunk + 1)
     if sums.count >= _LEAST_FOR_TABLE:
         yield sums.table(len(seen))
 

@@ -37,6 +37,7 @@ class Estimate:
     count: int
 
 
+@torch.inference_mode()  # of a generator: while it computes, not while the caller does
 def scored_logits(model: Llama, seen: np.ndarray, config: PerplexityConfig) -> Iterator[tuple[int, int, Tensor]]:
     """(chunk, first of its scored positions, logits (n, V) float32) for chunks (B, T), in order, bounded in memory."""
     device = next(model.output_norm.parameters()).device
@@ -68,17 +69,16 @@ def perplexity(
     first, n_rows = n_ctx // 2, n_ctx - 1 - n_ctx // 2
     total = total2 = 0.0
     count = 0
-    with torch.inference_mode():
-        for chunk, at, logits in scored_logits(model, seen, config):
-            targets = tokens[chunk, first + 1 + at : first + 1 + at + len(logits)]
-            nll = negative_log_likelihood(logits, targets)
-            total, total2, count = total + float(nll.sum()), total2 + float((nll * nll).sum()), count + len(nll)
-            if not math.isfinite(total):
-                raise FormatError(f"the model gives no finite numbers (chunk {chunk + 1} of the text)")
-            if write is not None:
-                write(pack_log_probs(logits))
-            if at + len(logits) == n_rows:
-                yield estimate(chunk + 1, total, total2, count)
+    for chunk, at, logits in scored_logits(model, seen, config):
+        targets = tokens[chunk, first + 1 + at : first + 1 + at + len(logits)]
+        nll = negative_log_likelihood(logits, targets)
+        total, total2, count = total + float(nll.sum()), total2 + float((nll * nll).sum()), count + len(nll)
+        if not math.isfinite(total):
+            raise FormatError(f"the model gives no finite numbers (chunk {chunk + 1} of the text)")
+        if write is not None:
+            write(pack_log_probs(logits))
+        if at + len(logits) == n_rows:
+            yield estimate(chunk + 1, total, total2, count)
 
 
 def estimate(chunk: int, total: float, total2: float, count: int) -> Estimate:

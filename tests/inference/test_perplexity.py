@@ -113,3 +113,9 @@ def test_reading_and_cutting(tokenizer, tmp_path):
 def test_values_that_cannot_be_name_their_flag(field, value, flag):
     with pytest.raises(UsageError, match=f"^{flag}"):
         PerplexityConfig(**{field: value})
+
+
+def test_the_caller_is_not_put_into_inference_mode_between_two_reports(model) -> None:
+    tokens = np.zeros((2, 8), np.int32)
+    for _ in perplexity(model, tokens, tokens, PerplexityConfig(ctx=8)):
+        assert not torch.is_inference_mode_enabled()
