@@ -183,7 +183,7 @@ def _load(
     from llamakit.formats.adapter import check_adapter, read_adapter
     from llamakit.formats.llama2c import Llama2cFile
     from llamakit.formats.llama2c_checkpoint import Llama2cCheckpoint
-    from llamakit.formats.open import open_model
+    from llamakit.formats.open import check_is_model, open_model
     from llamakit.model import attach, load_config, load_model
 
     started = time.perf_counter()  # imports are not the model's fault

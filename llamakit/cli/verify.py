@@ -47,12 +47,14 @@ def verify(
     json: JsonOption = False,
 ) -> int:
     """Compare two models, whatever their formats: weights, vocabulary, and what they answer. Exit 1: they differ."""
-    from llamakit.formats.open import open_model
+    from llamakit.formats.open import check_is_model, open_model
     from llamakit.inference.verify import verify as compare
 
     set_threads(threads)
     first, second = local(expected, offline=offline), local(written, offline=offline)
     with open_model(first, n_ctx=ctx or 0) as a, open_model(second, n_ctx=ctx or 0) as b:
+        check_is_model(a)
+        check_is_model(b)
         report = compare(*_with_a_context(a, b), seed=seed, forward=forward)
     if json:
         render.print_json(asdict(report) | {"passed": report.passed})

@@ -16,7 +16,7 @@ from llamakit.formats.adapter import Adapter, check_adapter, read_adapter, write
 from llamakit.formats.gguf import open_gguf, typed_metadata, write_gguf
 from llamakit.formats.huggingface_vocab_writer import write_vocabulary
 from llamakit.formats.llama2c_vocab import write_llama2c_vocabulary
-from llamakit.formats.open import open_model, sniff
+from llamakit.formats.open import check_is_model, open_model, sniff
 from llamakit.formats.tiktoken_model import is_tiktoken
 from llamakit.formats.vocabulary import vocabulary_only
 
@@ -41,6 +41,7 @@ def convert_adapter(
         raise UsageError("llama2.c has no adapters", path=out, hint="name a .gguf, or a folder (PEFT)")
     _refuse_same(Path(out), source)
     with open_model(base, n_ctx=0) as model:
+        check_is_model(model)
         adapter = read_adapter(source, model)
         notes = check_adapter(adapter, model, force=force)
         if form == "gguf":

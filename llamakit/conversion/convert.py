@@ -27,7 +27,7 @@ from llamakit.formats.huggingface_writer import write_huggingface
 from llamakit.formats.llama2c import RMS_EPS, ROPE_FREQ_BASE
 from llamakit.formats.llama2c_vocab import read_llama2c_vocabulary, write_llama2c_vocabulary
 from llamakit.formats.llama2c_writer import llama2c_notes, write_llama2c
-from llamakit.formats.open import model_files, open_model, sniff
+from llamakit.formats.open import check_is_model, model_files, open_model, sniff
 from llamakit.formats.vocabulary import vocabulary_only
 from llamakit.ggml import GGMLType
 
@@ -140,6 +140,8 @@ def plan_conversion(source: ModelFile, config: ConvertConfig) -> ConvertPlan:
     """
     notes: list[str] = []
     file_type: int | None = None
+    if not config.vocab_only:
+        check_is_model(source)
     if config.target == "llama2c":
         if config.outtype not in ("auto", "f32"):
             raise UsageError(

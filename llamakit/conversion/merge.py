@@ -27,7 +27,7 @@ from llamakit.formats.adapter import Adapter, check_adapter, read_adapter
 from llamakit.formats.base import ModelFile, TensorData, TensorInfo
 from llamakit.formats.borrowed import with_metadata
 from llamakit.formats.gguf_writer import copied_tensor, typed_metadata, written_tensors
-from llamakit.formats.open import model_files
+from llamakit.formats.open import check_is_model, model_files
 from llamakit.ggml import BLOCK_SIZES, FILE_TYPES, FLOAT_TYPES, GGMLType
 from llamakit.quant import can_decode, dequantize
 from llamakit.quant.encode import quantize
@@ -141,13 +141,16 @@ def merge(config: MergeConfig) -> Iterator[Report]:
     when the disk refuses.
     """
     with _open_base(config) as base:
+        check_is_model(base)
         _check_out(config)
         adapters = [(read_adapter(path, base), scale) for path, scale in config.adapters]
         notes = _check_adapters(base, adapters, config.force)
         jobs = _jobs(base, adapters, config)
         n_changed = sum(job.changed for job in jobs)
         n_bytes = sum(_n_bytes(job) for job in jobs)
-        yield MergePlan(len(jobs), n_changed, n_bytes, tuple(notes + _file_notes(base, jobs)), _warnings(base))
+        yield MergePlan(
+            len(jobs), n_changed, n_bytes, tuple(notes + _file_notes(base, jobs, config.type)), _warnings(base)
+        )
         done = 0
         tensors = [_tensor(base, job) for job in jobs]
         for job, _ in zip(
@@ -194,13 +197,20 @@ def _check_adapters(base: ModelFile, adapters: Adapters, force: bool) -> list[st
     return notes
 
 
-def _file_notes(base: ModelFile, jobs: Sequence[_Job]) -> list[str]:
+def _file_notes(base: ModelFile, jobs: Sequence[_Job], wanted: GGMLType | None) -> list[str]:
+    notes = []
+    matrices = [job for job in jobs if job.info.n_rows > 1]
+    narrow = sum(job.type is GGMLType.F16 for job in matrices)
+    if wanted is not None and wanted is not GGMLType.F16 and narrow:
+        block = BLOCK_SIZES[wanted][0]
+        why = f"their rows are no multiple of {block} long, which {wanted.name} needs"
+        notes.append(f"{narrow} of {len(matrices)} matrices become F16: {why}")
     embedding = any(job.changed and job.info.name == "token_embd.weight" for job in jobs)
     if embedding and "output.weight" not in base.tensors:
-        return [
+        notes.append(
             "token_embd.weight is this model's output too: merging changes both, an adapter on the base the input alone"
-        ]
-    return []
+        )
+    return notes
 
 
 def _jobs(base: ModelFile, adapters: Adapters, config: MergeConfig) -> list[_Job]:
@@ -221,9 +231,10 @@ def _jobs(base: ModelFile, adapters: Adapters, config: MergeConfig) -> list[_Job
 def _scaled_pair(adapter: Adapter, name: str, scale: float) -> tuple[Tensor, Tensor, float]:
     """(A, B, factor of B @ A); the factor in float32, step by step, as llama-export-lora computes it."""
     a, b = (torch.from_numpy(np.ascontiguousarray(matrix, np.float32)) for matrix in adapter.tensors[name])
-    factor = np.float32(scale)
-    if adapter.alpha:
-        factor = factor * np.float32(adapter.alpha) / np.float32(len(a))
+    with np.errstate(over="ignore"):  # an infinite factor shows in what it gives
+        factor = np.float32(scale)
+        if adapter.alpha:
+            factor = factor * np.float32(adapter.alpha) / np.float32(len(a))
     return a, b, float(factor)
 
 
@@ -282,8 +293,15 @@ def _packed_rows(base: ModelFile, job: _Job, start: int, stop: int) -> np.ndarra
     for a, b, factor in job.pairs:
         merged = merged + low_rank_product(b[start:stop], a, n_out=len(b), lanes=vector_lanes()).mul_(factor)
     packed = quantize(merged, job.type)
+    written = merged if job.type is GGMLType.F32 else dequantize(packed, job.type)
+    if not bool(written.isfinite().all()):
+        raise UnsupportedError(
+            f"merging gives '{escape_control(job.info.name)}' values that {job.type.name} cannot hold",
+            path=base.path,
+            hint="take a smaller scale, or --outtype f32 where the adapter is sound",
+        )
     if job.changed and job.type is not GGMLType.F32:
-        job.rounding.add(rows, merged, dequantize(packed, job.type))
+        job.rounding.add(rows, merged, written)
     return packed.numpy()
 
 

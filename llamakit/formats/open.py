@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from llamakit.errors import FormatError, LlamakitError, UnsupportedError, UsageError
+from llamakit.files import escape_control
 from llamakit.formats import llama2c
 from llamakit.formats.base import ModelFile
 from llamakit.formats.ggla import MAGIC as GGLA_MAGIC
@@ -168,6 +169,23 @@ def open_model(path: str | os.PathLike[str], *, n_ctx: int | None = None, rope_t
         in_folder = path.name.startswith("pytorch_model") and os.path.exists(path.parent / "config.json")
         return _folder_of(path) if in_folder else Llama2cCheckpoint(path)
     raise _refusal(path, kind)
+
+
+def check_is_model(file: ModelFile) -> None:
+    """Raises UnsupportedError that says what a GGUF file is instead of a model, and where it belongs."""
+    metadata = file.metadata
+    kind = metadata.get("general.type")
+    if "training.type" in metadata:
+        reason, hint = "is a training checkpoint, not a model", "take the adapter that was saved beside it: --lora"
+    elif kind == "adapter":
+        reason, hint = "is an adapter, not a model", "give it with --lora, and the model with -m"
+    elif isinstance(kind, str) and kind != "model":
+        reason, hint = f"is not a model (general.type is {escape_control(kind)!r})", None
+    elif not file.tensors:
+        reason, hint = "is a vocabulary without a model: it holds no tensors", None
+    else:
+        return
+    raise UnsupportedError(reason, path=file.path, hint=hint)
 
 
 def _folder_of(path: Path) -> ModelFile:

@@ -18,7 +18,7 @@ from llamakit.dataset.text import BatchBuilder, TrainingText, read_training_text
 from llamakit.errors import MismatchError, UnsupportedError, UsageError
 from llamakit.files import RunLock, check_writable, is_same_file
 from llamakit.formats.adapter import Adapter
-from llamakit.formats.open import model_files, open_model, size_on_disk
+from llamakit.formats.open import check_is_model, model_files, open_model, size_on_disk
 from llamakit.formats.stamps import base_stamps
 from llamakit.model import Llama, ModelConfig, RopeScaling, load_config, load_model
 from llamakit.model.device import dtype_name, resolve_device, training_dtype
@@ -92,10 +92,13 @@ class _Run:
         config = self.config
         if not config.model_base:
             raise UsageError("--model-base is missing", hint="name the GGUF model to train on: --model-base FILE")
+        if not config.train_data and not config.only_write_lora:
+            raise UsageError("--train-data is empty", hint="name the text to train on: --train-data FILE")
         if not (config.lora_out or config.checkpoint_out):
             raise UsageError("--lora-out and --checkpoint-out are both empty: nothing would be written")
         # A source that states no context takes any: the model's own is only a bound of --ctx.
         self.base = open_model(config.model_base, n_ctx=config.ctx, rope_theta=config.rope_freq_base)
+        check_is_model(self.base)
         yield Loading("model", config.model_base, size_on_disk(config.model_base))
         self.shape = _overridden(load_config(self.base), config)
         self.device = resolve_device(config.device)

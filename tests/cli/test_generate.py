@@ -241,3 +241,8 @@ def test_a_model_in_parts_says_the_same(cli, model, tmp_path):
     parts = split_gguf(tmp_path / "m.gguf", model, 8)
     whole, split = (cli("generate", "-m", path, "-p", PROMPT, *GREEDY) for path in (model, parts[-1]))
     assert (split.returncode, split.stdout) == (0, whole.stdout)
+
+
+@pytest.mark.parametrize("scale", ["nan", "inf", "-inf", "1e39", "x", ""])
+def test_a_scale_that_is_no_number_is_refused(model, cli, scale):
+    assert_error(cli("generate", "-m", model, PROMPT, "--lora-scaled", f"a.gguf:{scale}"), 2, "--lora-scaled")

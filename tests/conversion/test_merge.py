@@ -212,7 +212,7 @@ def test_refusals_leave_nothing(tmp_path: Path) -> None:
         (UsageError, "No such file", {"lora": (tmp_path / "missing",)}),
         (FormatError, "is no LoRA adapter", {"lora": (tmp_path / "text",)}),
         (FormatError, "is a text", {"model": tmp_path / "text"}),
-        (MismatchError, "does not exist", {"model": lora}),
+        (UnsupportedError, "is an adapter, not a model", {"model": lora}),
     ]
     for error, reason, options in cases:
         config = MergeConfig(**{"model": base, "lora": (lora,), "out": tmp_path / "out.gguf"} | options)
@@ -268,3 +268,23 @@ def test_it_is_base_and_adapter(tmp_path: Path) -> None:
         ours = load_model(file, dtype=torch.float32)
         logits = [m.logits(m.forward(tokens, torch.arange(20))) for m in (model, ours)]
     assert torch.allclose(*logits, atol=1e-3)
+
+
+@pytest.mark.parametrize(("size", "scale", "outtype"), [(1.0, 1e39, "f32"), (1e5, 1.0, None), (1e9, 1.0, "q8_0")])
+def test_what_is_no_number_is_not_written(tmp_path: Path, size: float, scale: float, outtype: str | None) -> None:
+    base = write_base(tmp_path / "b.gguf", GGMLType.F16)
+    lora, out = write_lora(tmp_path / "l.gguf", base, 4, size=size), tmp_path / "o.gguf"
+    config = MergeConfig(model=base, lora_scaled=((lora, scale),), out=out, outtype=outtype)
+    with pytest.raises(UnsupportedError, match="cannot hold") as caught:
+        list(merge(config))
+    assert "scale" in str(caught.value.hint) and not out.exists()
+
+
+def test_matrices_that_a_type_cannot_hold_are_told(tmp_path: Path) -> None:
+    base = write_base(tmp_path / "b.gguf")
+    lora = write_lora(tmp_path / "l.gguf", base, 4)
+    plan, tensors, _ = merged(base, lora, out=tmp_path / "o.gguf", outtype="q4_k")
+    assert any("5 of 5 matrices become F16" in note and "256" in note for note in plan.notes)
+    assert tensors["blk.0.attn_q.weight"].type is GGMLType.F16
+    plan, _, _ = merged(base, lora, out=tmp_path / "o.gguf", outtype="q8_0")
+    assert not plan.notes
