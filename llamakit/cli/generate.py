@@ -26,7 +26,7 @@ from llamakit.cli.options import (
     set_threads,
 )
 from llamakit.cli.prompt import read_prompt
-from llamakit.cli.sources import check_is_model, local
+from llamakit.cli.sources import local
 from llamakit.conversion.convert_config import check_stated
 from llamakit.errors import EXIT_INTERRUPTED, EXIT_OK, UsageError
 from llamakit.inference.config import GenerateConfig

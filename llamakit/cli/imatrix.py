@@ -24,7 +24,7 @@ from llamakit.cli.options import (
     keep_freed_memory,
     set_threads,
 )
-from llamakit.cli.sources import check_is_model, local
+from llamakit.cli.sources import local
 from llamakit.errors import UsageError
 
 if TYPE_CHECKING:
@@ -114,7 +114,7 @@ def _paths(item: str) -> list[Path]:
 def _measure(settings: ImatrixConfig, device: str, dtype: str, json: bool) -> None:
     import torch
 
-    from llamakit.formats.open import open_model
+    from llamakit.formats.open import check_is_model, open_model
     from llamakit.inference.imatrix import Chunk
     from llamakit.inference.imatrix import imatrix as measure
     from llamakit.model.device import resolve_device

@@ -27,7 +27,7 @@ from llamakit.cli.options import (
     set_threads,
 )
 from llamakit.cli.perplexity_view import Row, Watch
-from llamakit.cli.sources import check_is_model, local
+from llamakit.cli.sources import local
 from llamakit.errors import UsageError
 from llamakit.files import check_writable
 from llamakit.inference.config import PerplexityConfig
@@ -201,7 +201,7 @@ def _run(job: _Job, paths: Sequence[Path], adapters: Sequence[tuple[Path, float]
 
 def _open(path: Path, adapters: Sequence[tuple[Path, float]], force: bool, stack: ExitStack) -> _Opened:
     from llamakit.formats.adapter import check_adapter, read_adapter
-    from llamakit.formats.open import open_model
+    from llamakit.formats.open import check_is_model, open_model
     from llamakit.model import load_config
 
     file = stack.enter_context(open_model(path))

@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, overload
+from typing import overload
 
 from llamakit import hub
 from llamakit.cli import render
-from llamakit.errors import UnsupportedError
-
-if TYPE_CHECKING:
-    from llamakit.formats.base import ModelFile
 
 
 @overload
@@ -23,23 +19,6 @@ def local(source: str | Path | None, *, offline: bool) -> Path | None:
         return None if source is None else Path(source)
     with _View() as view:
         return hub.fetch(str(source), offline=offline, on_progress=view.show)
-
-
-def check_is_model(file: ModelFile) -> None:
-    """Say what a GGUF file is that is no model, and where it belongs. Raises UnsupportedError."""
-    metadata = file.metadata
-    kind = metadata.get("general.type")
-    if "training.type" in metadata:
-        reason, hint = "is a training checkpoint, not a model", "take the adapter that was saved beside it"
-    elif kind == "adapter":
-        reason, hint = "is an adapter, not a model", "give it with --lora, and the model with -m"
-    elif isinstance(kind, str) and kind != "model":
-        reason, hint = f"is not a model (general.type is {kind!r})", None
-    elif not file.tensors:
-        reason, hint = "is a vocabulary without a model: it holds no tensors", None
-    else:
-        return
-    raise UnsupportedError(reason, path=file.path, hint=hint)
 
 
 class _View:

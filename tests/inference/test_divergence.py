@@ -171,7 +171,8 @@ NUMBER = re.compile(r"-?\d+\.\d+")
 
 
 @needs_shared
-@pytest.mark.parametrize("kind", ["Q4_0", pytest.param("Q8_0", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["Q4_0", "Q8_0"])
 def test_against_llama_perplexity(kind, tmp_path, capsys):
     """Its tables for files dequantized to F32; a packed file decoded to float32 is the same model."""
     golden = SHARED / "golden"

@@ -25,6 +25,7 @@ def measured(**options) -> tuple[Imatrix, Collected]:
     return read_imatrix(last.path), last
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not SHARED.is_dir(), reason=f"needs the golden files of {SHARED}")
 def test_the_file_of_llama_imatrix(tmp_path: Path) -> None:
     golden = SHARED / "golden"
