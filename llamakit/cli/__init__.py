@@ -18,7 +18,21 @@ import typer
 from typer.main import get_command
 
 import llamakit
-from llamakit.cli import compat, convert, doctor, finetune, generate, inspect, merge, quantize, render, tokenize, verify
+from llamakit.cli import (
+    compat,
+    convert,
+    doctor,
+    finetune,
+    generate,
+    imatrix,
+    inspect,
+    merge,
+    perplexity,
+    quantize,
+    render,
+    tokenize,
+    verify,
+)
 from llamakit.cli.help import CONTEXT_SETTINGS, MAIN, MORE, Command, Group
 from llamakit.errors import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_MEMORY, EXIT_OK, EXIT_SAVE, LlamakitError
 
@@ -44,6 +58,8 @@ _COMMANDS = {
     "convert": (convert.convert, MAIN),
     "quantize": (quantize.quantize, MAIN),
     "merge": (merge.merge, MAIN),
+    "perplexity": (perplexity.perplexity, MORE),
+    "imatrix": (imatrix.imatrix, MORE),
     "tokenize": (tokenize.tokenize, MORE),
     "inspect": (inspect.inspect, MORE),
     "verify": (verify.verify, MORE),

@@ -91,6 +91,11 @@ def say(text: str = "") -> None:
     print(escape_control(text))
 
 
+def heading(text: str) -> None:
+    """One line on stdout that stands out, control characters escaped."""
+    print(bold(escape_control(text)), flush=True)
+
+
 def stream(text: str) -> None:
     """A piece of generated text on stdout at once: raw into a file or pipe, made harmless on a terminal."""
     if is_terminal(sys.stdout):

@@ -17,6 +17,7 @@ from llamakit.formats import llama2c
 from llamakit.formats.base import ModelFile, TensorInfo
 from llamakit.formats.ggla import read_ggla
 from llamakit.formats.gguf import GGUFFile, SplitGGUF, Typed, open_gguf
+from llamakit.formats.imatrix import SUMS, read_imatrix
 from llamakit.formats.open import open_model, size_on_disk, sniff
 from llamakit.ggml import FILE_TYPES, GGMLType
 
@@ -41,6 +42,7 @@ _OTHERS = {
     "meta": "folder with a model in Meta's format",
     "pickle": "Python pickle, perhaps an old PyTorch checkpoint; never loaded, it could run any code",
     "ggml": "GGML model from before GGUF",
+    "imatrix": "importance matrix",
     "gzip": "gzip archive",
     "text": "text",
     "directory": "folder",
@@ -131,6 +133,8 @@ def inspect(path: str | os.PathLike[str]) -> FileReport:
             return _inspect_llama2c(file)
     if kind == "ggla":
         return _inspect_ggla(path)
+    if kind == "imatrix":
+        return _inspect_dat(path)
     return _inspect_source(path, kind) if kind in _SOURCES else _inspect_other(path, kind)
 
 
@@ -141,6 +145,8 @@ def _inspect_gguf(path: Path, file: GGUFFile | SplitGGUF) -> FileReport:
         facts |= _adapter_facts(file)
     if kind in ("model", "vocabulary"):
         facts |= _model_facts(file.metadata)
+    if kind == "imatrix":
+        facts["entries"] = sum(name.endswith(SUMS) for name in file.tensors)
     if isinstance(file, SplitGGUF):
         facts["split"] = f"part {file.part} of {len(file.parts)}, all {len(file.parts)} parts counted"
     metadata = tuple(_key_value(key, value, *file.metadata_types[key]) for key, value in file.metadata.items())
@@ -253,6 +259,15 @@ def _inspect_ggla(path: Path) -> FileReport:
     )
 
 
+def _inspect_dat(path: Path) -> FileReport:
+    """An importance matrix in the form that came before GGUF's: a few MB without a header, read and checked whole."""
+    found = read_imatrix(path)
+    facts = {"entries": len(found.entries), "chunks": found.chunk_count, "datasets": ", ".join(found.datasets)}
+    report = replace(_inspect_other(path, "imatrix"), format="dat", facts={k: v for k, v in facts.items() if v})
+    rows = [TensorRow(name, entry.sums.shape[1:], "F32", entry.sums.nbytes) for name, entry in found.entries.items()]
+    return replace(report, tensors=tuple(rows))
+
+
 def _inspect_source(path: Path, kind: str) -> FileReport:
     """A folder or checkpoint as the model that is in it, or with the reason why none can be read."""
     report = _inspect_other(path, kind)
@@ -326,6 +341,7 @@ def _next_commands(kind: str, file: ModelFile | None, path: Path | None = None) 
         "llama2c-tokenizer": (("llamakit", "generate", "-m", "MODEL.bin", "-z", name),),
         "text": ((*finetune, "BASE.gguf", "--train-data", name),),
         "peft": lora,
+        "imatrix": (("llamakit", "quantize", "--imatrix", name, "MODEL.gguf", "Q4_K_M"),),
     }.get(kind, ())
 
 

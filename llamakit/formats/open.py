@@ -16,6 +16,7 @@ from llamakit.formats.ggla import MAGIC as GGLA_MAGIC
 from llamakit.formats.gguf_reader import MAGIC as GGUF_MAGIC
 from llamakit.formats.gguf_split import open_gguf
 from llamakit.formats.huggingface import COMPANIONS, HuggingFaceModel, weight_files
+from llamakit.formats.imatrix import is_dat
 from llamakit.formats.llama2c_checkpoint import Llama2cCheckpoint
 from llamakit.formats.meta import PARAMS, SHARD, MetaModel, shard_names
 from llamakit.formats.source import FileSource
@@ -46,6 +47,7 @@ _UNSUPPORTED: dict[str, tuple[str, str | None]] = {
     "peft": ("is a folder with a LoRA adapter (PEFT), not a model", "give it with --lora, and the model with -m"),
     "sentencepiece": ("is a SentencePiece vocabulary, not a model", None),
     "llama2c-tokenizer": ("is a llama2.c vocabulary, not a model", "give it with -z, and the model with -m"),
+    "imatrix": ("is an importance matrix, not a model", "llamakit quantize takes it with --imatrix"),
     "gzip": ("is compressed", "unpack it first: gunzip"),
 }
 
@@ -54,14 +56,15 @@ def sniff(path: str | os.PathLike[str]) -> str:
     """The kind of a file or directory, from its first bytes.
 
     One of: gguf, llama2c, llama2c-tokenizer, ggla, ggml, zip (PyTorch's), pickle, safetensors, sentencepiece, gzip,
-    huggingface, meta, peft, directory, empty, text, unknown. Nothing is promised about the rest of the file. Raises
-    UsageError when it cannot be read.
+    imatrix (the .dat form), huggingface, meta, peft, directory, empty, text, unknown. Nothing is promised about the
+    rest of the file, but for a .dat, which has no magic. Raises UsageError when it cannot be read.
     """
     if os.path.isdir(path):
         return _folder_kind(Path(path))
     with FileSource(path) as source:
         head = source.read(0, min(_HEAD_BYTES, source.size)).tobytes()
-        return _kind(head, source.size) if head else "empty"
+        kind = _kind(head, source.size) if head else "empty"
+        return "imatrix" if kind == "unknown" and is_dat(source) else kind
 
 
 def _folder_kind(folder: Path) -> str:

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from llamakit.model.attention import cached_attention, causal_attention
 from llamakit.model.cache import KVCache
 from llamakit.model.config import ModelConfig
 from llamakit.model.layers import gated_silu, project
+from llamakit.model.recompute import recomputed
 from llamakit.model.rope import Rope, apply_rope
 
 
@@ -45,7 +45,7 @@ class Block(nn.Module):
         gate, up = project(x, self.ffn_gate, self.ffn_up)
         return self.ffn_down(gated_silu(gate, up))
 
-    def forward(self, x: Tensor, rotations: Tensor, cache: KVCache | None) -> Tensor:
+    def forward(self, x: Tensor, rotations: Tensor, cache: KVCache | None = None) -> Tensor:
         """(B, T, C) -> (B, T, C)."""
         x = x + self.attention(self.attn_norm(x), rotations, cache)
         return x + self.feed_forward(self.ffn_norm(x))
@@ -80,8 +80,8 @@ class Llama(nn.Module):
         rotations = self.rope.rotations(positions)
         x = self.token_embd(tokens)
         for block in self.blk:
-            if self.use_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, rotations, cache, use_reentrant=False, preserve_rng_state=False)
+            if self.use_checkpointing and torch.is_grad_enabled() and cache is None:
+                x = recomputed(block, x, rotations)
             else:
                 x = block(x, rotations, cache)
         if cache is not None:

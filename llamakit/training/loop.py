@@ -21,7 +21,7 @@ from llamakit.model import Llama
 from llamakit.model.layers import Dropout
 from llamakit.training.config import FinetuneConfig
 from llamakit.training.loss import backpropagate
-from llamakit.training.optim import clip_gradient, make_optimizer, schedule
+from llamakit.training.optim import AdamW, clip_gradient, schedule
 from llamakit.training.report import StepReport
 from llamakit.training.state import Progress, Weights
 
@@ -43,32 +43,31 @@ class Parameters:
     def __init__(self, pairs: Mapping[str, tuple[Tensor, Tensor]], config: FinetuneConfig) -> None:
         self.pairs = dict(pairs)
         self.flat = [tensor for pair in self.pairs.values() for tensor in pair]
-        self.optimizer = make_optimizer(self.flat, config)
+        self.optimizer = AdamW(self.flat, config)
 
+    def _moments(self) -> dict[str, tuple[Tensor, ...]]:
+        """m and v of A, then of B, by base tensor name."""
+        moments = self.optimizer.moments()
+        return {name: moments[2 * i] + moments[2 * i + 1] for i, name in enumerate(self.pairs)}
+
+    @torch.no_grad()
     def restore(self, weights: Mapping[str, Weights], updates: int) -> None:
         """Put back what `snapshot` gave; without moments the optimizer starts anew."""
-        with torch.no_grad():
-            for name, saved in weights.items():
-                for i, (tensor, array) in enumerate(zip(self.pairs[name], (saved.a, saved.b), strict=True)):
-                    tensor.copy_(torch.from_numpy(array))
-                    if saved.moments is not None:
-                        m, v = saved.moments[2 * i : 2 * i + 2]
-                        self.optimizer.state[tensor] = {
-                            "step": torch.tensor(float(updates), device=tensor.device),
-                            "exp_avg": torch.from_numpy(m.copy()).to(tensor.device),
-                            "exp_avg_sq": torch.from_numpy(v.copy()).to(tensor.device),
-                        }
+        moments = self._moments()
+        for name, saved in weights.items():
+            arrays = (saved.a, saved.b, *(saved.moments or ()))
+            for tensor, array in zip((*self.pairs[name], *moments[name]), arrays, strict=False):
+                tensor.copy_(torch.from_numpy(array))
+            if saved.moments is not None:
+                self.optimizer.updates = updates
 
     def snapshot(self) -> dict[str, Weights]:
         """Copies of all pairs and moments, float32."""
-        return {name: self._snapshot(a, b) for name, (a, b) in self.pairs.items()}
-
-    def _snapshot(self, a: Tensor, b: Tensor) -> Weights:
-        states = [self.optimizer.state.get(tensor) for tensor in (a, b)]
-        moments = None
-        if all(states):
-            moments = tuple(_copy(state[key]) for state in states for key in ("exp_avg", "exp_avg_sq"))  # pyright: ignore[reportOptionalSubscript]
-        return Weights(_copy(a), _copy(b), moments)  # pyright: ignore[reportArgumentType]
+        moments = self._moments() if self.optimizer.updates else {}
+        return {
+            name: Weights(_copy(a), _copy(b), tuple(map(_copy, moments[name])) if moments else None)  # pyright: ignore[reportArgumentType]
+            for name, (a, b) in self.pairs.items()
+        }
 
 
 def _copy(tensor: Tensor) -> np.ndarray:
@@ -99,7 +98,8 @@ class Trainer:
         config, progress = self.config, self.progress
         first_sample = min(1 + self.order.next_sample, self.order.count)
         loss = self._accumulate()
-        norm = clip_gradient(self.parameters.flat, config.adam_gclip)
+        gradient = self.parameters.optimizer.take_gradient()
+        norm = clip_gradient(gradient, config.adam_gclip)
         progress.iterations += 1
         factor = schedule(progress.iterations, config)
         skipped = not (math.isfinite(loss) and math.isfinite(norm))
@@ -107,8 +107,8 @@ class Trainer:
             self._skipped += 1
         else:
             self._skipped = 0
-            self._update(factor * config.adam_alpha)
-        self.parameters.optimizer.zero_grad(set_to_none=True)
+            self.parameters.optimizer.step(gradient, factor * config.adam_alpha)
+            progress.updates += 1
         now = time.perf_counter()
         n_tokens = config.grad_acc * config.batch * config.ctx
         return StepReport(
@@ -139,12 +139,6 @@ class Trainer:
             progress.epochs += self.order.advance(batch.used)
         progress.order_epoch, progress.next_sample = self.order.epoch, self.order.next_sample
         return total / n_tokens
-
-    def _update(self, lr: float) -> None:
-        for group in self.parameters.optimizer.param_groups:
-            group["lr"] = lr
-        self.parameters.optimizer.step()
-        self.progress.updates += 1
 
     @property
     def diverged(self) -> bool:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from llamakit.model import Llama
+from llamakit.model.recompute import weighted_sum
 
 # Logits of one chunk: 64 MB in bf16 at a vocabulary of 128k, an efficient product, nothing to notice in memory.
 _CHUNK_TOKENS = 256
@@ -73,5 +74,5 @@ def backpropagate(model: Llama, tokens: Tensor, targets: Tensor, weight: float) 
         total += float(loss.detach())
         d_hidden[at : at + _CHUNK_TOKENS] = chunk.grad  # pyright: ignore[reportArgumentType]
     if hidden.requires_grad:
-        hidden.backward(d_hidden.view_as(hidden))
+        weighted_sum(hidden, d_hidden.view_as(hidden)).backward()
     return total

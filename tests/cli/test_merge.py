@@ -48,6 +48,7 @@ def files(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_merge(files: Path) -> None:
     result = cli(
         "merge", "-m", "base.gguf", "--lora", "a.gguf", "--lora-scaled", "b.gguf:0.4", "-o", "out.gguf", cwd=files

@@ -15,6 +15,8 @@ from llamakit.conversion.convert_config import ConvertConfig
 from llamakit.conversion.inspect import KeyValue
 from llamakit.errors import FormatError, LlamakitError, UsageError
 from llamakit.formats.gguf import GGUFFile, TensorData, write_gguf
+from llamakit.formats.imatrix import Entry, Imatrix
+from llamakit.formats.imatrix_writer import write_imatrix, write_imatrix_dat
 from llamakit.formats.open import size_on_disk
 from llamakit.ggml import GGMLType
 from tests.formats.files import llama2c_file
@@ -75,7 +77,7 @@ def test_no_tensor_of_a_model_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"llamakit.checkpoint.version": 1, "general.architecture": "llama"}, "checkpoint", "llamakit training checkpoint", "finetune"),
         ({"training.type": "finetune_lora"}, "old-checkpoint", "training checkpoint of the old llama.cpp finetune", "finetune"),
         ({"training.type": "train_model"}, "old-checkpoint", "training checkpoint of llama.cpp (train_model)", None),
-        ({"general.type": "imatrix"}, "imatrix", "importance matrix", None),
+        ({"general.type": "imatrix"}, "imatrix", "importance matrix", "quantize"),
         ({"general.architecture": "bert"}, "model", "model", None),
         ({"general.architecture": "qwen2", "tokenizer.ggml.model": "gpt2"}, "model", "model", "tokenize"),
     ],
@@ -255,3 +257,18 @@ def test_real_files(name: str, kind: str) -> None:
     assert report.kind == kind
     if kind == "ggla":
         assert report.facts == {"alpha": 8.0, "rank": 4, "adapted tensors": 48}
+
+
+def test_importance_matrices(tmp_path: Path) -> None:
+    entry = Entry(np.ones((1, 8), np.float32), np.full(1, 16, np.float32))
+    imatrix = Imatrix({"blk.0.attn_q.weight": entry, "blk.1.attn_q.weight": entry}, ("a.txt",), 2, 8)
+    write_imatrix(tmp_path / "i.gguf", imatrix)
+    write_imatrix_dat(tmp_path / "i.dat", imatrix)
+    new, old = inspect(tmp_path / "i.gguf"), inspect(tmp_path / "i.dat")
+    assert (new.kind, new.what, new.format, new.facts) == ("imatrix", "importance matrix", "GGUF V3", {"entries": 2})
+    assert (old.kind, old.what, old.format) == ("imatrix", "importance matrix", "dat")
+    assert old.facts == {"entries": 2, "chunks": 2, "datasets": "a.txt"}
+    assert [(row.name, row.shape) for row in old.tensors] == [(name, (8,)) for name in imatrix.entries]
+    assert old.next_commands == (
+        ("llamakit", "quantize", "--imatrix", str(tmp_path / "i.dat"), "MODEL.gguf", "Q4_K_M"),
+    )

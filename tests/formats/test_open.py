@@ -37,6 +37,7 @@ KINDS: dict[str, tuple[bytes, type[LlamakitError], str]] = {
     "llama2c-tokenizer": (struct.pack("<IfI", 7, 0, 5) + b"<unk>", UnsupportedError, "llama2.c vocabulary"),
     "empty": (b"", FormatError, "is empty"),
     "text": ("Grüße\n".encode(), FormatError, "is a text"),
+    "imatrix": (struct.pack("<2i", 1, 1) + b"a" + struct.pack("<2if", 1, 1, 2), UnsupportedError, "importance matrix"),
     "unknown": (b"\0\1\2\3" * 20, FormatError, "unknown format"),
 }  # fmt: skip
 
