@@ -23,6 +23,7 @@ from llamakit.quant import dequantize
 from tests.conversion.merge_files import SHAPES, UNTOUCHED, numbers, write_base, write_lora
 from tests.formats.files import ggla_file, llama2c_file
 from tests.formats.test_peft import folder
+from tests.formats.torch_models import meta_model
 from tests.tiny import cached_tiny_gguf
 
 SHARED = Path(os.environ.get("LLAMAKIT_SHARED", Path(__file__).parents[3] / "shared"))
@@ -288,3 +289,17 @@ def test_matrices_that_a_type_cannot_hold_are_told(tmp_path: Path) -> None:
     assert tensors["blk.0.attn_q.weight"].type is GGMLType.F16
     plan, _, _ = merged(base, lora, out=tmp_path / "o.gguf", outtype="q8_0")
     assert not plan.notes
+
+
+@pytest.mark.parametrize("outtype", [None, "same", "bf16", "q8_0"])
+def test_norms_of_a_checkpoint_are_what_llama_cpp_computes_with(tmp_path: Path, outtype: str | None) -> None:
+    """In bfloat16, as checkpoints have them, they end llama-perplexity with a failed assertion."""
+    meta = meta_model(tmp_path / "meta")
+    with open_model(meta, n_ctx=0) as base:
+        pair = numbers(2, 64, seed=1), numbers(64, 2, seed=2)
+        write_adapter(tmp_path / "l.gguf", Adapter(2.0, {"blk.0.attn_q.weight": pair}), base)
+        assert base.tensors["output_norm.weight"].type is GGMLType.BF16
+        norm = dequantize(torch.from_numpy(base.read("output_norm.weight")), GGMLType.BF16).numpy()
+    _, tensors, _ = merged(meta, tmp_path / "l.gguf", out=tmp_path / "o.gguf", outtype=outtype, ctx=64)
+    assert all(t.type is GGMLType.F32 for t in tensors.values() if len(t.shape) == 1)
+    assert np.array_equal(weights(tmp_path / "o.gguf", "output_norm.weight"), norm)
