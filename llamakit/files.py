@@ -7,6 +7,7 @@ import errno
 import fcntl
 import os
 import re
+import shlex
 import shutil
 import stat
 from collections.abc import Callable, Iterator, Sequence
@@ -74,6 +75,8 @@ def atomic_path(path: str | os.PathLike[str], verify: Callable[[Path], None] | N
             verify(temporary)
         os.replace(temporary, path)
         _fsync_path(path.parent)
+    except BrokenPipeError:  # what was printed meanwhile, not the disk
+        raise
     except OSError as error:
         raise _save_error(path, error) from error
     finally:
@@ -103,6 +106,8 @@ def atomic_directory(path: str | os.PathLike[str], verify: Callable[[Path], None
             verify(temporary)
         os.rename(temporary, path)
         _fsync_path(path.parent)
+    except BrokenPipeError:  # what was printed meanwhile, not the disk
+        raise
     except OSError as error:
         raise _save_error(path, error) from error
     finally:
@@ -130,6 +135,8 @@ def atomic_files(path: str | os.PathLike[str], verify: Callable[[Path], None] | 
             verify(temporary)
         _move_in(temporary, path.parent)
         _fsync_path(path.parent)
+    except BrokenPipeError:  # what was printed meanwhile, not the disk
+        raise
     except OSError as error:
         raise _save_error(path, error) from error
     finally:
@@ -224,7 +231,7 @@ def check_writable(path: str | os.PathLike[str]) -> None:
     except OSError as error:
         with contextlib.suppress(OSError):
             probe.unlink(missing_ok=True)
-        hint = f"create it with: mkdir -p {path.parent}" if isinstance(error, FileNotFoundError) else None
+        hint = None if path.parent.is_dir() else f"create it with: mkdir -p {shlex.quote(str(path.parent))}"
         raise UsageError(
             f"the output directory cannot be written: {error.strerror}", path=path.parent, hint=hint
         ) from error

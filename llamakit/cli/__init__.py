@@ -114,7 +114,16 @@ def main() -> NoReturn:
     # libgomp's threads spin while they wait. On a core that somebody else needs too, its default makes a training
     # step six times as long; this much spinning costs nothing on an idle machine. Read when torch is loaded.
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")
+    _open_standard_streams()
     sys.exit(run(sys.argv[1:]))
+
+
+def _open_standard_streams() -> None:
+    """A stream that the caller closed (`>&-`) goes nowhere; else the next file that is opened would stand for it."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number, which is this one
+            setattr(sys, name, os.fdopen(number, "w" if number else "r", encoding="utf-8"))
 
 
 def run(argv: list[str]) -> int:

@@ -239,7 +239,7 @@ def _scaled_pair(adapter: Adapter, name: str, scale: float) -> tuple[Tensor, Ten
 
 
 def _out_type(info: TensorInfo, changed: bool, config: MergeConfig) -> GGMLType:
-    if len(info.shape) < 2 and info.type in FLOAT_TYPES:
+    if len(info.shape) == 1 and info.type in FLOAT_TYPES:
         return GGMLType.F32  # checkpoints have norms in 16 bits, which llama.cpp does not compute with
     if config.outtype == "same":
         return info.type
