@@ -374,7 +374,7 @@ def _write_modelfile(source: Path, out: Path, system: str | None, parameters: li
     from llamakit.conversion.modelfile import split_parameter, write_modelfile
     from llamakit.formats.open import open_model
 
-    with open_model(source) as file:
+    with open_model(source, n_ctx=0) as file:
         report = write_modelfile(
             out, file, source, system=system, parameters=[split_parameter(text) for text in parameters]
         )

@@ -51,7 +51,7 @@ def tokenize(
     text = _read(prompt, file, stdin)
     if not no_escape:
         text = process_escapes(text)
-    tokenizer = load_tokenizer(open_model(local(model, offline=offline)))
+    tokenizer = load_tokenizer(open_model(local(model, offline=offline), n_ctx=0))
     for warning in tokenizer.warnings:
         render.warn(warning)
     found = tokenizer.encode(text, add_special=tokenizer.add_bos and not no_bos, parse_special=not no_parse_special)

@@ -96,7 +96,7 @@ def open_source(config: ConvertConfig) -> ModelFile:
         config.source,
         vocab=_vocabulary_path(config),
         pre=config.pre,
-        ctx=config.ctx,
+        ctx=0 if config.vocab_only and config.ctx is None else config.ctx,
         rope_freq_base=config.rope_freq_base,
     )
     name = {} if config.model_name is None else {"general.name": config.model_name}

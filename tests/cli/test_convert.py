@@ -15,7 +15,7 @@ from llamakit.errors import UsageError
 from llamakit.formats.adapter import Adapter, write_adapter
 from llamakit.formats.open import open_model
 from llamakit.formats.vocabulary import vocabulary_only
-from tests.formats.torch_models import tiktoken_file
+from tests.formats.torch_models import meta_model, tiktoken_file
 from tests.helpers import assert_error, called
 from tests.tiny import cached_tiny_gguf, tiny_gguf
 
@@ -210,3 +210,13 @@ def test_names_of_targets(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> 
     assert (tmp_path / "link").is_symlink()
     bpe = called(capfd, "convert", cached_tiny_gguf(n_ctx=64, tokenizer="bpe", tied=True), "-o", "bpe.bin")
     assert bpe.stdout.splitlines()[-1] == "next: llamakit inspect bpe.bin"  # no vocabulary, nothing to generate with
+
+
+def test_a_source_that_states_no_context_where_none_is_needed(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    meta = meta_model(tmp_path / "meta")
+    assert called(capfd, "tokenize", "-m", meta, "-p", "ab", "--ids").stdout.startswith("[")
+    assert called(capfd, "convert", meta, "-o", "Modelfile").returncode == 0
+    assert "FROM " in (text := (tmp_path / "Modelfile").read_text()) and "num_ctx" not in text
+    assert called(capfd, "convert", meta, "-o", "v.gguf", "--vocab-only").returncode == 0
