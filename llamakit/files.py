@@ -210,6 +210,11 @@ def remove_stale_temporaries(directory: Path, names: re.Pattern[str]) -> None:
                     stale.unlink()
 
 
+def as_argument(path: str | os.PathLike[str]) -> str:
+    """A path that no command takes for an option."""
+    return f"./{os.fspath(path)}" if os.fspath(path).startswith("-") else os.fspath(path)
+
+
 def is_same_file(a: str | os.PathLike[str], b: str | os.PathLike[str]) -> bool:
     """Whether two paths lead to one file or directory; False where one of them leads nowhere."""
     try:

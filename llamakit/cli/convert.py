@@ -19,6 +19,7 @@ from llamakit.cli.options import (
     ConfigOption,
     JsonOption,
     OfflineOption,
+    RopeFreqBaseOption,
     ThreadsOption,
     keep_freed_memory,
     set_threads,
@@ -106,10 +107,7 @@ def convert(
         int | None,
         typer.Option("--ctx", metavar="N", help="Context length, where the source lacks it.", rich_help_panel=MODEL),
     ] = ConvertConfig.ctx,
-    rope_freq_base: Annotated[
-        float | None,
-        typer.Option("--rope-freq-base", metavar="N", help="Base of the rotary embedding.", rich_help_panel=MODEL),
-    ] = ConvertConfig.rope_freq_base,
+    rope_freq_base: RopeFreqBaseOption = ConvertConfig.rope_freq_base,
     model_name: Annotated[
         str | None,
         typer.Option("--model-name", metavar="NAME", help="general.name of a GGUF.", rich_help_panel=OUTPUT),

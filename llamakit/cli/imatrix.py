@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -16,20 +14,24 @@ from llamakit.cli.options import (
     DATA,
     FILES,
     OUTPUT,
+    AccurateDtypeOption,
     ConfigOption,
     DeviceOption,
     JsonOption,
     OfflineOption,
     ThreadsOption,
     keep_freed_memory,
+    listed,
     set_threads,
 )
 from llamakit.cli.sources import local
 from llamakit.errors import UsageError
+from llamakit.inference.imatrix_config import ImatrixConfig
 
 if TYPE_CHECKING:
     from llamakit.inference.imatrix import Collected
-    from llamakit.inference.imatrix_config import ImatrixConfig
+
+_D = ImatrixConfig
 
 
 def imatrix(
@@ -37,9 +39,9 @@ def imatrix(
     file: Annotated[
         Path | None, typer.Option("-f", metavar="FILE", help="Text that it reads.", rich_help_panel=FILES)
     ] = None,
-    output: Annotated[Path, typer.Option("-o", metavar="FILE", help="File to write.", rich_help_panel=FILES)] = Path(
-        "imatrix.gguf"
-    ),
+    output: Annotated[
+        Path, typer.Option("-o", metavar="FILE", help="File to write.", rich_help_panel=FILES)
+    ] = _D.output,
     in_files: Annotated[
         list[str] | None,
         typer.Option(
@@ -52,46 +54,43 @@ def imatrix(
     output_format: Annotated[
         Literal["gguf", "dat"] | None,
         typer.Option("--output-format", help="Format to write.", show_default="gguf", rich_help_panel=OUTPUT),
-    ] = None,
-    ctx: Annotated[int, typer.Option("--ctx", "-c", help="Tokens of a chunk.", rich_help_panel=DATA)] = 512,
+    ] = _D.output_format,
+    ctx: Annotated[int, typer.Option("--ctx", "-c", help="Tokens of a chunk.", rich_help_panel=DATA)] = _D.ctx,
     batch: Annotated[
         int, typer.Option("--batch", "-b", help="Tokens computed at once, whole chunks.", rich_help_panel=COMPUTE)
-    ] = 2048,
-    chunk: Annotated[int, typer.Option("--chunk", help="Chunks to skip at the start.", rich_help_panel=DATA)] = 0,
-    chunks: Annotated[int, typer.Option("--chunks", help="Chunks at most; -1: all.", rich_help_panel=DATA)] = -1,
+    ] = _D.batch,
+    chunk: Annotated[
+        int, typer.Option("--chunk", help="Chunks to skip at the start.", rich_help_panel=DATA)
+    ] = _D.chunk,
+    chunks: Annotated[int, typer.Option("--chunks", help="Chunks at most; -1: all.", rich_help_panel=DATA)] = _D.chunks,
     output_frequency: Annotated[
         int, typer.Option("--output-frequency", help="Save every so many chunks.", rich_help_panel=OUTPUT)
-    ] = 10,
+    ] = _D.output_frequency,
     save_frequency: Annotated[
         int,
         typer.Option("--save-frequency", help="Keep a copy every so many chunks; 0: never.", rich_help_panel=OUTPUT),
-    ] = 0,
+    ] = _D.save_frequency,
     process_output: Annotated[
         bool, typer.Option("--process-output", help="Measure output.weight, too.", rich_help_panel=DATA)
-    ] = False,
+    ] = _D.process_output,
     parse_special: Annotated[
         bool, typer.Option("--parse-special", help="Read special tokens in the text as such.", rich_help_panel=DATA)
-    ] = False,
+    ] = _D.parse_special,
     ppl: Annotated[
         bool, typer.Option("--ppl/--no-ppl", help="Show the perplexity on the way.", rich_help_panel=OUTPUT)
-    ] = True,
+    ] = _D.ppl,
     show_statistics: Annotated[
         bool, typer.Option("--show-statistics", help="Show what the --in-file says, and end.", rich_help_panel=OUTPUT)
     ] = False,
     threads: ThreadsOption = None,
     device: DeviceOption = "auto",
-    dtype: Annotated[
-        Literal["auto", "f32", "bf16"],
-        typer.Option("--dtype", help="Type to compute in; auto is f32, for accuracy.", rich_help_panel=COMPUTE),
-    ] = "auto",
+    dtype: AccurateDtypeOption = "auto",
     offline: OfflineOption = False,
     json: JsonOption = False,
     config: ConfigOption = None,
 ) -> None:
     """Measure on a text which columns of each matrix matter (an importance matrix), or merge such files."""
-    from llamakit.inference.imatrix_config import ImatrixConfig
-
-    earlier = tuple(path for item in in_files or () for path in _paths(item))
+    earlier = tuple(Path(name) for name in listed(in_files or ()))
     if show_statistics:
         _show_statistics(earlier, json)
         return
@@ -106,37 +105,19 @@ def imatrix(
     _measure(settings, device, dtype, json)
 
 
-def _paths(item: str) -> list[Path]:
-    """One path, or several between commas; a comma may as well be part of a file's name."""
-    return [Path(item)] if Path(item).exists() else [Path(part) for part in item.split(",")]
-
-
 def _measure(settings: ImatrixConfig, device: str, dtype: str, json: bool) -> None:
-    import torch
-
-    from llamakit.formats.open import check_is_model, open_model
     from llamakit.inference.imatrix import Chunk
     from llamakit.inference.imatrix import imatrix as measure
-    from llamakit.model.device import resolve_device
+    from llamakit.model.device import measuring_dtype, resolve_device
 
     if settings.model is not None and settings.file is not None:
-        with open_model(settings.model) as file:
-            check_is_model(file)
         render.loading(settings.model)
-    kind = torch.bfloat16 if dtype == "bf16" else torch.float32
     running = settings.ppl and not json
-    # A bar and figures that grow on the same terminal would write over each other.
-    bar = (
-        None
-        if running and render.is_terminal(sys.stdout)
-        else render.Progress("measuring", total=None, fields=("chunk",))
-    )
     result: Collected | None = None
-    with bar or nullcontext():
-        for report in measure(settings, device=str(resolve_device(device)), dtype=kind):
+    with render.Progress("measuring", total=None, fields=("chunk",), beside_output=running) as bar:
+        for report in measure(settings, device=str(resolve_device(device)), dtype=measuring_dtype(dtype)):
             if isinstance(report, Chunk):
-                if bar is not None:
-                    bar.update(report.done, chunk=f"{report.done} of {report.total}")
+                bar.update(report.done, chunk=f"{report.done} of {report.total}")
                 if running:
                     render.stream(f"[{report.done}]{report.ppl:.4f},")
             else:

@@ -19,12 +19,15 @@ from llamakit.cli.options import (
     ConfigOption,
     JsonOption,
     OfflineOption,
+    RopeFreqBaseOption,
     ThreadsOption,
+    listed,
     scaled_adapter,
     set_threads,
 )
 from llamakit.cli.sources import local
 from llamakit.conversion.merge_config import MergeConfig
+from llamakit.files import as_argument
 
 if TYPE_CHECKING:
     from llamakit.conversion.merge import Merged, MergedTensor, Report
@@ -82,20 +85,17 @@ def merge(
         int | None,
         typer.Option("--ctx", metavar="N", help="Context length, where the base lacks it.", rich_help_panel=MODEL),
     ] = MergeConfig.ctx,
-    rope_freq_base: Annotated[
-        float | None,
-        typer.Option("--rope-freq-base", metavar="N", help="Base of the rotary embedding.", rich_help_panel=MODEL),
-    ] = MergeConfig.rope_freq_base,
+    rope_freq_base: RopeFreqBaseOption = MergeConfig.rope_freq_base,
     threads: ThreadsOption = None,
     offline: OfflineOption = False,
     json: JsonOption = False,
     config: ConfigOption = None,
 ) -> None:
     """Put LoRA adapters into their base model for good, as llama-export-lora does, and write it as GGUF."""
-    scaled = [scaled_adapter(item) for item in _listed(lora_scaled or ())]
+    scaled = [scaled_adapter(item) for item in listed(lora_scaled or ())]
     wanted = MergeConfig(
         model=local(model, offline=offline),
-        lora=tuple(local(item, offline=offline) for item in _listed(lora or ())),
+        lora=tuple(local(item, offline=offline) for item in listed(lora or ())),
         lora_scaled=tuple((local(path, offline=offline), scale) for path, scale in scaled),
         out=out,
         outtype=outtype,
@@ -111,12 +111,6 @@ def merge(
     started = time.perf_counter()
     tensors, merged = _watch(merge(wanted))
     _finish(wanted, merged, tensors, time.perf_counter() - started, json)
-
-
-def _listed(items: Sequence[str]) -> list[str]:
-    """Lists with commas, one by one; a comma in a URL or in the name of a file that is there is none of a list."""
-    whole = [Path(item).exists() or item.startswith("http") for item in items]
-    return [p for item, one in zip(items, whole, strict=True) for p in ([item] if one else item.split(",")) if p]
 
 
 def _watch(reports: Iterator[Report]) -> tuple[list[MergedTensor], Merged]:
@@ -144,7 +138,7 @@ def _watch(reports: Iterator[Report]) -> tuple[list[MergedTensor], Merged]:
 
 
 def _finish(config: MergeConfig, merged: Merged, tensors: Sequence[MergedTensor], seconds: float, json: bool) -> None:
-    following = ("llamakit", "generate", "-m", _as_argument(merged.path), "-p", "Once upon a time")
+    following = ("llamakit", "generate", "-m", as_argument(merged.path), "-p", "Once upon a time")
     if json:
         render.print_json(_as_json(config, merged, tensors, seconds, following))
     else:
@@ -193,10 +187,6 @@ def _rounding(group: Sequence[MergedTensor]) -> tuple[str, str]:
     rmse = [t.rmse for t in group if t.rmse is not None]
     kept = [t.kept for t in group if t.kept is not None]
     return f"{max(rmse):.2e}" if rmse else "0", f"{min(kept):.1%}" if kept else "all"
-
-
-def _as_argument(path: Path) -> str:
-    return f"./{path}" if str(path).startswith("-") else str(path)
 
 
 def _as_json(

@@ -8,6 +8,7 @@ import os
 import re
 import tomllib
 import types
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -43,6 +44,12 @@ def scaled_adapter(item: str) -> tuple[str, float]:
     if not abs(number) <= _LARGEST_FLOAT32:
         raise UsageError(f"--lora-scaled has the scale {number:g} for {path} (expected a finite number)")
     return path or "?", number
+
+
+def listed(items: Sequence[str]) -> list[str]:
+    """Lists with commas, one by one; a comma in a URL or in the name of a file that is there is none of a list."""
+    whole = [Path(item).exists() or item.startswith("http") for item in items]
+    return [p for item, one in zip(items, whole, strict=True) for p in ([item] if one else item.split(",")) if p]
 
 
 def _read_config(context: typer.Context, path: Path | None) -> Path | None:
@@ -179,6 +186,15 @@ DtypeOption = Annotated[
     typer.Option(
         "--dtype", help="Type to compute in; auto is bf16 where the processor has it.", rich_help_panel=COMPUTE
     ),
+]
+#: of what measures models
+AccurateDtypeOption = Annotated[
+    Literal["auto", "f32", "bf16"],
+    typer.Option("--dtype", help="Type to compute in; auto is f32, for accuracy.", rich_help_panel=COMPUTE),
+]
+RopeFreqBaseOption = Annotated[
+    float | None,
+    typer.Option("--rope-freq-base", metavar="N", help="Base of the rotary embedding.", rich_help_panel=MODEL),
 ]
 
 

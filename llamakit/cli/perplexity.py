@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -17,6 +17,7 @@ from llamakit.cli.options import (
     FILES,
     LORA,
     OUTPUT,
+    AccurateDtypeOption,
     ConfigOption,
     DeviceOption,
     JsonOption,
@@ -29,12 +30,11 @@ from llamakit.cli.options import (
 from llamakit.cli.perplexity_view import Row, Watch
 from llamakit.cli.sources import local
 from llamakit.errors import UsageError
-from llamakit.files import check_writable
+from llamakit.files import check_writable, is_same_file
 from llamakit.inference.config import PerplexityConfig
 
 if TYPE_CHECKING:
     import numpy as np
-    import torch
 
     from llamakit.formats.adapter import Adapter
     from llamakit.formats.base import ModelFile
@@ -97,10 +97,7 @@ def perplexity(
     ] = PerplexityConfig.batch,
     threads: ThreadsOption = None,
     device: DeviceOption = "auto",
-    dtype: Annotated[
-        Literal["auto", "f32", "bf16"],
-        typer.Option("--dtype", help="Type to compute in; auto is f32, for accuracy.", rich_help_panel=COMPUTE),
-    ] = "auto",
+    dtype: AccurateDtypeOption = "auto",
     ppl_output_type: Annotated[
         int,
         typer.Option(
@@ -174,7 +171,7 @@ def _check_base(base: Path | None, read: bool, text: Path | None, n_results: int
 def _check_target(target: Path | None, inputs: Sequence[Path | None]) -> None:
     """The file of log-probabilities may be none of those that it is made of."""
     for path in inputs:
-        if target is not None and path is not None and target.exists() and path.exists() and target.samefile(path):
+        if target is not None and path is not None and is_same_file(target, path):
             raise UsageError("input and output files are the same", path=target, hint="name another output")
 
 
@@ -217,12 +214,12 @@ def _open(path: Path, adapters: Sequence[tuple[Path, float]], force: bool, stack
 def _measure_model(job: _Job, opened: _Opened, base: KLBaseFile | None, several: bool) -> Iterator[Row]:
     """The bare model, then each adapter on it; the model is loaded once."""
     from llamakit.model import attach, detach, load_model
-    from llamakit.model.device import resolve_device
+    from llamakit.model.device import measuring_dtype, resolve_device
 
     tokens, seen = _chunks(job, opened.file, base)
     where = resolve_device(job.device)
     render.loading(opened.path)
-    model = load_model(opened.file, device=where, dtype=_dtype(job.dtype))
+    model = load_model(opened.file, device=where, dtype=measuring_dtype(job.dtype))
     _remarks(opened, tokens.shape[1], model)
     for adapter, scale in [(None, 1.0), *opened.adapters]:
         if adapter is not None:
@@ -254,12 +251,6 @@ def _chunks(job: _Job, file: ModelFile, base: KLBaseFile | None) -> tuple[np.nda
         check_same_text(base, read_tokens(job.text, tokenizer), job.text)
     tokens = base.tokens[: job.config.chunks if job.config.chunks > 0 else None]
     return tokens, with_bos(tokens, tokenizer)
-
-
-def _dtype(name: str) -> torch.dtype:
-    import torch
-
-    return torch.bfloat16 if name == "bf16" else torch.float32
 
 
 def _remarks(opened: _Opened, n_ctx: int, model: Llama) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -60,26 +59,17 @@ class Watch:
     """Shows one measurement as it runs: its lines on stdout, rate and time that is left on stderr."""
 
     def __init__(self, n_chunk: int, n_ctx: int, n_seq: int, output_type: int, *, json: bool) -> None:
-        self._n_chunk, self._n_ctx, self._n_seq, self._output_type, self._json = (
-            n_chunk,
-            n_ctx,
-            n_seq,
-            output_type,
-            json,
-        )
+        self._n_chunk, self._n_ctx, self._n_seq = n_chunk, n_ctx, n_seq
+        self._output_type, self._json = output_type, json
         self._started = time.perf_counter()
-        # A bar and lines that grow on the same terminal would write over each other.
-        has_bar = json or not render.is_terminal(sys.stdout)
-        self._bar = render.Progress("measuring", total=n_chunk, fields=("tok/s",)) if has_bar else None
+        self._bar = render.Progress("measuring", total=n_chunk, fields=("tok/s",), beside_output=not json)
 
     def __enter__(self) -> Watch:
-        if self._bar is not None:
-            self._bar.__enter__()
+        self._bar.__enter__()
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._bar is not None:
-            self._bar.__exit__(None, None, None)
+        self._bar.__exit__(None, None, None)
 
     @property
     def seconds(self) -> float:
@@ -92,9 +82,8 @@ class Watch:
             eta = self.seconds * self._n_chunk / min(self._n_seq, self._n_chunk)
             passes = f"{min(self._n_seq, self._n_chunk)} chunks of {self._n_ctx} tokens in {self.seconds:.2f} s"
             render.log(f"{passes}, {self._n_chunk} chunks to measure - ETA {render.human_duration(eta)}")
-        if self._bar is not None:
-            rate = report.chunk * self._n_ctx / max(1e-9, self.seconds)
-            self._bar.update(report.chunk, **{"tok/s": f"{rate:.0f}"})
+        rate = report.chunk * self._n_ctx / max(1e-9, self.seconds)
+        self._bar.update(report.chunk, **{"tok/s": f"{rate:.0f}"})
         if not self._json:
             self._say(report)
 

@@ -28,7 +28,7 @@ from llamakit.cli.sources import local
 from llamakit.conversion.file_types import parse_file_type, types_table
 from llamakit.conversion.quantize_config import QuantizeConfig
 from llamakit.errors import UsageError
-from llamakit.files import escape_control
+from llamakit.files import as_argument, escape_control
 
 if TYPE_CHECKING:
     from llamakit.conversion.quantize import PlannedTensor, Quantized, QuantizedTensor, QuantizePlan
@@ -243,7 +243,7 @@ def _run(config: QuantizeConfig, text: Path | None, json: bool) -> None:
     cost = None
     if text is not None and n_chunks is not None:
         cost = quantize_cost.measure(config.source, written.paths[0], text, n_chunks)
-    following = ("llamakit", "generate", "-m", _as_argument(written.paths[0]), "-p", "Once upon a time")
+    following = ("llamakit", "generate", "-m", as_argument(written.paths[0]), "-p", "Once upon a time")
     if json:
         kl = {} if cost is None else {"kl": quantize_cost.as_json(cost)}
         render.print_json(_as_json(config, plan, tensors, written, seconds, following) | kl)
@@ -331,10 +331,6 @@ def _report(plan: QuantizePlan, tensors: Sequence[QuantizedTensor]) -> None:
         rows = [(t.tensor.name, t.tensor.type.name, f"{t.error:.2%}") for t in worst]
         render.table(("most changed", "type", "error"), rows, right=(2,))
         render.say()
-
-
-def _as_argument(path: Path) -> str:
-    return f"./{path}" if str(path).startswith("-") else str(path)
 
 
 def _plan_json(plan: QuantizePlan) -> dict[str, Any]:

@@ -184,7 +184,11 @@ class Progress:
         bar.update(1, loss="2.31", lr="1.0e-03")
     """
 
-    def __init__(self, description: str, total: float | None, *, fields: Sequence[str] = ()) -> None:
+    def __init__(
+        self, description: str, total: float | None, *, fields: Sequence[str] = (), beside_output: bool = False
+    ) -> None:
+        """beside_output: lines grow on stdout meanwhile; a bar on the same terminal would write over them."""
+        self._hidden = beside_output and is_terminal(sys.stdout)
         self._description, self._total = escape_control(description), total
         self._fields = dict.fromkeys(fields, "")
         self._bar: RichProgress | None = None
@@ -193,7 +197,7 @@ class Progress:
     @property
     def visible(self) -> bool:
         """Whether a bar is drawn; a caller prints plain lines where not."""
-        return is_terminal(sys.stderr)
+        return is_terminal(sys.stderr) and not self._hidden
 
     def __enter__(self) -> Progress:
         if self.visible:

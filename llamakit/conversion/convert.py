@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from llamakit.files import check_writable, is_same_file
 from llamakit.formats.base import ModelFile, TensorData
 from llamakit.formats.borrowed import with_metadata, with_vocabulary, without_vocabulary
 from llamakit.formats.gguf import GGUFValueType, Typed, typed_metadata, write_gguf
-from llamakit.formats.gguf_split import part_prefix, write_gguf_split
+from llamakit.formats.gguf_split import PART_NAME, part_prefix, write_gguf_split
 from llamakit.formats.huggingface import HuggingFaceModel
 from llamakit.formats.huggingface_writer import write_huggingface
 from llamakit.formats.llama2c import RMS_EPS, ROPE_FREQ_BASE
@@ -198,9 +197,8 @@ def _check_target(config: ConvertConfig, path: Path) -> None:
 
 def _is_part(file: Path, target: Path) -> bool:
     """Whether a file lies where a part of `target` may go."""
-    prefix = re.escape(part_prefix(target).name)
-    named_so = re.fullmatch(prefix + r"-[0-9]{5}-of-[0-9]{5}\.gguf", file.name) is not None
-    return named_so and is_same_file(file.parent, target.parent)
+    name = PART_NAME.fullmatch(file.name)
+    return name is not None and name[1] == part_prefix(target).name and is_same_file(file.parent, target.parent)
 
 
 def convert(

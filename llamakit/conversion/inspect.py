@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from llamakit.errors import FormatError, LlamakitError
+from llamakit.files import as_argument
 from llamakit.formats import llama2c
 from llamakit.formats.base import ModelFile, TensorInfo
 from llamakit.formats.ggla import read_ggla
@@ -278,7 +279,7 @@ def _inspect_source(path: Path, kind: str) -> FileReport:
                 report,
                 facts=_general_facts(values) | _model_facts(values) | _unknown_context(values),
                 metadata=tuple(_key_value(key, value) for key, value in values.items()),
-                next_commands=_next_for_source(values, _as_argument(path)),
+                next_commands=_next_for_source(values, as_argument(path)),
                 **_tensor_fields(file.tensors),
             )  # fmt: skip
     except LlamakitError as error:
@@ -321,7 +322,7 @@ def _tensor_fields(tensors: Mapping[str, TensorInfo]) -> dict[str, Any]:
 
 def _next_commands(kind: str, file: ModelFile | None, path: Path | None = None) -> tuple[tuple[str, ...], ...]:
     """What a user most likely wants to do with such a file."""
-    name = _as_argument(file.path if file is not None else path or Path())
+    name = as_argument(file.path if file is not None else path or Path())
     finetune = ("llamakit", "finetune", "--model-base")
     lora = (
         ("llamakit", "generate", "-m", "BASE.gguf", "--lora", name, "-p", "Once upon a time"),
@@ -354,11 +355,6 @@ def _next_for_model(metadata: Mapping[str, Any], name: str) -> tuple[tuple[str, 
     elif can_tokenize:
         commands.append(("llamakit", "tokenize", "-m", name, "-p", "Hello world"))
     return tuple(commands)
-
-
-def _as_argument(path: Path) -> str:
-    """A path that no command takes for an option."""
-    return f"./{path}" if str(path).startswith("-") else str(path)
 
 
 def _key_value(key: str, value: Any, value_type: Any = None, element_type: Any = None) -> KeyValue:

@@ -16,7 +16,7 @@ from llamakit.conversion.quantize_config import QuantizeConfig
 from llamakit.conversion.quantize_plan import Job, PlannedTensor, QuantizePlan, Work, plan_work
 from llamakit.conversion.recode import recoded
 from llamakit.errors import UsageError
-from llamakit.files import check_writable, escape_control, remove_stale_temporaries
+from llamakit.files import check_writable, escape_control, is_same_file, remove_stale_temporaries
 from llamakit.formats.base import ModelFile, TensorData
 from llamakit.formats.gguf import GGUFFile, SplitGGUF, open_gguf
 from llamakit.formats.gguf_split import split_keys, written_parts
@@ -141,7 +141,7 @@ def _check_targets(source: ModelFile, config: QuantizeConfig, paths: Sequence[Pa
     check_writable(paths[0])
     inputs = [config.source, *getattr(source, "parts", ()), *([Path(config.imatrix)] if config.imatrix else [])]
     for path in paths:
-        if any(path.exists() and used.exists() and os.path.samefile(path, used) for used in inputs):
+        if any(is_same_file(path, used) for used in inputs):
             raise UsageError("input and output files are the same", path=path, hint="name another output")
 
 

@@ -17,13 +17,13 @@ import numpy as np
 from llamakit.errors import UsageError
 from llamakit.files import escape_control
 from llamakit.formats.base import ModelFile, TensorInfo
+from llamakit.formats.gguf_split import SPLIT_KEYS
 from llamakit.formats.gguf_values import GGUFValueType
 from llamakit.formats.gguf_writer import Typed, typed_metadata
 from llamakit.formats.imatrix import Imatrix
 from llamakit.ggml import FILE_TYPES, GGMLType
 
 _QUANTIZATION_VERSION = 2
-_SPLIT = ("split.no", "split.count", "split.tensors.count")
 _GUESSED = 1024
 _MAX_TEXT_BYTES, _MAX_KEY_BYTES, _MAX_U32 = 127, 127, 0xFFFFFFFF
 #: what a file is called whose tensors are mostly of a type of several mixtures; other names are the type's own
@@ -43,7 +43,7 @@ def quantized_metadata(
     imatrix: its path as the user gave it, what it holds, and how many of its entries are used. n_layer: of the result,
     where it has fewer.
     """
-    metadata = {key: value for key, value in typed_metadata(source).items() if key not in _SPLIT}
+    metadata = {key: value for key, value in typed_metadata(source).items() if key not in SPLIT_KEYS}
 
     def put(key: str, value: Any) -> None:
         metadata.pop(key, None)
@@ -99,7 +99,7 @@ def parse_override(text: str) -> tuple[str, Typed]:
         raise UsageError(f"{shown} is malformed (expected KEY=TYPE:VALUE, such as general.name=str:mine)")
     if len(key.encode()) > _MAX_KEY_BYTES:
         raise UsageError(f"{shown}: the key is too long (expected at most {_MAX_KEY_BYTES} bytes)")
-    if key == "general.alignment" or key in _SPLIT:
+    if key == "general.alignment" or key in SPLIT_KEYS:
         raise UsageError(f"{shown}: {key} follows from how the file is written, and cannot be set")
     return key, _value(kind, value, shown)
 

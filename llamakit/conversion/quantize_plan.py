@@ -18,7 +18,14 @@ from torch import Tensor
 
 from llamakit.conversion.quantize_config import QuantizeConfig
 from llamakit.conversion.quantize_metadata import kept_file_type, parse_override, quantized_metadata
-from llamakit.conversion.quantize_policy import Mixture, needs_imatrix, output_order, parse_tensor_type, tensor_types
+from llamakit.conversion.quantize_policy import (
+    TOKEN_EMBD,
+    Mixture,
+    needs_imatrix,
+    output_order,
+    parse_tensor_type,
+    tensor_types,
+)
 from llamakit.conversion.recode import Rounding
 from llamakit.errors import FormatError, MismatchError, UnsupportedError, UsageError
 from llamakit.files import escape_control, read_text
@@ -30,7 +37,6 @@ from llamakit.ggml import BLOCK_SIZES, FLOAT_TYPES, GGMLType, row_bytes
 from llamakit.quant import can_decode
 
 _LAYER = re.compile(r"blk\.(\d{1,9})\.")
-_TOKEN_EMBD = ("token_embd.weight", "per_layer_token_embd.weight")
 
 
 class PlannedTensor(NamedTuple):
@@ -299,7 +305,7 @@ def _columns(info: TensorInfo, importance: _Importance) -> Tensor | None:
     n_in = info.shape[-1]
     n_matrices = info.n_rows // info.shape[-2] if len(info.shape) > 1 else 1
     if weights.size != n_matrices * n_in:
-        if info.name in _TOKEN_EMBD:
+        if info.name in TOKEN_EMBD:
             return None
         raise MismatchError(
             f"has {weights.size} numbers for {escape_control(info.name)} (expected {n_matrices} x {n_in})",

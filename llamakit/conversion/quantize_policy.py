@@ -52,7 +52,7 @@ _NEVER = (
     ".patch_merger", "a.rvq.codebook", "mm.a.code_embd",
 )  # fmt: skip
 _NEVER_WHOLE = frozenset({"position_embd.weight", "token_types.weight"})
-_TOKEN_EMBD = frozenset({"token_embd.weight", "per_layer_token_embd.weight"})
+TOKEN_EMBD = frozenset({"token_embd.weight", "per_layer_token_embd.weight"})
 #: the first part of a name that is found decides
 _ROLES = (
     ("attn_qkv.weight", "attn_v"), ("attn_kv_b.weight", "attn_v"), ("attn_v.weight", "attn_v"),
@@ -73,7 +73,7 @@ _LAYERS_OF_70B = {"llama": 80, "qwen2": 80, "deci": 80, "olmo": 80, "jais2": 68}
 def _role(name: str) -> str:
     if name == "output.weight":
         return "output"
-    if name in _TOKEN_EMBD:
+    if name in TOKEN_EMBD:
         return "token_embd"
     return next((role for part, role in _ROLES if part in name), "other")
 
@@ -92,7 +92,7 @@ def may_quantize(name: str, shape: Sequence[int], *, leave_output_tensor: bool =
 
 def needs_imatrix(name: str, target: GGMLType, file_type: FileType) -> bool:
     """Whether llama-quantize refuses to make the tensor without an importance: Q2_K in a Q2_K_S file does."""
-    return file_type.name == "Q2_K_S" and target == T.Q2_K and name not in _TOKEN_EMBD and name != "output.weight"
+    return file_type.name == "Q2_K_S" and target == T.Q2_K and name not in TOKEN_EMBD and name != "output.weight"
 
 
 class Mixture(NamedTuple):

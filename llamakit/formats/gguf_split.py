@@ -28,8 +28,11 @@ from llamakit.formats.gguf_writer import Typed, written_tensors
 DEFAULT_MAX_TENSORS = 128
 
 _NO, _COUNT, _N_TENSORS = "split.no", "split.count", "split.tensors.count"
-_KEY_TYPES = {_NO: GGUFValueType.UINT16, _COUNT: GGUFValueType.UINT16, _N_TENSORS: GGUFValueType.INT32}
+#: what a part says of itself, and as which type
+SPLIT_KEYS = {_NO: GGUFValueType.UINT16, _COUNT: GGUFValueType.UINT16, _N_TENSORS: GGUFValueType.INT32}
 _MAX_PARTS = (1 << 16) - 1
+#: PREFIX, and of how many parts
+PART_NAME = re.compile(r"(.*)-[0-9]{5}-of-([0-9]{5})\.gguf", re.DOTALL)
 _SIZE = re.compile(r"([0-9]{1,9})([MG])")
 
 
@@ -136,13 +139,13 @@ def part_path(prefix: str | os.PathLike[str], no: int, count: int) -> Path:
 
 
 def _place(file: GGUFFile) -> _Place:
-    for key, kind in _KEY_TYPES.items():
+    for key, kind in SPLIT_KEYS.items():
         if key not in file.metadata:
             raise FormatError(f"is no part of a split GGUF file ({key} is missing)", path=file.path)
         found = file.metadata_types[key][0]
         if found is not kind:
             raise FormatError(f"{key} has the wrong type (expected {kind.name}, got {found.name})", path=file.path)
-    place = _Place(*(file.metadata[key] for key in _KEY_TYPES))
+    place = _Place(*(file.metadata[key] for key in SPLIT_KEYS))
     if place.no >= place.n_parts or place.n_tensors < len(file.tensors):
         raise FormatError(f"cannot be {place} (it has {len(file.tensors)} itself)", path=file.path)
     return place
@@ -192,7 +195,7 @@ def _joined(files: Sequence[GGUFFile], n_tensors: int) -> tuple[Mapping[str, Ten
 
 
 def _without_split(metadata: Mapping[str, Any]) -> Mapping[str, Any]:
-    return MappingProxyType({key: value for key, value in metadata.items() if key not in _KEY_TYPES})
+    return MappingProxyType({key: value for key, value in metadata.items() if key not in SPLIT_KEYS})
 
 
 def write_gguf_split(
@@ -242,7 +245,7 @@ def part_prefix(path: str | os.PathLike[str]) -> Path:
 def split_keys(no: int, n_parts: int, n_tensors: int) -> dict[str, Any]:
     """What part `no` (from 0) says of its place, in the order in which llama-quantize writes it."""
     keys = _split_keys(_Place(no, n_parts, n_tensors))
-    return {key: keys[key] for key in _KEY_TYPES}
+    return {key: keys[key] for key in SPLIT_KEYS}
 
 
 def written_parts(
@@ -286,7 +289,7 @@ def _written_part(
 def _split_keys(place: _Place) -> dict[str, Any]:
     """In the order in which llama-gguf-split leaves them: the count is only known, and set, at last."""
     values = {_NO: place.no, _N_TENSORS: place.n_tensors, _COUNT: place.n_parts}
-    return {key: Typed(value, _KEY_TYPES[key]) for key, value in values.items()}
+    return {key: Typed(value, SPLIT_KEYS[key]) for key, value in values.items()}
 
 
 def _cut(

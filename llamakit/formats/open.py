@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +13,7 @@ from llamakit.formats import llama2c
 from llamakit.formats.base import ModelFile
 from llamakit.formats.ggla import MAGIC as GGLA_MAGIC
 from llamakit.formats.gguf_reader import MAGIC as GGUF_MAGIC
-from llamakit.formats.gguf_split import open_gguf
+from llamakit.formats.gguf_split import PART_NAME, open_gguf
 from llamakit.formats.huggingface import COMPANIONS, HuggingFaceModel, weight_files
 from llamakit.formats.imatrix import is_dat
 from llamakit.formats.llama2c_checkpoint import Llama2cCheckpoint
@@ -26,7 +25,6 @@ _OLD_GGML = {b"lmgg": "ggml", b"fmgg": "ggmf", b"tjgg": "ggjt"}
 _MODEL_WEIGHTS = (
     "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json",
 )  # fmt: skip
-_PART = re.compile(r"(.*)-[0-9]{5}-of-([0-9]{5})\.gguf", re.DOTALL)
 _TEXT_CONTROLS = frozenset(range(32)) - {*b"\t\n\r\f\x1b"}
 
 #: kind -> (what it is, what to do); the kinds that no model can be opened from
@@ -118,10 +116,10 @@ def model_files(path: str | os.PathLike[str]) -> list[Path]:
     if path.is_dir():
         own = _own_names(path)
         return [path / entry.name for entry in os.scandir(path) if entry.is_file() and entry.name in own]
-    part = _PART.fullmatch(path.name)
+    part = PART_NAME.fullmatch(path.name)
     if part is not None:
-        others = re.compile(re.escape(part[1]) + r"-[0-9]{5}-of-" + part[2] + r"\.gguf")
-        return [entry for entry in path.parent.iterdir() if others.fullmatch(entry.name)]
+        names = ((entry, PART_NAME.fullmatch(entry.name)) for entry in path.parent.iterdir())
+        return [entry for entry, name in names if name is not None and name.groups() == part.groups()]
     if SHARD.fullmatch(path.name) or path.name.startswith(("model", "pytorch_model")):
         own = _own_names(path.parent) if _folder_kind(path.parent) in ("huggingface", "meta") else set()
         if path.name in own:

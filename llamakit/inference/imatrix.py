@@ -20,7 +20,7 @@ from llamakit.errors import FormatError, MismatchError, UsageError
 from llamakit.files import check_writable, escape_control, is_same_file
 from llamakit.formats.imatrix import Entry, Imatrix, read_imatrix
 from llamakit.formats.imatrix_writer import write_imatrix, write_imatrix_dat
-from llamakit.formats.open import model_files, open_model
+from llamakit.formats.open import check_is_model, model_files, open_model
 from llamakit.inference.chunks import cut, read_tokens, with_bos
 from llamakit.inference.config import PerplexityConfig
 from llamakit.inference.imatrix_config import ImatrixConfig
@@ -144,6 +144,7 @@ def imatrix(
     if config.file is not None and config.model is not None:
         collector.datasets.append(str(config.file))
         with open_model(config.model) as source:
+            check_is_model(source)
             load_config(source)
             tokenizer = load_tokenizer(source)
             chunks = _chunks(config, config.file, tokenizer)

@@ -39,6 +39,11 @@ def training_dtype(requested: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if requested == "bf16" else torch.float32
 
 
+def measuring_dtype(requested: str) -> torch.dtype:
+    """`f32` or `bf16` as asked; `auto`: float32, so that what is seen is the model's and not the arithmetic's."""
+    return torch.bfloat16 if requested == "bf16" else torch.float32
+
+
 def inference_dtype(requested: str, device: torch.device, *, n_weights: int, free_bytes: int | None) -> torch.dtype:
     """`f32` or `bf16` as asked; `auto`: float32 on a CPU while the decoded weights take half the memory at most.
 
