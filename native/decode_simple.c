@@ -86,10 +86,8 @@ INLINE void unpack_tq2_0(const uint8_t *packed, block *b) {
 }
 DECODER(tq2_0, 256, 66, 256, 0)
 
-/* 2^(e - 128): as an exponent field e stands for 2^(e - 127), so e - 1, and the two smallest are subnormal. */
 INLINE void unpack_mxfp4(const uint8_t *packed, block *b) {
-    const uint32_t exponent = packed[0];
-    b->scale[0] = bits_float(exponent < 2 ? 0x00200000u << exponent : (exponent - 1) << 23);
+    b->scale[0] = mxfp4_scale(packed[0]);
     look_up_nibbles(e2m1, packed + 1, b->level);
 }
 DECODER(mxfp4, 32, 17, 32, 0)

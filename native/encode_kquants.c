@@ -17,12 +17,11 @@ typedef struct {
     LineSearch plain;
 } LineType;
 
-static const LineSearch WEIGHTED_SEARCH = {-0.9f, 0.05f, 36, 0};
-
-/* Scales and minima of the groups, and the sums of the weights. */
+/* The fits of a block's groups; their scales and minima as levels, and what these are to be multiplied with. */
 typedef struct {
     LineFit fit[MAX_GROUPS];
-    vf scale[MAX_GROUPS], low[MAX_GROUPS], sum_w[MAX_GROUPS];
+    vi scale[MAX_GROUPS], low[MAX_GROUPS];
+    vf d, dmin;
 } Lines;
 
 /* Without importance: the magnitudes themselves in groups of 16; in groups of 32 these and their root mean square. */
@@ -31,37 +30,39 @@ INLINE void plain_weights(const vf *x, int size, vf *weight) {
     for (int i = 0; i < size; i++) weight[i] = size == 32 ? mean + magnitude(x[i]) : magnitude(x[i]);
 }
 
-INLINE void fit_lines(const vf *x, LineType type, Lines *lines) {
-    vf weight[MAX_GROUP];
-    for (int group = 0; group < BLOCK / type.size; group++) {
-        const vf *part = x + group * type.size;
-        plain_weights(part, type.size, weight);
-        lines->fit[group] = fit_line(part, weight, type.size, type.n_max, type.plain);
-        lines->scale[group] = lines->fit[group].scale;
-        lines->low[group] = -lines->fit[group].low;
-    }
-}
-
-INLINE void fit_weighted_lines(const Batch *batch, const vf *x, LineType type, Lines *lines) {
-    vf weight[MAX_GROUP];
-    const vf variance = (float)type.variance_factor * sum_of_squares(x, BLOCK) / (float)BLOCK;
-    for (int group = 0; group < BLOCK / type.size; group++) {
-        const vf *part = x + group * type.size;
-        load_importance(batch, group * type.size, type.size, weight);
-        weigh(part, weight, variance, type.size, weight);
-        lines->fit[group] = fit_line(part, weight, type.size, type.n_max, WEIGHTED_SEARCH);
-        lines->scale[group] = lines->fit[group].scale;
-        lines->low[group] = -lines->fit[group].low;
-        lines->sum_w[group] = sum(weight, type.size);
-    }
-}
-
 /* Values as bytes times a scale: the largest becomes n_max. Negative values wrap around, as in ggml. */
 INLINE vf quantize_by_largest(const vf *values, int count, int n_max, vi *levels) {
     const vf peak = largest_positive(values, count);
     const vf inverse = choose(equal(peak, splat(0)), splat(0), splat((float)n_max) / peak);
     for (int i = 0; i < count; i++) levels[i] = nearest(inverse * values[i]) & 0xFF;
     return peak / (float)n_max;
+}
+
+/* Every group by itself, then the scales and the minima of all, as levels up to scale_max. */
+INLINE void fit_lines(const Batch *batch, const vf *x, LineType type, int scale_max, int weighted, Lines *lines) {
+    const int n_groups = BLOCK / type.size;
+    const vf variance = weighted ? (float)type.variance_factor * sum_of_squares(x, BLOCK) / (float)BLOCK : splat(0);
+    vf weight[MAX_GROUP], scale[MAX_GROUPS], low[MAX_GROUPS], sum_w[MAX_GROUPS];
+    for (int group = 0; group < n_groups; group++) {
+        const vf *part = x + group * type.size;
+        if (weighted) {
+            load_importance(batch, group * type.size, type.size, weight);
+            weigh(part, weight, variance, type.size, weight);
+            sum_w[group] = sum(weight, type.size);
+        } else {
+            plain_weights(part, type.size, weight);
+        }
+        lines->fit[group] = fit_line(part, weight, type.size, type.n_max, weighted ? WEIGHTED_LINES : type.plain);
+        scale[group] = lines->fit[group].scale;
+        low[group] = -lines->fit[group].low;
+    }
+    if (weighted) {
+        lines->d = fit_positive(scale, sum_w, n_groups, scale_max, lines->scale);
+        lines->dmin = fit_positive(low, sum_w, n_groups, scale_max, lines->low);
+    } else {
+        lines->d = quantize_by_largest(scale, n_groups, scale_max, lines->scale);
+        lines->dmin = quantize_by_largest(low, n_groups, scale_max, lines->low);
+    }
 }
 
 /* (x + offset) / scale to the nearest level in low..high, less low; `kept` where scale is 0. */
@@ -80,22 +81,13 @@ INLINE void line_levels(const vf *x, const LineFit *fit, vf scale, vf offset, in
 INLINE void q2_k(const Batch *batch, int weighted) {
     static const LineType type = {16, 3, 1, {-0.5f, 0.1f, 15, 1}};
     vf x[BLOCK];
-    vi levels[BLOCK], scales[16], mins[16], packed[16];
+    vi levels[BLOCK], packed[16];
     Lines lines;
-    vf d, dmin;
     load_lanes(batch->x, BLOCK, x);
-    if (weighted) {
-        fit_weighted_lines(batch, x, type, &lines);
-        d = fit_positive(lines.scale, lines.sum_w, 16, 15, scales);
-        dmin = fit_positive(lines.low, lines.sum_w, 16, 15, mins);
-    } else {
-        fit_lines(x, type, &lines);
-        d = quantize_by_largest(lines.scale, 16, 15, scales);
-        dmin = quantize_by_largest(lines.low, 16, 15, mins);
-    }
-    const vi half = to_half(d), half_min = to_half(dmin);
+    fit_lines(batch, x, type, 15, weighted, &lines);
+    const vi half = to_half(lines.d), half_min = to_half(lines.dmin);
     for (int group = 0; group < 16; group++) {
-        packed[group] = (scales[group] | mins[group] << 4) & 0xFF;
+        packed[group] = (lines.scale[group] | lines.low[group] << 4) & 0xFF;
         const vf scale = from_half(half) * to_float(packed[group] & 0x0F);
         const vf offset = from_half(half_min) * to_float(packed[group] >> 4);
         line_levels(x + 16 * group, &lines.fit[group], scale, offset, 16, 3, levels + 16 * group);
@@ -123,25 +115,17 @@ INLINE void pack_six_bits(vi *scales, vi *mins, vi *packed) {
 /* Levels and the header, f16 d; f16 dmin; 12 bytes of scales, of Q4_K and Q5_K: 8 groups of 32. */
 INLINE void six_bit_levels(const Batch *batch, LineType type, int weighted, int limited, vi *levels) {
     vf x[BLOCK];
-    vi scales[8], mins[8], packed[12];
+    vi packed[12];
     Lines lines;
-    vf d, dmin;
     load_lanes(batch->x, BLOCK, x);
-    if (weighted) {
-        fit_weighted_lines(batch, x, type, &lines);
-        d = fit_positive(lines.scale, lines.sum_w, 8, 63, scales);
-        dmin = fit_positive(lines.low, lines.sum_w, 8, 63, mins);
-    } else {
-        fit_lines(x, type, &lines);
-        d = quantize_by_largest(lines.scale, 8, 63, scales);
-        dmin = quantize_by_largest(lines.low, 8, 63, mins);
-    }
+    fit_lines(batch, x, type, 63, weighted, &lines);
+    vi *scales = lines.scale, *mins = lines.low;
     for (int group = 0; limited && group < 8; group++) {
         scales[group] = lesser_int(scales[group], splat_int(63));
         mins[group] = lesser_int(mins[group], splat_int(63));
     }
     pack_six_bits(scales, mins, packed);
-    const vi half = to_half(d), half_min = to_half(dmin);
+    const vi half = to_half(lines.d), half_min = to_half(lines.dmin);
     for (int group = 0; group < 8; group++) {
         const vf scale = from_half(half) * to_float(scales[group]);
         const vf offset = from_half(half_min) * to_float(mins[group]);

@@ -217,11 +217,6 @@ DECLARE_ENCODER(encode_tq2_0) {
     }
 }
 
-/* 2^(e - 128): as an exponent field e stands for 2^(e - 127), so e - 1, and the two smallest are subnormal. */
-static inline float mxfp4_scale(uint8_t exponent) {
-    return bits_float(exponent < 2 ? 0x00200000u << exponent : (uint32_t)(exponent - 1) << 23);
-}
-
 /* The exponent of the largest magnitude, less 2; the nearest value of the code book, the smaller one of two. The
    logarithm is rounded to float32, since a value just below a power of two counts as that power. */
 DECLARE_ENCODER(encode_mxfp4) {

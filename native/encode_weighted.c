@@ -12,14 +12,13 @@ typedef struct {
 } WeightedType;
 
 INLINE void fit_block(const Batch *batch, vf variance, WeightedType type) {
-    static const LineSearch search = {-0.9f, 0.05f, 36, 0};
     vf x[BLOCK], weight[BLOCK];
     vi levels[BLOCK];
     load_lanes(batch->x, BLOCK, x);
     load_importance(batch, 0, BLOCK, weight);
     weigh(x, weight, variance, BLOCK, weight);
     if (type.line) {
-        const LineFit fit = fit_line(x, weight, BLOCK, type.n_max, search);
+        const LineFit fit = fit_line(x, weight, BLOCK, type.n_max, WEIGHTED_LINES);
         for (int i = 0; i < BLOCK; i++) levels[i] = line_level(&fit, x[i], type.n_max);
         store_half(batch, 0, to_half(fit.scale));
         store_half(batch, 2, to_half(fit.low));

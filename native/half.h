@@ -1,4 +1,4 @@
-/* float16: IEEE 754 binary16 as 16 bits. */
+/* float16, which is IEEE 754 binary16 as 16 bits, and the scales of MXFP4, which are exponents. */
 #ifndef LLAMAKIT_HALF_H
 #define LLAMAKIT_HALF_H
 
@@ -47,6 +47,11 @@ static inline float from_half(uint16_t half) {
     /* As an exponent field the half's stands for 2^112 less; the product is exact, for subnormal ones too. */
     return bits_float(sign | float_bits(bits_float(magnitude << 13) * 0x1p112f));
 #endif
+}
+
+/* MXFP4: 2^(e - 128). As an exponent field e stands for 2^(e - 127), so e - 1, and the two smallest are subnormal. */
+static inline float mxfp4_scale(uint8_t exponent) {
+    return bits_float(exponent < 2 ? 0x00200000u << exponent : (uint32_t)(exponent - 1) << 23);
 }
 
 static inline void put_half(uint8_t *at, float x) {

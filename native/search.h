@@ -165,6 +165,9 @@ typedef struct {
     int count, absolute;
 } LineSearch;
 
+/* With an importance every type tries the same lines. */
+static const LineSearch WEIGHTED_LINES = {-0.9f, 0.05f, 36, 0};
+
 typedef struct {
     vf sum_w, sum_x, least, most;
 } GroupFacts;
