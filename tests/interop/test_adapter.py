@@ -20,13 +20,13 @@ from tests.training.runs import run
 pytestmark = pytest.mark.interop
 
 
-def greedy(path, prompt, n, adapter=None):
-    file = open_model(path)
-    model = load_model(file, dtype=torch.float32)
-    if adapter is not None:
-        attach(model, adapter)
+def greedy(path, prompts, n, adapter):
+    """The continuation of each prompt; the model is loaded once."""
+    with open_model(path) as file:
+        model, tokenizer = load_model(file, dtype=torch.float32), load_tokenizer(file)
+    attach(model, adapter)
     config = GenerateConfig(n_predict=n, temperature=0.0)
-    return "".join(report.text for report in generate(model, load_tokenizer(file), prompt, config))
+    return ["".join(report.text for report in generate(model, tokenizer, prompt, config)) for prompt in prompts]
 
 
 @pytest.mark.parametrize(
@@ -43,8 +43,9 @@ def test_a_trained_adapter_writes_the_same_text_there_as_here(tmp_path, options)
     file = tmp_path / "lora-LATEST.bin"
     adapter, changed = read_adapter(file), 0
     base, tuned = LlamaServer(path), LlamaServer(path, lora=[(file, 1.0)])
-    for prompt in ("The old king", "A river", "The quiet"):
-        here, there = greedy(path, prompt, 24, adapter), tuned.greedy(prompt, 24)
+    prompts = ("The old king", "A river", "The quiet")
+    for prompt, here in zip(prompts, greedy(path, prompts, 24, adapter), strict=True):
+        there = tuned.greedy(prompt, 24)
         assert here == there
         changed += there != base.greedy(prompt, 24)
     assert changed
@@ -65,9 +66,9 @@ def test_on_the_real_model(tmp_path):
     adapter = read_adapter(file)
     base, tuned = LlamaServer(copy), LlamaServer(copy, lora=[(file, 1.0)])
     n_changed = 0
-    for prompt in PROMPTS:
+    for prompt, here in zip(PROMPTS, greedy(copy, PROMPTS, 64, adapter), strict=True):
         there = tuned.greedy(prompt, 64)
-        assert greedy(copy, prompt, 64, adapter) == there
+        assert here == there
         n_changed += there != base.greedy(prompt, 64)
     assert n_changed
     text = load_tokenizer(open_model(packed)).encode(tiny_text(1500, 99))[:120]
