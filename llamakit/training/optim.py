@@ -81,7 +81,7 @@ class AdamW:
         self._m.lerp_(gradient, 1 - beta1)
         self._v.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
         if self._decayed:
-            torch._foreach_mul_(self._decayed, 1 - lr * config.adam_decay)
+            torch._foreach_mul_(self._decayed, 1 - lr * config.adam_decay)  # pyright: ignore[reportPrivateImportUsage]
         root = (self._v / (1 - beta2**self.updates)).sqrt_().add_(_EPS)
         self._vector.addcdiv_(self._m, root, value=-lr / (1 - beta1**self.updates))
 

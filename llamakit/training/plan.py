@@ -12,27 +12,32 @@ import torch
 from torch import Tensor
 
 from llamakit.model import Llama, ModelConfig
+from llamakit.model.layers import SLAB_WEIGHTS
 from llamakit.model.load import linear_layers
 from llamakit.training.config import FinetuneConfig
 from llamakit.training.report import Plan
 
 # Share of the measured product rate that whole steps reached on the machine of docs/benchmarks.md.
 _EFFICIENCY = 0.62
-# One optimizer step keeps a weight, its gradient and two moments, float32 each.
+# A weight, its gradient and two moments, float32 each; the backward pass keeps a copy in the dtype of the products.
 _BYTES_PER_TRAINED = 16
 _CHUNK_LOGITS = 256
 
 
-def activation_bytes(config: ModelConfig, *, n_tokens: int, ctx: int, checkpointing: bool, item: int) -> int:
-    """Bytes that the backward pass needs of the forward pass; item: bytes of one activation.
+def kept_numbers(config: ModelConfig, ctx: int) -> int:
+    """Numbers that the backward pass needs of the forward pass, per token and block.
 
-    Kept per token and block: inputs of two norms and what they gave (4C), queries and the mixed values (2HD), keys
-    and values (2KD), gate, up and their product (3F), the softmax up to 1,024 tokens (HT/2). With checkpointing one
-    block of these, and each block's input.
+    The inputs of two norms (2C), queries and the mixed values (2HD), keys and values (2KD), gate and up (2F), the
+    softmax up to 1,024 tokens (HT, of which tiles leave out half).
     """
     heads, kv = config.n_head * config.head_dim, config.n_head_kv * config.head_dim
-    softmax = config.n_head * ctx // 2 if ctx <= 1024 else 0
-    block = 4 * config.n_embd + 2 * heads + 2 * kv + 3 * config.n_ff + softmax
+    softmax = config.n_head * min(ctx, (ctx + 128) // 2) if ctx <= 1024 else 0
+    return 2 * config.n_embd + 2 * heads + 2 * kv + 2 * config.n_ff + softmax
+
+
+def activation_bytes(config: ModelConfig, *, n_tokens: int, ctx: int, checkpointing: bool, item: int) -> int:
+    """Most bytes of activations at a time, item bytes each; with checkpointing one block's and each block's input."""
+    block = kept_numbers(config, ctx)
     # The backward pass of a block holds float32 copies of a few of these at a time.
     transient = 2 * (4 * config.n_embd + 3 * config.n_ff)
     kept = config.n_embd * config.n_layer + block if checkpointing else block * config.n_layer
@@ -50,9 +55,10 @@ def memory_bytes(model: Llama, config: FinetuneConfig, dtype: torch.dtype, train
         checkpointing=config.use_checkpointing,
         item=item,
     )
-    decoded = max(layer.dense_bytes(dtype) if layer.is_packed(dtype) else 0 for layer in linear_layers(model))
+    packed = [layer.dense_bytes(dtype) for layer in linear_layers(model) if layer.is_packed(dtype)]
+    decoded = min(max(packed, default=0), SLAB_WEIGHTS * item)
     logits = min(_CHUNK_LOGITS, config.batch * config.ctx) * shape.n_vocab * item
-    return resident + trained * _BYTES_PER_TRAINED + activations + decoded + logits
+    return resident + trained * (_BYTES_PER_TRAINED + item) + activations + decoded + logits
 
 
 def _best_of(runs: int, work) -> float:
