@@ -47,7 +47,7 @@ docs: $(VENV)/.llamakit
 	$(RUN) scripts/make_cli_docs.py
 
 clean:
-	rm -rf $(VENV) demo dist build llamakit/_native native/CMakeCache.txt native/CMakeFiles .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) demo dist build llamakit/_native native/CMakeCache.txt native/CMakeFiles native/.skbuild-info.json .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # A stamp is written when its step has succeeded: what was interrupted is done again.

@@ -16,6 +16,9 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
+# As the command line sets it, for both sides, before torch is loaded: libgomp's threads that spin for long take the
+# core that somebody else on the machine needs.
+os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 
 
 def median_s(work: Callable[[], object], runs: int) -> float:

@@ -20,8 +20,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import common  # before torch: it says how OpenMP's threads wait
 import torch
-from common import add_common_options, machine, write_json
 
 from llamakit import native
 from llamakit.ggml import BLOCK_SIZES, GGMLType, row_bytes
@@ -108,7 +108,7 @@ def measure(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_common_options(parser)
+    common.add_common_options(parser)
     parser.add_argument("--rows", type=int, default=1024)
     parser.add_argument("--columns", type=int, default=4096)
     parser.add_argument("--rounds", type=int, default=5)
@@ -124,7 +124,7 @@ def main() -> None:
     importance = torch.rand(options.columns, generator=generator) + 0.01 if options.imatrix else None
     library, ggml = native.library(), Ggml(options.threads)
     print(f"{options.rows} x {options.columns}, {options.threads} threads, native: {library and library.isa}")
-    print(f"{machine()}\n")
+    print(f"{common.machine()}\n")
     print(f"{'type':7} {'native':>8} {'ggml':>8} {'torch':>8}  MB/s   {'ratio':>6} {'goal':>5}  torch is slower  bytes")
     results = {}
     for ggml_type in types:
@@ -139,7 +139,7 @@ def main() -> None:
             f"{'equal' if found['equal'] else 'DIFFERENT'}",
             flush=True,
         )
-    write_json(options.json, results)
+    common.write_json(options.json, results)
 
 
 if __name__ == "__main__":

@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     from llamakit.formats.open import open_model
     from llamakit.inference.completion import generate
     from llamakit.inference.config import GenerateConfig
+    from llamakit.inference.imatrix import imatrix
+    from llamakit.inference.imatrix_config import ImatrixConfig
     from llamakit.inference.verify import VerifyReport, verify
     from llamakit.model import KVCache, Llama, ModelConfig, attach, detach, load_model
     from llamakit.quant import QTensor, dequantize
@@ -53,6 +55,7 @@ _EXPORTS = {
     "FileReport": "llamakit.conversion.inspect",
     "FinetuneConfig": "llamakit.training.config",
     "GenerateConfig": "llamakit.inference.config",
+    "ImatrixConfig": "llamakit.inference.imatrix_config",
     "KVCache": "llamakit.model",
     "Llama": "llamakit.model",
     "MergeConfig": "llamakit.conversion.merge_config",
@@ -69,6 +72,7 @@ _EXPORTS = {
     "detach": "llamakit.model",
     "finetune": "llamakit.training.finetune",
     "generate": "llamakit.inference.completion",
+    "imatrix": "llamakit.inference.imatrix",
     "inspect": "llamakit.conversion.inspect",
     "load_model": "llamakit.model",
     "load_tokenizer": "llamakit.tokenizer",
@@ -90,6 +94,7 @@ __all__ = [
     "FinetuneConfig",
     "FormatError",
     "GenerateConfig",
+    "ImatrixConfig",
     "KVCache",
     "Llama",
     "LlamakitError",
@@ -112,6 +117,7 @@ __all__ = [
     "detach",
     "finetune",
     "generate",
+    "imatrix",
     "inspect",
     "load_model",
     "load_tokenizer",

@@ -7,7 +7,9 @@ import errno
 import fcntl
 import os
 import re
+import shlex
 import shutil
+import stat
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -73,6 +75,8 @@ def atomic_path(path: str | os.PathLike[str], verify: Callable[[Path], None] | N
             verify(temporary)
         os.replace(temporary, path)
         _fsync_path(path.parent)
+    except BrokenPipeError:  # what was printed meanwhile, not the disk
+        raise
     except OSError as error:
         raise _save_error(path, error) from error
     finally:
@@ -90,6 +94,7 @@ def atomic_directory(path: str | os.PathLike[str], verify: Callable[[Path], None
     """
     path = Path(path)
     _refuse_occupied(path)
+    path = Path(os.path.realpath(path)) if path.is_symlink() else path  # a link to an empty folder stays one
     temporary = _temporary(path)
     try:
         temporary.mkdir()
@@ -101,6 +106,8 @@ def atomic_directory(path: str | os.PathLike[str], verify: Callable[[Path], None
             verify(temporary)
         os.rename(temporary, path)
         _fsync_path(path.parent)
+    except BrokenPipeError:  # what was printed meanwhile, not the disk
+        raise
     except OSError as error:
         raise _save_error(path, error) from error
     finally:
@@ -128,6 +135,8 @@ def atomic_files(path: str | os.PathLike[str], verify: Callable[[Path], None] | 
             verify(temporary)
         _move_in(temporary, path.parent)
         _fsync_path(path.parent)
+    except BrokenPipeError:  # what was printed meanwhile, not the disk
+        raise
     except OSError as error:
         raise _save_error(path, error) from error
     finally:
@@ -201,6 +210,14 @@ def remove_stale_temporaries(directory: Path, names: re.Pattern[str]) -> None:
                     stale.unlink()
 
 
+def is_same_file(a: str | os.PathLike[str], b: str | os.PathLike[str]) -> bool:
+    """Whether two paths lead to one file or directory; False where one of them leads nowhere."""
+    try:
+        return os.path.samefile(a, b)
+    except OSError:
+        return False
+
+
 def check_writable(path: str | os.PathLike[str]) -> None:
     """Raise UsageError now if `path` could not be written later: no such directory, no permission, full disk."""
     path = Path(path)
@@ -214,7 +231,7 @@ def check_writable(path: str | os.PathLike[str]) -> None:
     except OSError as error:
         with contextlib.suppress(OSError):
             probe.unlink(missing_ok=True)
-        hint = f"create it with: mkdir -p {path.parent}" if isinstance(error, FileNotFoundError) else None
+        hint = None if path.parent.is_dir() else f"create it with: mkdir -p {shlex.quote(str(path.parent))}"
         raise UsageError(
             f"the output directory cannot be written: {error.strerror}", path=path.parent, hint=hint
         ) from error
@@ -288,14 +305,24 @@ def available_memory_bytes() -> int | None:
 
 def read_text(path: str | os.PathLike[str]) -> str:
     """A whole UTF-8 text. Raises LlamakitError naming the byte at fault, or what the system said."""
-    try:
-        data = Path(path).read_bytes()
-    except OSError as error:
-        raise UsageError(f"cannot be read: {error.strerror}", path=path) from error
+    data = read_whole(path)
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise _not_utf8(path, data, error) from error
+
+
+def read_whole(path: str | os.PathLike[str]) -> bytes:
+    """All bytes of a file, or of a pipe until it ends. Raises UsageError where it cannot be read or is a device, which
+    may never end."""
+    try:
+        with open(path, "rb") as file:
+            mode = os.fstat(file.fileno()).st_mode
+            if not (stat.S_ISREG(mode) or stat.S_ISFIFO(mode)):
+                raise UsageError("is no file that can be read whole", path=path)
+            return file.read()
+    except (OSError, ValueError) as error:
+        raise UsageError(f"cannot be read: {getattr(error, 'strerror', None) or error}", path=path) from error
 
 
 def _not_utf8(path: str | os.PathLike[str], data: bytes, error: UnicodeDecodeError) -> LlamakitError:

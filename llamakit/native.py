@@ -25,7 +25,7 @@ _PACKAGE = Path(__file__).resolve().parent
 #: sources beside the package: this is a checkout, and the library must be made of them
 _SOURCES = _PACKAGE.parent / "native"
 _BUILD_HINT = "make native builds it"
-_INSTALL_HINT = "a C compiler (gcc or clang), then: pip install --force-reinstall --no-deps llamakit"
+_INSTALL_HINT = "install a C compiler (gcc or clang), then in a checkout: pip install --force-reinstall --no-deps ."
 
 _pointer, _int, _i64 = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
 _SIGNATURES = {

@@ -2,11 +2,12 @@
 
 import errno
 import os
+import threading
 
 import pytest
 
 from llamakit.errors import SaveError, UsageError
-from llamakit.files import atomic_directory, atomic_files
+from llamakit.files import atomic_directory, atomic_files, read_whole
 
 
 def test_a_folder_appears_once_it_is_whole(tmp_path):
@@ -101,3 +102,17 @@ def test_at_no_time_do_old_and_new_files_make_a_set(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "rename", look)
     _write_set(tmp_path / "set", "new ")
     assert seen == [False] * 5 + [True]
+
+
+def test_a_device_is_not_read_to_an_end_that_it_has_not(tmp_path):
+    with pytest.raises(UsageError, match="no file that can be read whole"):
+        read_whole("/dev/zero")
+    with pytest.raises(UsageError, match="Is a directory"):
+        read_whole(tmp_path)
+    (tmp_path / "a").write_bytes(b"a\xff")
+    assert read_whole(tmp_path / "a") == b"a\xff"
+    os.mkfifo(tmp_path / "pipe")
+    writer = threading.Thread(target=(tmp_path / "pipe").write_bytes, args=(b"text",))
+    writer.start()
+    assert read_whole(tmp_path / "pipe") == b"text"
+    writer.join()

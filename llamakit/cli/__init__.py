@@ -18,7 +18,21 @@ import typer
 from typer.main import get_command
 
 import llamakit
-from llamakit.cli import compat, convert, doctor, finetune, generate, inspect, merge, quantize, render, tokenize, verify
+from llamakit.cli import (
+    compat,
+    convert,
+    doctor,
+    finetune,
+    generate,
+    imatrix,
+    inspect,
+    merge,
+    perplexity,
+    quantize,
+    render,
+    tokenize,
+    verify,
+)
 from llamakit.cli.help import CONTEXT_SETTINGS, MAIN, MORE, Command, Group
 from llamakit.errors import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_MEMORY, EXIT_OK, EXIT_SAVE, LlamakitError
 
@@ -44,6 +58,8 @@ _COMMANDS = {
     "convert": (convert.convert, MAIN),
     "quantize": (quantize.quantize, MAIN),
     "merge": (merge.merge, MAIN),
+    "perplexity": (perplexity.perplexity, MORE),
+    "imatrix": (imatrix.imatrix, MORE),
     "tokenize": (tokenize.tokenize, MORE),
     "inspect": (inspect.inspect, MORE),
     "verify": (verify.verify, MORE),
@@ -98,7 +114,16 @@ def main() -> NoReturn:
     # libgomp's threads spin while they wait. On a core that somebody else needs too, its default makes a training
     # step six times as long; this much spinning costs nothing on an idle machine. Read when torch is loaded.
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")
+    _open_standard_streams()
     sys.exit(run(sys.argv[1:]))
+
+
+def _open_standard_streams() -> None:
+    """A stream that the caller closed (`>&-`) goes nowhere; else the next file that is opened would stand for it."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number, which is this one
+            setattr(sys, name, os.fdopen(number, "w" if number else "r", encoding="utf-8"))
 
 
 def run(argv: list[str]) -> int:

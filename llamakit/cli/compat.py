@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from typing import Literal
 
 from llamakit.cli.compat_convert import rewrite_convert
-from llamakit.errors import UsageError
+from llamakit.errors import UnsupportedError, UsageError
 
 Note = tuple[Literal["note", "warning"], str]
 
@@ -71,6 +71,25 @@ ALIASES: dict[str, dict[str, str]] = {
         "--model": "",
     },
     "quantize": {"-m": "", "--model": "", "-t": "--threads"},
+    "perplexity": {
+        "--model": "-m",
+        "--file": "-f",
+        "-t": "--threads",
+        "--ctx-size": "--ctx",
+        "--batch-size": "--batch",
+        "--save-all-logits": "--kl-divergence-base",
+    },
+    "imatrix": {
+        "--model": "-m",
+        "--file": "-f",
+        "--output": "-o",
+        "--output-file": "-o",
+        "-t": "--threads",
+        "--ctx-size": "--ctx",
+        "--batch-size": "--batch",
+        "-ofreq": "--output-frequency",
+        "--from-chunk": "--chunk",
+    },
     "tokenize": {"--model": "-m", "--prompt": "-p", "--file": "-f"},
     "inspect": {"-m": "", "--model": ""},
     "verify": {},
@@ -79,8 +98,8 @@ ALIASES: dict[str, dict[str, str]] = {
 
 #: llama.cpp's -hf user/repo[:QUANT] and -hff FILE -> the option that names the model, as hf:...
 _HUB_MODEL = {
-    "finetune": "--model-base", "generate": "-m", "merge": "-m", "convert": "-m", "quantize": "-m",
-    "tokenize": "-m", "inspect": "-m",
+    "finetune": "--model-base", "generate": "-m", "imatrix": "-m", "merge": "-m", "convert": "-m", "quantize": "-m",
+    "tokenize": "-m", "inspect": "-m", "perplexity": "-m",
 }  # fmt: skip
 _HUB_REPO, _HUB_FILE = ("-hf", "-hfr", "--hf-repo"), ("-hff", "--hf-file")
 
@@ -88,6 +107,25 @@ _HUB_REPO, _HUB_FILE = ("-hf", "-hfr", "--hf-repo"), ("-hff", "--hf-file")
 _MEMORY = "the file is read once and its weights stay packed in memory"
 _CPU = "llamakit decides this by itself"
 _STREAMED = "tensors are always streamed, and take little memory"
+_MEASURING: dict[str, tuple[int, str]] = {
+    "--mlock": (0, _MEMORY),
+    "--mmap": (0, _MEMORY),
+    "--no-mmap": (0, _MEMORY),
+    "--numa": (1, _CPU),
+    "-ub": (1, _CPU),
+    "--ubatch-size": (1, _CPU),
+    "-tb": (1, "--threads sets the threads of everything"),
+    "--threads-batch": (1, "--threads sets the threads of everything"),
+    "-np": (1, "--batch says how many chunks are computed at once"),
+    "--parallel": (1, "--batch says how many chunks are computed at once"),
+    "-ctk": (1, "keys and values are never rounded"),
+    "--cache-type-k": (1, "keys and values are never rounded"),
+    "-ctv": (1, "keys and values are never rounded"),
+    "--cache-type-v": (1, "keys and values are never rounded"),
+    "--warmup": (0, _CPU),
+    "--no-warmup": (0, _CPU),
+    "--no-escape": (0, "the text is always taken as it is"),
+}
 NO_OPS: dict[str, dict[str, tuple[int, str]]] = {
     "finetune": {
         "--use-flash": (0, "the fastest exact attention is always used"),
@@ -133,18 +171,32 @@ NO_OPS: dict[str, dict[str, tuple[int, str]]] = {
         "--skip-unknown": (0, "what cannot be carried over is refused by name"),
     },
     "quantize": {"--max-buffer-size": (1, _STREAMED)},
+    "perplexity": _MEASURING,
+    "imatrix": _MEASURING,
     "tokenize": {"--log-disable": (0, "what is no token goes to stderr: 2>/dev/null silences it")},
     "inspect": {},
     "verify": {},
     "doctor": {},
 }
 
+#: command -> option of its namesake that llamakit has not -> what to do instead
+_REFUSED: dict[str, dict[str, str]] = {
+    "perplexity": {
+        **dict.fromkeys(
+            ("--hellaswag", "--winogrande", "--multiple-choice", "--hellaswag-tasks", "--winogrande-tasks",
+             "--multiple-choice-tasks", "-bf", "--binary-file"),
+            "llamakit perplexity measures perplexity and divergence; llama-perplexity scores these tasks",
+        ),
+        "--ppl-stride": "chunks are always measured side by side; -c sets their length",
+    },
+}  # fmt: skip
+
 # Options whose value is a text or a name, which may itself begin with a dash and is never rewritten.
 _TEXT_VALUES = frozenset(
     {
         "-p", "-f", "-m", "-z", "-i", "-o", "--prompt", "--file", "--model", "--tokenizer", "--config", "--lora",
         "--log-file", "--train-data", "--sample-start", "--model-base", "--checkpoint-in", "--checkpoint-out",
-        "--lora-out", "--pattern-fn-it", "--fn-latest",
+        "--lora-out", "--pattern-fn-it", "--fn-latest", "--kl-divergence-base",
     }
 )  # fmt: skip
 _FLASH_WORDS = frozenset({"on", "off", "auto", "0", "1"})
@@ -161,7 +213,8 @@ def rewrite(argv: list[str]) -> tuple[list[str], list[Note]]:
     """The command line in our spellings, and what to tell the user about it.
 
     argv: arguments after the program's name. A command without a table, and everything after `--`, stays as
-    it is. Raises UsageError for an old option whose value is missing.
+    it is. Raises UsageError for an old option whose value is missing, UnsupportedError for one that is of a tool that
+    llamakit is not.
     """
     at = next((i for i, word in enumerate(argv) if not word.startswith("-")), None)
     if at is None or argv[at] not in ALIASES:
@@ -203,12 +256,16 @@ def _rewrite_option(
     command: str, name: str, attached: bool, queue: list[str], out: list[str], notes: list[Note]
 ) -> None:
     """Move one option from the queue to `out`, with its value where that is a text or came as NAME=VALUE."""
+    if name in _REFUSED.get(command, {}):
+        raise UnsupportedError(f"{name} is not supported", hint=_REFUSED[command][name])
     if name in NO_OPS[command]:
         n_values, reason = NO_OPS[command][name]
         _take(name, n_values, queue)
         notes.append(("note", f"{name} has no effect: {reason}"))
         return
-    if command == "generate" and _rewrite_generate(name, queue, out, notes):
+    if command == "generate" and name in ("-t", "-p"):
+        _warn_about_letter(name, queue, notes)
+    if command in ("generate", "perplexity", "imatrix") and _rewrite_compute(name, queue, out, notes):
         return
     canonical = ALIASES[command].get(name, name)
     if canonical == "--lora-scaled":
@@ -259,11 +316,8 @@ def _take(name: str, n_values: int, queue: list[str]) -> list[str]:
     return taken
 
 
-def _rewrite_generate(name: str, queue: list[str], out: list[str], notes: list[Note]) -> bool:
-    """The spellings of llama.cpp's and llama2.c's generators that need more than another name; True when done."""
-    if name in ("-t", "-p"):
-        _warn_about_letter(name, queue, notes)
-        return False
+def _rewrite_compute(name: str, queue: list[str], out: list[str], notes: list[Note]) -> bool:
+    """llama.cpp's words for where and how to compute that need more than another name; True when done."""
     if name in ("-fa", "--flash-attn"):
         if queue and queue[0] in _FLASH_WORDS:
             queue.pop(0)

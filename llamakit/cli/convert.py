@@ -25,7 +25,7 @@ from llamakit.cli.options import (
 )
 from llamakit.cli.sources import local
 from llamakit.cli.verify import print_report
-from llamakit.conversion.convert_config import ConvertConfig
+from llamakit.conversion.convert_config import ConvertConfig, Target
 from llamakit.errors import LlamakitError, UsageError
 
 if TYPE_CHECKING:
@@ -36,6 +36,14 @@ if TYPE_CHECKING:
 _MB = 1e6
 _SPLIT, _OLLAMA = "Parts", "Modelfile"
 _VOCABULARIES = ("sentencepiece", "llama2c-tokenizer", "text")
+#: options that only one kind of source or target has, by kind
+_OTHERS = {
+    "Modelfile": ("--system", "--parameter"),
+    "adapter": ("--base", "--force", "--to"),
+    "vocabulary": ("--to", "--pre", "--vocab-only"),
+}
+_NOT_FOR_MODELS = ("--base", "--force", "--system", "--parameter")
+_NAMED = {"model": "a model", "adapter": "an adapter", "vocabulary": "a vocabulary", "Modelfile": "a Modelfile"}
 
 
 def convert(
@@ -148,17 +156,29 @@ def convert(
 ) -> None:
     """Convert a model, an adapter or a vocabulary; what was written is compared with its source."""
     from llamakit.formats.gguf_split import parse_size
-    from llamakit.formats.open import sniff
 
     if out is None and hub.is_remote(source):
         raise UsageError("where should it go?", path=source, hint="name the target with -o")
     place = local(source, offline=offline)
-    kind = sniff(place)
-    if out is not None and out.name.endswith("Modelfile"):
-        _write_modelfile(place, out, system, parameter or [])
-        return
-    if kind in _VOCABULARIES or kind in ("peft", "ggla") or (kind == "gguf" and _is_adapter(place)):
-        _convert_small(kind, place, out, local(base, offline=offline), force, json)
+    is_modelfile = out is not None and out.name.endswith("Modelfile")
+    kind = "Modelfile" if is_modelfile else _kind(place)
+    given = {
+        "--to": to, "--outtype": outtype, "--base": base, "--vocab": vocab, "--vocab-type": vocab_type, "--pre": pre,
+        "--ctx": ctx, "--rope-freq-base": rope_freq_base, "--model-name": model_name, "--vocab-only": vocab_only,
+        "--version": version, "--split-max-size": split_max_size, "--split-max-tensors": split_max_tensors,
+        "--no-tensor-first-split": no_tensor_first_split, "--system": system, "--parameter": parameter,
+        "--force": force, "--dry-run": dry_run,
+    }  # fmt: skip
+    _refuse_idle_options(kind, given)
+    if out is None and kind != "model":
+        raise UsageError("where should it go?", hint="name the target with -o")
+    if out is not None and kind != "model":
+        if is_modelfile:
+            _write_modelfile(place, out, system, parameter or [])
+        elif kind == "adapter":
+            _convert_adapter(place, out, local(base, offline=offline), to, force, json)
+        else:
+            _convert_vocabulary(place, out, to, pre, json)
         return
     wanted = ConvertConfig(
         source=place, out=out, to=to, outtype=outtype, vocab=local(vocab, offline=offline), vocab_type=vocab_type,
@@ -174,11 +194,28 @@ def convert(
         _convert_model(wanted, no_verify, json)
 
 
-def _is_adapter(path: Path) -> bool:
-    from llamakit.formats.open import open_model
+def _kind(path: Path) -> str:
+    """model, adapter or vocabulary."""
+    from llamakit.formats.open import open_model, sniff
 
-    with open_model(path) as file:
-        return file.metadata.get("general.type") == "adapter"
+    kind = sniff(path)
+    if kind == "gguf":
+        with open_model(path) as file:
+            if file.metadata.get("general.type") == "adapter":
+                return "adapter"
+            return "model" if file.tensors else "vocabulary"
+    if kind == "directory" and any((path / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
+        return "vocabulary"
+    return "vocabulary" if kind in _VOCABULARIES else "adapter" if kind in ("peft", "ggla") else "model"
+
+
+def _refuse_idle_options(kind: str, given: dict[str, Any]) -> None:
+    """No option is taken and then ignored."""
+    defaults = {"--outtype": (ConvertConfig.outtype, "f32") if kind == "adapter" else (ConvertConfig.outtype,)}
+    for option, value in given.items():
+        is_for_kind = (option not in _NOT_FOR_MODELS) if kind == "model" else option in _OTHERS[kind]
+        if not is_for_kind and value and value not in defaults.get(option, ()):
+            raise UsageError(f"{option} has no meaning for {_NAMED[kind]}")
 
 
 def _show_plan(config: ConvertConfig, json: bool) -> None:
@@ -303,25 +340,29 @@ def _next_command(config: ConvertConfig, written: Converted) -> list[str]:
     if config.vocab_only:
         return ["llamakit", "tokenize", "-m", model, "-p", "Hello world"]
     if config.target == "llama2c":
-        vocabulary = str(written.paths[1]) if len(written.paths) > 1 else "tokenizer.bin"
-        return ["llamakit", "generate", "-m", model, "-z", vocabulary]
+        if len(written.paths) == 1:
+            return ["llamakit", "inspect", model]
+        return ["llamakit", "generate", "-m", model, "-z", str(written.paths[1])]
     return ["llamakit", "generate", "-m", model, "-p", "Once upon a time"]
 
 
-def _convert_small(kind: str, source: Path, out: Path | None, base: Path | None, force: bool, json: bool) -> None:
-    """An adapter or a vocabulary."""
-    from llamakit.conversion.adapters import convert_adapter, convert_vocabulary
+def _convert_adapter(source: Path, out: Path, base: Path | None, to: Target | None, force: bool, json: bool) -> None:
+    from llamakit.conversion.adapters import convert_adapter
 
-    if out is None:
-        raise UsageError("where should it go?", hint="name the target with -o")
-    if kind in _VOCABULARIES:
-        written = convert_vocabulary(source, out)
-    elif base is None:
+    if base is None:
         raise UsageError(
             "is an adapter: the model that it is for is needed", path=source, hint="name it with --base MODEL"
         )
-    else:
-        written = convert_adapter(source, out, base, force=force)
+    _show_small(convert_adapter(source, out, base, to=to, force=force), json)
+
+
+def _convert_vocabulary(source: Path, out: Path, to: Target | None, pre: str | None, json: bool) -> None:
+    from llamakit.conversion.adapters import convert_vocabulary
+
+    _show_small(convert_vocabulary(source, out, to=to, pre=pre), json)
+
+
+def _show_small(written: Converted, json: bool) -> None:
     _tell(written.notes)
     if json:
         render.print_json(asdict(written))
@@ -333,7 +374,7 @@ def _write_modelfile(source: Path, out: Path, system: str | None, parameters: li
     from llamakit.conversion.modelfile import split_parameter, write_modelfile
     from llamakit.formats.open import open_model
 
-    with open_model(source) as file:
+    with open_model(source, n_ctx=0) as file:
         report = write_modelfile(
             out, file, source, system=system, parameters=[split_parameter(text) for text in parameters]
         )

@@ -13,6 +13,7 @@ from llamakit.cli import render
 from llamakit.cli.options import (
     FILES,
     LORA,
+    MODEL,
     OUTPUT,
     SAMPLING,
     ConfigOption,
@@ -26,7 +27,8 @@ from llamakit.cli.options import (
 )
 from llamakit.cli.prompt import read_prompt
 from llamakit.cli.sources import local
-from llamakit.errors import EXIT_INTERRUPTED, EXIT_OK, UnsupportedError, UsageError
+from llamakit.conversion.convert_config import check_stated
+from llamakit.errors import EXIT_INTERRUPTED, EXIT_OK, UsageError
 from llamakit.inference.config import GenerateConfig
 
 if TYPE_CHECKING:
@@ -109,6 +111,15 @@ def generate(
     ctx: Annotated[
         int, typer.Option("--ctx", help="Context in tokens; 0: the model's.", rich_help_panel=SAMPLING)
     ] = GenerateConfig.ctx,
+    rope_freq_base: Annotated[
+        float | None,
+        typer.Option(
+            "--rope-freq-base",
+            metavar="N",
+            help="Base of the rotary frequencies instead of the model's own.",
+            rich_help_panel=MODEL,
+        ),
+    ] = None,
     lora: Annotated[
         list[str] | None,
         typer.Option("--lora", metavar="FILE", help="Adapter to put on; repeatable.", rich_help_panel=LORA),
@@ -131,6 +142,7 @@ def generate(
     config: ConfigOption = None,
 ) -> int:
     """Continue a prompt, from the command line, a file or standard input; without one, from the start of a text."""
+    check_stated(None, rope_freq_base)
     wanted = GenerateConfig(
         n_predict=n_predict, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
         repeat_penalty=repeat_penalty, repeat_last_n=repeat_last_n, seed=seed, ctx=ctx,
@@ -139,7 +151,7 @@ def generate(
     text = read_prompt(prompt, prompt_option, prompt_file, escape=not no_escape, use_stdin=vocabulary is None) or ""
     adapters = [(local(name, offline=offline), scale) for name, scale in named]
     files = local(model, offline=offline), local(vocabulary, offline=offline)
-    loaded = _load(*files, adapters, force, threads, device, dtype, ctx or None)
+    loaded = _load(*files, adapters, force, threads, device, dtype, ctx or None, rope_freq_base)
     shown = "" if no_display_prompt or conversation else text
     ids = _prompt_ids(loaded, text, conversation)
     return _run(loaded, ids, wanted, shown=shown, prompt=text, json=json)
@@ -165,18 +177,19 @@ def _load(
     device: str,
     dtype: str,
     n_ctx: int | None,
+    rope_theta: float | None,
 ) -> _Loaded:
     """Read the vocabulary, the adapters and the model, cheapest first, so that a mistake shows early."""
     from llamakit.formats.adapter import check_adapter, read_adapter
     from llamakit.formats.llama2c import Llama2cFile
     from llamakit.formats.llama2c_checkpoint import Llama2cCheckpoint
-    from llamakit.formats.open import open_model
-    from llamakit.model import attach, load_model
+    from llamakit.formats.open import check_is_model, open_model
+    from llamakit.model import attach, load_config, load_model
 
     started = time.perf_counter()  # imports are not the model's fault
-    file = open_model(path, n_ctx=n_ctx)
+    file = open_model(path, n_ctx=n_ctx, rope_theta=rope_theta)
     is_llama2c = isinstance(file, (Llama2cFile, Llama2cCheckpoint))
-    _check_is_model(file)
+    check_is_model(file)
     _check_vocabulary_option(file, vocabulary, is_llama2c)
     tokenizer = _tokenizer(file, vocabulary)
     read = [(read_adapter(adapter, file), scale) for adapter, scale in adapters]
@@ -184,28 +197,13 @@ def _load(
         for note in check_adapter(adapter, file, force=force):
             render.note(f"{adapter.path}: {note}")
     render.loading(path)
-    where, number = _device_and_dtype(file, device, dtype, threads)
-    model = load_model(file, device=where, dtype=number)
+    shape = load_config(file)
+    where, number = _device_and_dtype(shape.n_matmul, device, dtype, threads)
+    shape = shape if rope_theta is None else replace(shape, rope_base=rope_theta)
+    model = load_model(file, device=where, dtype=number, config=shape)
     for adapter, scale in read:
         attach(model, adapter, scale)
     return _Loaded(file, model, tokenizer, time.perf_counter() - started, is_llama2c)
-
-
-def _check_is_model(file: ModelFile) -> None:
-    """Say what a GGUF file is that is no model, and where it belongs."""
-    metadata = file.metadata
-    kind = metadata.get("general.type")
-    if "training.type" in metadata:
-        reason, hint = "is a training checkpoint, not a model", "generate with the adapter that was saved beside it"
-    elif kind == "adapter":
-        reason, hint = "is an adapter, not a model", "give it with --lora, and the model with -m"
-    elif isinstance(kind, str) and kind != "model":
-        reason, hint = f"is not a model (general.type is {kind!r})", None
-    elif not file.tensors:
-        reason, hint = "is a vocabulary without a model: it holds no tensors", None
-    else:
-        return
-    raise UnsupportedError(reason, path=file.path, hint=hint)
 
 
 def _check_vocabulary_option(file: ModelFile, vocabulary: Path | None, is_llama2c: bool) -> None:
@@ -223,16 +221,12 @@ def _tokenizer(file: ModelFile, vocabulary: Path | None) -> Tokenizer:
     return load_llama2c_tokenizer(vocabulary, n_vocab=file.tensors["token_embd.weight"].shape[0])
 
 
-def _device_and_dtype(
-    file: ModelFile, device: str, dtype: str, threads: int | None
-) -> tuple[torch.device, torch.dtype]:
+def _device_and_dtype(n_weights: int, device: str, dtype: str, threads: int | None) -> tuple[torch.device, torch.dtype]:
     from llamakit.files import available_memory_bytes
-    from llamakit.model import load_config
     from llamakit.model.device import inference_dtype, resolve_device
 
     set_threads(threads)
     where = resolve_device(device)
-    n_weights = load_config(file).n_matmul
     return where, inference_dtype(dtype, where, n_weights=n_weights, free_bytes=available_memory_bytes())
 
 

@@ -14,6 +14,7 @@ from llamakit.cli import render
 from llamakit.cli.options import (
     FILES,
     LORA,
+    MODEL,
     OUTPUT,
     ConfigOption,
     JsonOption,
@@ -73,6 +74,18 @@ def merge(
             rich_help_panel=OUTPUT,
         ),
     ] = MergeConfig.outtype,
+    vocab: Annotated[
+        str | None,
+        typer.Option("--vocab", metavar="FILE", help="Take the vocabulary from here.", rich_help_panel=MODEL),
+    ] = None,
+    ctx: Annotated[
+        int | None,
+        typer.Option("--ctx", metavar="N", help="Context length, where the base lacks it.", rich_help_panel=MODEL),
+    ] = MergeConfig.ctx,
+    rope_freq_base: Annotated[
+        float | None,
+        typer.Option("--rope-freq-base", metavar="N", help="Base of the rotary embedding.", rich_help_panel=MODEL),
+    ] = MergeConfig.rope_freq_base,
     threads: ThreadsOption = None,
     offline: OfflineOption = False,
     json: JsonOption = False,
@@ -87,6 +100,9 @@ def merge(
         out=out,
         outtype=outtype,
         force=force,
+        vocab=local(vocab, offline=offline),
+        ctx=ctx,
+        rope_freq_base=rope_freq_base,
     )
     from llamakit.conversion.merge import merge
 
@@ -112,6 +128,8 @@ def _watch(reports: Iterator[Report]) -> tuple[list[MergedTensor], Merged]:
     assert isinstance(plan, MergePlan)
     for note in plan.notes:
         render.note(note)
+    for warning in plan.warnings:
+        render.warn(warning)
     render.log(f"merging: {plan.n_changed} of {plan.n_tensors} tensors change, {render.human_bytes(plan.n_bytes)}")
     started = time.perf_counter()
     with render.Progress("merging (MB)", total=round(plan.n_bytes / _MB), fields=("MB/s",)) as bar:

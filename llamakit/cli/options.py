@@ -30,13 +30,19 @@ FILES, MODEL, SAMPLING, TRAINING, LORA, DATA, OUTPUT, COMPUTE = (
 )
 
 
+_LARGEST_FLOAT32 = 3.4e38
+
+
 def scaled_adapter(item: str) -> tuple[str, float]:
-    """FILE:S -> (FILE, S). Raises UsageError where S is no number."""
+    """FILE:S -> (FILE, S). Raises UsageError where S is no number, or none that a float32 holds."""
     path, _, scale = item.rpartition(":")
     try:
-        return path or "?", float(scale)
+        number = float(scale)
     except ValueError as error:
         raise UsageError(f"--lora-scaled is {item!r} (expected FILE:SCALE, such as lora.gguf:0.5)") from error
+    if not abs(number) <= _LARGEST_FLOAT32:
+        raise UsageError(f"--lora-scaled has the scale {number:g} for {path} (expected a finite number)")
+    return path or "?", number
 
 
 def _read_config(context: typer.Context, path: Path | None) -> Path | None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from llamakit import hub
-from llamakit.cli import render
+from llamakit.cli import quantize_cost, render
 from llamakit.cli.options import (
     FILES,
     OUTPUT,
@@ -139,6 +139,15 @@ def quantize(
     keep_split: Annotated[
         bool, typer.Option("--keep-split", help="Write the parts that IN has.", rich_help_panel=FILES)
     ] = QuantizeConfig.keep_split,
+    kl: Annotated[
+        Path | None,
+        typer.Option(
+            "--kl",
+            metavar="TEXT",
+            help="Compare the result with IN on a text: perplexity, divergence.",
+            rich_help_panel=OUTPUT,
+        ),
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be written, and write nothing.")] = False,
     threads: ThreadsOption = None,
     offline: OfflineOption = False,
@@ -160,9 +169,11 @@ def quantize(
     keep_freed_memory()
     set_threads(threads if threads is not None else words.threads)
     if dry_run:
+        if kl is not None:
+            quantize_cost.count_chunks(wanted.source, kl)
         _show_plan(wanted, json)
     else:
-        _run(wanted, json)
+        _run(wanted, kl, json)
 
 
 @dataclass(frozen=True)
@@ -223,16 +234,23 @@ def _show_plan(config: QuantizeConfig, json: bool) -> None:
         render.warn(f"{len(plan.requantized)} tensors are quantized already: this needs --allow-requantize")
 
 
-def _run(config: QuantizeConfig, json: bool) -> None:
+def _run(config: QuantizeConfig, text: Path | None, json: bool) -> None:
+    n_chunks = None if text is None else quantize_cost.count_chunks(config.source, text)
     render.loading(config.source)
     started = time.perf_counter()
     plan, tensors, written = _watch(config, json)
     seconds = time.perf_counter() - started
+    cost = None
+    if text is not None and n_chunks is not None:
+        cost = quantize_cost.measure(config.source, written.paths[0], text, n_chunks)
     following = ("llamakit", "generate", "-m", _as_argument(written.paths[0]), "-p", "Once upon a time")
     if json:
-        render.print_json(_as_json(config, plan, tensors, written, seconds, following))
+        kl = {} if cost is None else {"kl": quantize_cost.as_json(cost)}
+        render.print_json(_as_json(config, plan, tensors, written, seconds, following) | kl)
         return
     _report(plan, tensors)
+    if cost is not None:
+        quantize_cost.print_cost(cost)
     render.say(
         f"{', '.join(map(str, written.paths))}: {plan.type}, {render.human_bytes(plan.source_bytes)} -> "
         f"{render.human_bytes(written.n_bytes)}, {_bits(plan):.2f} bits per weight"

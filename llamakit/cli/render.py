@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any
 
+from llamakit.errors import LlamakitError
 from llamakit.files import escape_control
 
 if TYPE_CHECKING:
@@ -76,10 +77,11 @@ def log(text: str) -> None:
 
 def loading(path: str | os.PathLike[str]) -> None:
     """`loading PATH (98 MB)` on stderr, said before the work so that nobody waits in silence."""
+    from llamakit.formats.open import size_on_disk
+
     try:
-        files = [entry.stat() for entry in os.scandir(path)] if os.path.isdir(path) else [os.stat(path)]
-        size = f" ({human_bytes(sum(file.st_size for file in files))})"
-    except OSError:
+        size = f" ({human_bytes(size_on_disk(path))})"
+    except (OSError, LlamakitError):
         size = ""
     log(f"loading {os.fspath(path)}{size}")
 
@@ -87,6 +89,11 @@ def loading(path: str | os.PathLike[str]) -> None:
 def say(text: str = "") -> None:
     """One line of the product on stdout, control characters escaped."""
     print(escape_control(text))
+
+
+def heading(text: str) -> None:
+    """One line on stdout that stands out, control characters escaped."""
+    print(bold(escape_control(text)), flush=True)
 
 
 def stream(text: str) -> None:

@@ -12,7 +12,7 @@ from llamakit.cli import render
 from llamakit.cli.options import FILES, OUTPUT, OfflineOption
 from llamakit.cli.sources import local
 from llamakit.errors import UsageError
-from llamakit.files import escape_control, process_escapes
+from llamakit.files import escape_control, process_escapes, read_whole
 
 if TYPE_CHECKING:
     from llamakit.tokenizer import Tokenizer
@@ -51,7 +51,7 @@ def tokenize(
     text = _read(prompt, file, stdin)
     if not no_escape:
         text = process_escapes(text)
-    tokenizer = load_tokenizer(open_model(local(model, offline=offline)))
+    tokenizer = load_tokenizer(open_model(local(model, offline=offline), n_ctx=0))
     for warning in tokenizer.warnings:
         render.warn(warning)
     found = tokenizer.encode(text, add_special=tokenizer.add_bos and not no_bos, parse_special=not no_parse_special)
@@ -72,10 +72,7 @@ def _read(prompt: str | None, file: Path | None, stdin: bool) -> str:
     if prompt is not None and file is not None:
         raise UsageError("the text is given twice (-p and -f)", hint="give only one of them")
     if file is not None:
-        try:
-            return _decode(file.read_bytes(), file)
-        except OSError as error:
-            raise UsageError(f"cannot be read: {error.strerror}", path=file) from error
+        return _decode(read_whole(file), file)
     if prompt is None:
         raise UsageError("there is no text to tokenize", hint="give one with -p TEXT, -f FILE or --stdin")
     return prompt

@@ -5,27 +5,30 @@ Memory is about one slice of a tensor (one tensor, where a format orders rows di
 
 from __future__ import annotations
 
+import contextlib
 import os
+import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from llamakit.conversion.convert_config import ConvertConfig, Target
 from llamakit.conversion.outtype import automatic_outtype, gguf_types, huggingface_types
 from llamakit.conversion.recode import recoded
-from llamakit.errors import SaveError, UnsupportedError, UsageError
-from llamakit.files import check_writable
+from llamakit.errors import FormatError, SaveError, UnsupportedError, UsageError
+from llamakit.files import check_writable, is_same_file
 from llamakit.formats.base import ModelFile, TensorData
 from llamakit.formats.borrowed import with_metadata, with_vocabulary, without_vocabulary
 from llamakit.formats.gguf import GGUFValueType, Typed, typed_metadata, write_gguf
-from llamakit.formats.gguf_split import write_gguf_split
+from llamakit.formats.gguf_split import part_prefix, write_gguf_split
 from llamakit.formats.huggingface import HuggingFaceModel
 from llamakit.formats.huggingface_writer import write_huggingface
 from llamakit.formats.llama2c import RMS_EPS, ROPE_FREQ_BASE
 from llamakit.formats.llama2c_vocab import read_llama2c_vocabulary, write_llama2c_vocabulary
 from llamakit.formats.llama2c_writer import llama2c_notes, write_llama2c
-from llamakit.formats.open import open_model, sniff
+from llamakit.formats.open import check_is_model, model_files, open_model, sniff
 from llamakit.formats.vocabulary import vocabulary_only
 from llamakit.ggml import GGMLType
 
@@ -89,22 +92,41 @@ def open_source(config: ConvertConfig) -> ModelFile:
 
     Raises what `open_model` raises, and UsageError or MismatchError for a vocabulary that is none, or another model's.
     """
-    kind = sniff(config.source)
-    own_vocabulary = config.vocab is None and config.vocab_type is None and config.pre is None
-    if kind == "huggingface" and not own_vocabulary:
-        file: ModelFile = HuggingFaceModel(config.source, vocabulary=False)
+    file = open_with_vocabulary(
+        config.source,
+        vocab=_vocabulary_path(config),
+        pre=config.pre,
+        ctx=0 if config.vocab_only and config.ctx is None else config.ctx,
+        rope_freq_base=config.rope_freq_base,
+    )
+    name = {} if config.model_name is None else {"general.name": config.model_name}
+    return with_metadata(file, stated_metadata(config.ctx, config.rope_freq_base) | name)
+
+
+def stated_metadata(ctx: int | None, rope_freq_base: float | None) -> dict[str, Any]:
+    """The keys of what a user states in place of the source."""
+    stated = {"llama.context_length": ctx, _THETA: rope_freq_base}
+    return {key: value for key, value in stated.items() if value is not None}
+
+
+def open_with_vocabulary(
+    source: Path, *, vocab: Path | None, pre: str | None = None, ctx: int | None, rope_freq_base: float | None
+) -> ModelFile:
+    """A model, with the vocabulary at `vocab` in place of its own where that is named; ctx, rope_freq_base: for sources
+    that do not state them. Raises as `open_source`."""
+    if vocab is None:
+        return open_model(source, n_ctx=ctx, rope_theta=rope_freq_base)
+    if sniff(source) == "huggingface":
+        file: ModelFile = HuggingFaceModel(source, vocabulary=False)
     else:
-        file = open_model(config.source, n_ctx=config.ctx, rope_theta=config.rope_freq_base)
-    if not own_vocabulary:
-        path = _vocabulary_path(config)
-        n_vocab = file.tensors["token_embd.weight"].shape[0] if "token_embd.weight" in file.tensors else None
-        file = with_vocabulary(file, vocabulary_only(path, n_vocab, pre=config.pre), source=path)
-    stated = {"llama.context_length": config.ctx, _THETA: config.rope_freq_base, "general.name": config.model_name}
-    return with_metadata(file, {key: value for key, value in stated.items() if value is not None})
+        file = open_model(source, n_ctx=ctx, rope_theta=rope_freq_base)
+    n_vocab = file.tensors["token_embd.weight"].shape[0] if "token_embd.weight" in file.tensors else None
+    return with_vocabulary(file, vocabulary_only(vocab, n_vocab, pre=pre), source=vocab)
 
 
-def _vocabulary_path(config: ConvertConfig) -> Path:
-    if config.vocab is not None:
+def _vocabulary_path(config: ConvertConfig) -> Path | None:
+    """Where the user wants the vocabulary from; None: the source's own."""
+    if config.vocab is not None or (config.vocab_type is None and config.pre is None):
         return config.vocab
     folder = config.source if config.source.is_dir() else config.source.parent
     names = {"spm": "tokenizer.model", "bpe": "tokenizer.json", "hfft": "tokenizer.json"}
@@ -119,6 +141,8 @@ def plan_conversion(source: ModelFile, config: ConvertConfig) -> ConvertPlan:
     """
     notes: list[str] = []
     file_type: int | None = None
+    if not config.vocab_only:
+        check_is_model(source)
     if config.target == "llama2c":
         if config.outtype not in ("auto", "f32"):
             raise UsageError(
@@ -160,13 +184,23 @@ def _is_checkpoint(path: Path) -> bool:
 
 
 def _check_target(config: ConvertConfig, path: Path) -> None:
-    if path.exists() and os.path.samefile(path, config.source):
-        raise UsageError("is the source itself", path=path, hint="name another target with -o")
+    """Nothing that the result is made of may be overwritten by it: its rows are read until the end."""
+    used = [config.source, *model_files(config.source), *([config.vocab] if config.vocab is not None else [])]
+    for file in used:
+        if is_same_file(path, file) or (config.is_split and _is_part(file, path)):
+            raise UsageError("is the source itself", path=file, hint="name another target with -o")
     if config.target == "hf":
         if not path.parent.is_dir():
             raise UsageError("the folder that it should go into does not exist", path=path)
     else:
         check_writable(path)
+
+
+def _is_part(file: Path, target: Path) -> bool:
+    """Whether a file lies where a part of `target` may go."""
+    prefix = re.escape(part_prefix(target).name)
+    named_so = re.fullmatch(prefix + r"-[0-9]{5}-of-[0-9]{5}\.gguf", file.name) is not None
+    return named_so and is_same_file(file.parent, target.parent)
 
 
 def convert(
@@ -195,12 +229,24 @@ def convert(
             if verify is not None and not config.vocab_only:
                 verify(expected, written)
 
-        if plan.to == "llama2c":
-            return _write_llama2c(source, plan, config, tensors, check)
-        if plan.to == "hf":
-            write_huggingface(plan.path, metadata=typed_metadata(source), tensors=tensors, verify=check)
-            return converted([plan.path])
-        return _write_gguf(source, plan, config, tensors, check)
+        with _blamed_on(source, plan.path):
+            if plan.to == "llama2c":
+                return _write_llama2c(source, plan, config, tensors, check)
+            if plan.to == "hf":
+                write_huggingface(plan.path, metadata=typed_metadata(source), tensors=tensors, verify=check)
+                return converted([plan.path])
+            return _write_gguf(source, plan, config, tensors, check)
+
+
+@contextlib.contextmanager
+def _blamed_on(source: ModelFile, target: Path) -> Iterator[None]:
+    """A writer that refuses what it was given names its target, or nothing: it is the source's doing."""
+    try:
+        yield
+    except (FormatError, UnsupportedError) as error:
+        if error.path is None or Path(error.path) == target:
+            error.path = source.path
+        raise
 
 
 def _counted(source: ModelFile, plan: ConvertPlan, on_report: Callable[[Report], None] | None) -> list[TensorData]:

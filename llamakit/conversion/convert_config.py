@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -9,6 +10,25 @@ from typing import Literal
 from llamakit.errors import UsageError
 
 Target = Literal["gguf", "hf", "llama2c"]
+
+
+def target_of(path: Path) -> Target:
+    """The form that a target's name asks for."""
+    return {".gguf": "gguf", ".bin": "llama2c"}.get(path.suffix.lower(), "hf")  # pyright: ignore[reportReturnType]
+
+
+def refuse_stdout(out: Path | None) -> None:
+    """Raise UsageError for the name by which other programs write to standard output."""
+    if out is not None and str(out) == "-":
+        raise UsageError("-o -: a model is not written to standard output", hint="name a file or a folder")
+
+
+def check_stated(ctx: int | None, rope_freq_base: float | None) -> None:
+    """Raise UsageError, naming the flag, for numbers of a model that cannot be."""
+    if ctx is not None and not 1 <= ctx < 1 << 32:
+        raise UsageError(f"--ctx is {ctx} (expected at least 1)")
+    if rope_freq_base is not None and not 0 < rope_freq_base < math.inf:
+        raise UsageError(f"--rope-freq-base is {rope_freq_base} (expected a positive number)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,15 +70,18 @@ class ConvertConfig:
     """Leave the first part without tensors."""
 
     def __post_init__(self) -> None:
-        for flag, value in (("--ctx", self.ctx), ("--split-max-tensors", self.split_max_tensors)):
-            if value is not None and value < 1:
-                raise UsageError(f"{flag} is {value} (expected at least 1)")
-        if self.rope_freq_base is not None and not self.rope_freq_base > 0:
-            raise UsageError(f"--rope-freq-base is {self.rope_freq_base} (expected a positive number)")
+        check_stated(self.ctx, self.rope_freq_base)
+        refuse_stdout(self.out)
+        if self.split_max_tensors is not None and self.split_max_tensors < 1:
+            raise UsageError(f"--split-max-tensors is {self.split_max_tensors} (expected at least 1)")
         if self.version not in (0, 1, 2):
             raise UsageError(f"--version is {self.version} (expected 0, 1 or 2)")
         if self.target != "gguf" and (self.is_split or self.vocab_only or self.model_name is not None):
             raise UsageError("--split-max-..., --vocab-only and --model-name are for GGUF targets")
+        if self.version and self.target != "llama2c":
+            raise UsageError("--version is for llama2.c targets")
+        if self.no_tensor_first_split and not self.is_split:
+            raise UsageError("--no-tensor-first-split needs --split-max-size or --split-max-tensors")
         if self.vocab is not None and self.vocab_type is not None:
             raise UsageError("--vocab and --vocab-type exclude each other: both say where the vocabulary is")
 
@@ -67,8 +90,7 @@ class ConvertConfig:
         """The form of the target."""
         if self.to is not None:
             return self.to
-        suffix = ".gguf" if self.out is None else self.out.suffix
-        return {".gguf": "gguf", ".bin": "llama2c"}.get(suffix, "hf")  # pyright: ignore[reportReturnType]
+        return "gguf" if self.out is None else target_of(self.out)
 
     @property
     def is_split(self) -> bool:

@@ -17,7 +17,8 @@ from llamakit.formats import llama2c
 from llamakit.formats.base import ModelFile, TensorInfo
 from llamakit.formats.ggla import read_ggla
 from llamakit.formats.gguf import GGUFFile, SplitGGUF, Typed, open_gguf
-from llamakit.formats.open import open_model, sniff
+from llamakit.formats.imatrix import SUMS, read_imatrix
+from llamakit.formats.open import open_model, size_on_disk, sniff
 from llamakit.ggml import FILE_TYPES, GGMLType
 
 #: llama.cpp cuts values off after this many bytes
@@ -41,6 +42,7 @@ _OTHERS = {
     "meta": "folder with a model in Meta's format",
     "pickle": "Python pickle, perhaps an old PyTorch checkpoint; never loaded, it could run any code",
     "ggml": "GGML model from before GGUF",
+    "imatrix": "importance matrix",
     "gzip": "gzip archive",
     "text": "text",
     "directory": "folder",
@@ -87,8 +89,8 @@ class FileReport:
 
     kind: model, adapter, checkpoint, old-checkpoint, imatrix, vocabulary, ggla, llama2c, or what formats.open.sniff
     calls a file that is none of these; what: the same in words; format: the container ("GGUF V3"), "" where unknown.
-    facts: label -> value, in the order to be shown; n_bytes: of the file; bits_per_weight: of all tensors together.
-    next_commands: command lines, as lists of arguments.
+    facts: label -> value, in the order to be shown; n_bytes: of the file, or of the model's files in a folder;
+    bits_per_weight: of all tensors together. next_commands: command lines, as lists of arguments.
     """
 
     path: Path
@@ -131,6 +133,8 @@ def inspect(path: str | os.PathLike[str]) -> FileReport:
             return _inspect_llama2c(file)
     if kind == "ggla":
         return _inspect_ggla(path)
+    if kind == "imatrix":
+        return _inspect_dat(path)
     return _inspect_source(path, kind) if kind in _SOURCES else _inspect_other(path, kind)
 
 
@@ -141,6 +145,8 @@ def _inspect_gguf(path: Path, file: GGUFFile | SplitGGUF) -> FileReport:
         facts |= _adapter_facts(file)
     if kind in ("model", "vocabulary"):
         facts |= _model_facts(file.metadata)
+    if kind == "imatrix":
+        facts["entries"] = sum(name.endswith(SUMS) for name in file.tensors)
     if isinstance(file, SplitGGUF):
         facts["split"] = f"part {file.part} of {len(file.parts)}, all {len(file.parts)} parts counted"
     metadata = tuple(_key_value(key, value, *file.metadata_types[key]) for key, value in file.metadata.items())
@@ -253,23 +259,43 @@ def _inspect_ggla(path: Path) -> FileReport:
     )
 
 
+def _inspect_dat(path: Path) -> FileReport:
+    """An importance matrix in the form that came before GGUF's: a few MB without a header, read and checked whole."""
+    found = read_imatrix(path)
+    facts = {"entries": len(found.entries), "chunks": found.chunk_count, "datasets": ", ".join(found.datasets)}
+    report = replace(_inspect_other(path, "imatrix"), format="dat", facts={k: v for k, v in facts.items() if v})
+    rows = [TensorRow(name, entry.sums.shape[1:], "F32", entry.sums.nbytes) for name, entry in found.entries.items()]
+    return replace(report, tensors=tuple(rows))
+
+
 def _inspect_source(path: Path, kind: str) -> FileReport:
     """A folder or checkpoint as the model that is in it, or with the reason why none can be read."""
     report = _inspect_other(path, kind)
     try:
-        with open_model(path) as file:
+        with open_model(path, n_ctx=0) as file:
             values = {key: _plain(value) for key, value in file.metadata.items()}
             return replace(
                 report,
-                facts=_general_facts(values) | _model_facts(values),
+                facts=_general_facts(values) | _model_facts(values) | _unknown_context(values),
                 metadata=tuple(_key_value(key, value) for key, value in values.items()),
-                next_commands=(("llamakit", "convert", _as_argument(path), "-o", "model.gguf"),
-                               *_next_for_model(values, _as_argument(path))),
+                next_commands=_next_for_source(values, _as_argument(path)),
                 **_tensor_fields(file.tensors),
             )  # fmt: skip
     except LlamakitError as error:
         hint = {} if error.hint is None else {"hint": error.hint}
         return replace(report, facts={"no model": error.reason, **hint})
+
+
+def _unknown_context(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    return {} if "llama.context_length" in metadata else {"context": "not stated: the commands take it with --ctx"}
+
+
+def _next_for_source(metadata: Mapping[str, Any], name: str) -> tuple[tuple[str, ...], ...]:
+    """The model's commands; where its context has to be named, generate and convert need it, finetune has one."""
+    commands = (("llamakit", "convert", name, "-o", "model.gguf"), *_next_for_model(metadata, name))
+    if "llama.context_length" in metadata:
+        return commands
+    return tuple(c if c[1] == "finetune" else (*c, "--ctx", "N") for c in commands)
 
 
 def _plain(value: Any) -> Any:
@@ -278,10 +304,7 @@ def _plain(value: Any) -> Any:
 
 
 def _inspect_other(path: Path, kind: str) -> FileReport:
-    if path.is_dir():
-        n_bytes = sum(entry.stat().st_size for entry in os.scandir(path) if entry.is_file())
-    else:
-        n_bytes = path.stat().st_size
+    n_bytes = size_on_disk(path)
     what = _OTHERS.get(kind, "file of an unknown kind")
     return FileReport(path=path, kind=kind, what=what, n_bytes=n_bytes, next_commands=_next_commands(kind, None, path))
 
@@ -318,6 +341,7 @@ def _next_commands(kind: str, file: ModelFile | None, path: Path | None = None) 
         "llama2c-tokenizer": (("llamakit", "generate", "-m", "MODEL.bin", "-z", name),),
         "text": ((*finetune, "BASE.gguf", "--train-data", name),),
         "peft": lora,
+        "imatrix": (("llamakit", "quantize", "--imatrix", name, "MODEL.gguf", "Q4_K_M"),),
     }.get(kind, ())
 
 

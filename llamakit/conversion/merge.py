@@ -18,14 +18,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from llamakit.conversion.convert import open_with_vocabulary, stated_metadata
 from llamakit.conversion.delta import low_rank_product, vector_lanes
 from llamakit.conversion.merge_config import MergeConfig
 from llamakit.errors import LlamakitError, MismatchError, UnsupportedError, UsageError
-from llamakit.files import check_writable, escape_control
+from llamakit.files import check_writable, escape_control, is_same_file
 from llamakit.formats.adapter import Adapter, check_adapter, read_adapter
 from llamakit.formats.base import ModelFile, TensorData, TensorInfo
+from llamakit.formats.borrowed import with_metadata
 from llamakit.formats.gguf_writer import copied_tensor, typed_metadata, written_tensors
-from llamakit.formats.open import open_model
+from llamakit.formats.open import check_is_model, model_files
 from llamakit.ggml import BLOCK_SIZES, FILE_TYPES, FLOAT_TYPES, GGMLType
 from llamakit.quant import can_decode, dequantize
 from llamakit.quant.encode import quantize
@@ -40,12 +42,14 @@ Adapters = Sequence[tuple[Adapter, float]]
 
 @dataclass(frozen=True)
 class MergePlan:
-    """What is about to be written. notes: for the user, none of them fatal; n_changed: tensors that adapters change."""
+    """What is about to be written. n_changed: tensors that adapters change; notes, warnings: for the user, none of them
+    fatal."""
 
     n_tensors: int
     n_changed: int
     n_bytes: int
     notes: tuple[str, ...]
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -136,14 +140,17 @@ def merge(config: MergeConfig) -> Iterator[Report]:
     unknown kind, or do not belong together; UnsupportedError for an outtype that nothing can be written in; SaveError
     when the disk refuses.
     """
-    with open_model(config.model) as base:
-        _check_out(config, base)
+    with _open_base(config) as base:
+        check_is_model(base)
+        _check_out(config)
         adapters = [(read_adapter(path, base), scale) for path, scale in config.adapters]
         notes = _check_adapters(base, adapters, config.force)
         jobs = _jobs(base, adapters, config)
         n_changed = sum(job.changed for job in jobs)
         n_bytes = sum(_n_bytes(job) for job in jobs)
-        yield MergePlan(len(jobs), n_changed, n_bytes, tuple(notes + _file_notes(base, jobs)))
+        yield MergePlan(
+            len(jobs), n_changed, n_bytes, tuple(notes + _file_notes(base, jobs, config.type)), _warnings(base)
+        )
         done = 0
         tensors = [_tensor(base, job) for job in jobs]
         for job, _ in zip(
@@ -157,11 +164,23 @@ def merge(config: MergeConfig) -> Iterator[Report]:
     yield Merged(config.out, os.path.getsize(config.out), n_changed, kept)
 
 
-def _check_out(config: MergeConfig, base: ModelFile) -> None:
+def _open_base(config: MergeConfig) -> ModelFile:
+    return open_with_vocabulary(config.model, vocab=config.vocab, ctx=config.ctx, rope_freq_base=config.rope_freq_base)
+
+
+def _warnings(base: ModelFile) -> tuple[str, ...]:
+    if "tokenizer.ggml.tokens" in base.metadata:
+        return ()
+    return ("the base has no vocabulary, and the merged model none either: --vocab tokenizer.bin, say, adds one",)
+
+
+def _check_out(config: MergeConfig) -> None:
     """The result may be no file that it is made of: who reads a base twice expects to find it."""
     check_writable(config.out)
-    for path in (config.model, *getattr(base, "parts", ()), *(path for path, _ in config.adapters)):
-        if config.out.exists() and path.exists() and os.path.samefile(config.out, path):
+    vocab = [] if config.vocab is None else [config.vocab]
+    adapters = (file for path, _ in config.adapters for file in model_files(path))
+    for path in (*model_files(config.model), *adapters, *vocab):
+        if is_same_file(config.out, path):
             raise UsageError("would be overwritten by the merged model", path=path, hint="name another file with -o")
 
 
@@ -178,13 +197,20 @@ def _check_adapters(base: ModelFile, adapters: Adapters, force: bool) -> list[st
     return notes
 
 
-def _file_notes(base: ModelFile, jobs: Sequence[_Job]) -> list[str]:
+def _file_notes(base: ModelFile, jobs: Sequence[_Job], wanted: GGMLType | None) -> list[str]:
+    notes = []
+    matrices = [job for job in jobs if job.info.n_rows > 1]
+    narrow = sum(job.type is GGMLType.F16 for job in matrices)
+    if wanted is not None and wanted is not GGMLType.F16 and narrow:
+        block = BLOCK_SIZES[wanted][0]
+        why = f"their rows are no multiple of {block} long, which {wanted.name} needs"
+        notes.append(f"{narrow} of {len(matrices)} matrices become F16: {why}")
     embedding = any(job.changed and job.info.name == "token_embd.weight" for job in jobs)
     if embedding and "output.weight" not in base.tensors:
-        return [
+        notes.append(
             "token_embd.weight is this model's output too: merging changes both, an adapter on the base the input alone"
-        ]
-    return []
+        )
+    return notes
 
 
 def _jobs(base: ModelFile, adapters: Adapters, config: MergeConfig) -> list[_Job]:
@@ -205,13 +231,16 @@ def _jobs(base: ModelFile, adapters: Adapters, config: MergeConfig) -> list[_Job
 def _scaled_pair(adapter: Adapter, name: str, scale: float) -> tuple[Tensor, Tensor, float]:
     """(A, B, factor of B @ A); the factor in float32, step by step, as llama-export-lora computes it."""
     a, b = (torch.from_numpy(np.ascontiguousarray(matrix, np.float32)) for matrix in adapter.tensors[name])
-    factor = np.float32(scale)
-    if adapter.alpha:
-        factor = factor * np.float32(adapter.alpha) / np.float32(len(a))
+    with np.errstate(over="ignore"):  # an infinite factor shows in what it gives
+        factor = np.float32(scale)
+        if adapter.alpha:
+            factor = factor * np.float32(adapter.alpha) / np.float32(len(a))
     return a, b, float(factor)
 
 
 def _out_type(info: TensorInfo, changed: bool, config: MergeConfig) -> GGMLType:
+    if len(info.shape) == 1 and info.type in FLOAT_TYPES:
+        return GGMLType.F32  # checkpoints have norms in 16 bits, which llama.cpp does not compute with
     if config.outtype == "same":
         return info.type
     if config.outtype is None:
@@ -266,8 +295,15 @@ def _packed_rows(base: ModelFile, job: _Job, start: int, stop: int) -> np.ndarra
     for a, b, factor in job.pairs:
         merged = merged + low_rank_product(b[start:stop], a, n_out=len(b), lanes=vector_lanes()).mul_(factor)
     packed = quantize(merged, job.type)
+    written = merged if job.type is GGMLType.F32 else dequantize(packed, job.type)
+    if not bool(written.isfinite().all()):
+        raise UnsupportedError(
+            f"merging gives '{escape_control(job.info.name)}' values that {job.type.name} cannot hold",
+            path=base.path,
+            hint="take a smaller scale, or --outtype f32 where the adapter is sound",
+        )
     if job.changed and job.type is not GGMLType.F32:
-        job.rounding.add(rows, merged, dequantize(packed, job.type))
+        job.rounding.add(rows, merged, written)
     return packed.numpy()
 
 
@@ -278,7 +314,7 @@ def _report(job: _Job, done: int) -> MergedTensor:
 
 def _metadata(base: ModelFile, config: MergeConfig) -> Mapping[str, Any]:
     """The base's, in its order; general.file_type says what is in the file, at the end where llama.cpp puts it."""
-    metadata = typed_metadata(base)
+    metadata = typed_metadata(with_metadata(base, stated_metadata(config.ctx, config.rope_freq_base)))
     if config.outtype == "same":
         return metadata
     if config.outtype is None:

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
+from llamakit.conversion.convert_config import check_stated, refuse_stdout
 from llamakit.errors import UsageError
 from llamakit.ggml import GGMLType
 
@@ -27,6 +28,12 @@ class MergeConfig:
     every tensor in the type that it has in the base. A tensor type's name: every matrix in that type."""
     force: bool = False
     """Take an adapter that was trained on another model."""
+    vocab: Path | None = None
+    """Take the vocabulary from here: a GGUF file, a folder, tokenizer.model, tokenizer.json or tokenizer.bin."""
+    ctx: int | None = None
+    """Context length, where the base has none or another."""
+    rope_freq_base: float | None = None
+    """Base of the rotary embedding, where the base has none or another."""
 
     def __post_init__(self) -> None:
         if not self.adapters:
@@ -36,6 +43,8 @@ class MergeConfig:
         for path, scale in self.lora_scaled:
             if not math.isfinite(scale):
                 raise UsageError(f"--lora-scaled has the scale {scale} for {path} (expected a finite number)")
+        refuse_stdout(self.out)
+        check_stated(self.ctx, self.rope_freq_base)
         if self.outtype not in (None, "same") and self.type is None:
             names = ", ".join(t.name.lower() for t in GGMLType)
             raise UsageError(f"--outtype is {self.outtype!r} (expected same or one of {names})")

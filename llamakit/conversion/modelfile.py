@@ -18,6 +18,7 @@ from llamakit.conversion.go_template import GoTemplate, go_template
 from llamakit.errors import FormatError, UnsupportedError, UsageError
 from llamakit.files import atomic_path, escape_control
 from llamakit.formats.base import ModelFile
+from llamakit.formats.open import check_is_model
 from llamakit.tokenizer import Tokenizer, load_tokenizer
 
 #: what PARAMETER takes (docs/modelfile.mdx; api/types.go, Options and Runner), and the pattern of its value
@@ -78,6 +79,7 @@ def modelfile_text(
     if file.metadata.get("general.type") == "adapter":
         hint = "merge it into its model first, and make the Modelfile of the result"
         raise UsageError("is an adapter, a Modelfile needs a model", path=file.path, hint=hint)
+    check_is_model(file)
     template, stops, notes = _chat(load_tokenizer(file))
     notes += [_ADAPTER_NOTE] if adapter_path is not None else []
     if system is not None:

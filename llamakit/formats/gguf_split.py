@@ -230,8 +230,13 @@ def write_gguf_split(
 
 def part_paths(path: str | os.PathLike[str], count: int) -> list[Path]:
     """Where `write_gguf_split` and `written_parts` put the parts of `path`, with .gguf at its end or without."""
-    prefix = os.fspath(path).removesuffix(".gguf")
-    return [part_path(prefix, no, count) for no in range(count)]
+    return [part_path(part_prefix(path), no, count) for no in range(count)]
+
+
+def part_prefix(path: str | os.PathLike[str]) -> Path:
+    """What the names of the parts of `path` begin with."""
+    path = Path(path)
+    return path.with_suffix("") if path.suffix.lower() == ".gguf" else path
 
 
 def split_keys(no: int, n_parts: int, n_tensors: int) -> dict[str, Any]:

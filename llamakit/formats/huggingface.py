@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Protocol
@@ -25,9 +25,16 @@ from llamakit.formats.safetensors import SafetensorsFile
 from llamakit.formats.strict_json import read_object
 from llamakit.ggml import FLOAT_FILE_TYPES, FLOAT_TYPES, GGMLType
 
-_ROPE_FREQS = "rope_freqs.weight"
+_ROPE_FREQS, _OUTPUT, _EMBEDDING = "rope_freqs.weight", "output.weight", "token_embd.weight"
+_COMPARED_BYTES = 1 << 22
 #: tensors that old checkpoints carry and nobody needs
 _IGNORED = (".rotary_emb.inv_freq", ".attention.masked_bias", ".attention.bias")
+#: what belongs to a model beside its weights
+COMPANIONS = frozenset({
+    "config.json", "generation_config.json", "model.safetensors.index.json", "pytorch_model.bin.index.json",
+    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json",
+})  # fmt: skip
 #: any of these is a vocabulary
 _VOCABULARY = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json")
 
@@ -69,7 +76,7 @@ class HuggingFaceModel:
             raise UsageError("is no folder", path=directory)
         config_path = member(self.path, "config.json")
         self._shape = shape_of_config(read_object(config_path), config_path)
-        self.files, index = _weight_files(self.path)
+        self.files, index = weight_files(self.path)
         self._files = ExitStack()
         try:
             self._sources = self._map(index)
@@ -97,6 +104,9 @@ class HuggingFaceModel:
                     found[ours] = _Source(file, info, heads)
         if index is not None:
             _compare_with_index(index, places, self.path)
+        if self._shape.tied_output and _OUTPUT in found:
+            _check_output(found, self.path)
+            self._shape = replace(self._shape, tied_output=False)
         shapes = {name: source.info.shape for name, source in found.items()}
         check_tensors(self._shape, shapes, self.path, huggingface_name)
         return found
@@ -161,6 +171,32 @@ class HuggingFaceModel:
         self.close()
 
 
+def _check_output(found: Mapping[str, _Source], directory: Path) -> None:
+    """Some save the output matrix of a tied model as well: it must be the embedding, and is then written as it is.
+
+    transformers goes by config.json and ignores it, llama.cpp goes by the tensor. Raises FormatError where these would
+    be two models.
+    """
+    output, embedding = found[_OUTPUT], found.get(_EMBEDDING)
+    if embedding is None or not _same_rows(output, embedding):
+        raise FormatError(
+            "lm_head.weight is another matrix than the embedding, and config.json says that they are one",
+            path=directory,
+            hint="set tie_word_embeddings to false in config.json where the model has an output matrix of its own",
+        )
+
+
+def _same_rows(a: _Source, b: _Source) -> bool:
+    if (a.info.shape, a.info.type) != (b.info.shape, b.info.type):
+        return False
+    step = max(1, _COMPARED_BYTES // max(1, a.info.row_bytes))
+    for start in range(0, a.info.n_rows, step):
+        stop = min(start + step, a.info.n_rows)
+        if not np.array_equal(a.file.read(a.info.name, start, stop), b.file.read(b.info.name, start, stop)):
+            return False
+    return True
+
+
 def _unrotated(source: _Source, start: int, stop: int) -> np.ndarray:
     """Rows [start, stop) of q or k, the halves of each head side by side; reads the heads that they belong to."""
     info, n_heads = source.info, source.n_heads or 1
@@ -208,7 +244,7 @@ def _vocabulary(directory: Path, n_vocab: int) -> dict[str, Any]:
     return read_vocabulary(directory, n_vocab)
 
 
-def _weight_files(directory: Path) -> tuple[list[str], Mapping[str, Any] | None]:
+def weight_files(directory: Path) -> tuple[list[str], Mapping[str, Any] | None]:
     """The names of the weight files, sorted, and the index (tensor -> file) where there is one; safetensors first.
 
     Raises FormatError where one file and an index of others lie side by side: they may be two models.

@@ -40,6 +40,7 @@ from llamakit.formats.sentencepiece_model import (
     SentencePieceModel,
     read_sentencepiece_model,
 )
+from llamakit.formats.tiktoken_model import is_tiktoken
 from llamakit.formats.tokenizer_json import (
     MAX_TOKENS,
     AddedToken,
@@ -61,6 +62,7 @@ def read_vocabulary(
     directory: Path, n_vocab: int | None = None, *, pre: str | None = None, prefer_json: bool = False
 ) -> dict[str, Any]:
     """The `tokenizer.*` keys of a folder: of its tokenizer.model, else (prefer_json: at once) of its tokenizer.json.
+    A tokenizer.model of tiktoken's says less than the tokenizer.json beside it.
 
     n_vocab: rows of the model's embedding; ids without a token become [PADi]. None: config.json's vocab_size, else as
     many as there are. pre: how BPE cuts words (`tokenizer.ggml.pre`), for a tokenizer.json that is not recognised.
@@ -71,6 +73,7 @@ def read_vocabulary(
     files = HuggingFaceFiles.read(directory)
     n_vocab = _n_vocab(files, n_vocab)
     model = member(directory, "tokenizer.model")
+    prefer_json = prefer_json or (files.tokenizer is not None and model.is_file() and is_tiktoken(model))
     if model.is_file() and not prefer_json:
         found = _read_sentencepiece(files, model, n_vocab)
     elif files.tokenizer is not None:

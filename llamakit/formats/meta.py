@@ -59,8 +59,9 @@ class _Parts:
 class MetaModel:
     """A folder with a checkpoint in Meta's format.
 
-    n_ctx: the context that the model was trained for, which params.json does not state; rope_theta: the base of the
-    rotary embedding where it does not state that either. files: names of the shards, in order.
+    n_ctx, rope_theta: the context that the model was trained for and the base of the rotary embedding, where
+    params.json does not state them; n_ctx is 0 where nobody needs it, and then not in the metadata. files: names of the
+    shards, in order.
     Raises UsageError when the folder cannot be read or n_ctx or rope_theta have to be given; UnsupportedError for other
     models; MismatchError for a vocabulary of too many tokens; FormatError for everything else that does not fit.
     """
@@ -69,7 +70,7 @@ class MetaModel:
         self, directory: str | os.PathLike[str], *, n_ctx: int | None = None, rope_theta: float | None = None
     ) -> None:
         self.path = Path(directory)
-        self.files = _shards(self.path)
+        self.files = shard_names(self.path)
         params_path = member(self.path, PARAMS)
         params = Fields(read_object(params_path), params_path)
         self._files = ExitStack()
@@ -114,6 +115,8 @@ class MetaModel:
     def _read_metadata(self, infos: Mapping[str, TensorInfo]) -> dict[str, Any]:
         types = [info.type for info in infos.values() if len(info.shape) == 2]
         keys = self._shape.metadata(name=folder_name(self.path), file_type=FLOAT_FILE_TYPES[types[0]], generation={})
+        if not self._shape.n_ctx:
+            del keys["llama.context_length"]
         return {**keys, **_vocabulary(self.path, self._shape)}
 
     @property
@@ -158,7 +161,7 @@ class MetaModel:
         self.close()
 
 
-def _shards(directory: Path) -> list[str]:
+def shard_names(directory: Path) -> list[str]:
     """consolidated.00.pth and so on, none missing."""
     if not os.path.isdir(directory):
         raise UsageError("is no folder", path=directory)
@@ -235,14 +238,16 @@ def _shape(params: Fields, infos: Mapping[str, TensorInfo], n_ctx: int | None, r
 
 
 def _context(params: Fields, n_ctx: int | None) -> int:
-    if n_ctx is None and "max_seq_len" not in params:
+    if "max_seq_len" in params:
+        return params.integer("max_seq_len")
+    if n_ctx is None:
         raise UsageError(
             "does not state the context that the model was trained for",
             path=params.path,
-            hint="give it to convert or generate with --ctx: 2048 for Llama 1, 4096 for Llama 2, 8192 for Llama 3, "
-            "131072 for Llama 3.1 and later",
+            hint="give it with --ctx: 2048 for Llama 1, 4096 for Llama 2, 8192 for Llama 3, 131072 for Llama 3.1 and "
+            "later",
         )
-    return n_ctx if n_ctx is not None else params.integer("max_seq_len")
+    return n_ctx
 
 
 def _rope(params: Fields, n_vocab: int, rope_theta: float | None) -> Rope:
@@ -253,7 +258,7 @@ def _rope(params: Fields, n_vocab: int, rope_theta: float | None) -> Rope:
             path=params.path,
             hint="give it with --rope-freq-base: 1000000 for Code Llama, 500000 for Llama 3",
         )
-    theta = rope_theta if rope_theta is not None else params.positive("rope_theta", _THETA)
+    theta = params.positive("rope_theta", _THETA if rope_theta is None else rope_theta)
     if not params.flag("use_scaled_rope", False):
         return Rope(theta)
     values = {

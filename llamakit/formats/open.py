@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import os
+import re
 import struct
 from collections.abc import Callable
 from pathlib import Path
 
 from llamakit.errors import FormatError, LlamakitError, UnsupportedError, UsageError
+from llamakit.files import escape_control
 from llamakit.formats import llama2c
 from llamakit.formats.base import ModelFile
 from llamakit.formats.ggla import MAGIC as GGLA_MAGIC
 from llamakit.formats.gguf_reader import MAGIC as GGUF_MAGIC
 from llamakit.formats.gguf_split import open_gguf
-from llamakit.formats.huggingface import HuggingFaceModel
+from llamakit.formats.huggingface import COMPANIONS, HuggingFaceModel, weight_files
+from llamakit.formats.imatrix import is_dat
 from llamakit.formats.llama2c_checkpoint import Llama2cCheckpoint
-from llamakit.formats.meta import PARAMS, SHARD, MetaModel
+from llamakit.formats.meta import PARAMS, SHARD, MetaModel, shard_names
 from llamakit.formats.source import FileSource
 
 _HEAD_BYTES = 4096
@@ -23,6 +26,7 @@ _OLD_GGML = {b"lmgg": "ggml", b"fmgg": "ggmf", b"tjgg": "ggjt"}
 _MODEL_WEIGHTS = (
     "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json",
 )  # fmt: skip
+_PART = re.compile(r"(.*)-[0-9]{5}-of-([0-9]{5})\.gguf", re.DOTALL)
 _TEXT_CONTROLS = frozenset(range(32)) - {*b"\t\n\r\f\x1b"}
 
 #: kind -> (what it is, what to do); the kinds that no model can be opened from
@@ -43,6 +47,7 @@ _UNSUPPORTED: dict[str, tuple[str, str | None]] = {
     "peft": ("is a folder with a LoRA adapter (PEFT), not a model", "give it with --lora, and the model with -m"),
     "sentencepiece": ("is a SentencePiece vocabulary, not a model", None),
     "llama2c-tokenizer": ("is a llama2.c vocabulary, not a model", "give it with -z, and the model with -m"),
+    "imatrix": ("is an importance matrix, not a model", "llamakit quantize takes it with --imatrix"),
     "gzip": ("is compressed", "unpack it first: gunzip"),
 }
 
@@ -51,14 +56,15 @@ def sniff(path: str | os.PathLike[str]) -> str:
     """The kind of a file or directory, from its first bytes.
 
     One of: gguf, llama2c, llama2c-tokenizer, ggla, ggml, zip (PyTorch's), pickle, safetensors, sentencepiece, gzip,
-    huggingface, meta, peft, directory, empty, text, unknown. Nothing is promised about the rest of the file. Raises
-    UsageError when it cannot be read.
+    imatrix (the .dat form), huggingface, meta, peft, directory, empty, text, unknown. Nothing is promised about the
+    rest of the file, but for a .dat, which has no magic. Raises UsageError when it cannot be read.
     """
     if os.path.isdir(path):
         return _folder_kind(Path(path))
     with FileSource(path) as source:
         head = source.read(0, min(_HEAD_BYTES, source.size)).tobytes()
-        return _kind(head, source.size) if head else "empty"
+        kind = _kind(head, source.size) if head else "empty"
+        return "imatrix" if kind == "unknown" and is_dat(source) else kind
 
 
 def _folder_kind(folder: Path) -> str:
@@ -102,14 +108,53 @@ def _is_text(head: bytes) -> bool:
     return True
 
 
+def model_files(path: str | os.PathLike[str]) -> list[Path]:
+    """The files that the model (or adapter) at a path consists of: the file itself, all parts of a split GGUF, or those
+    of the folder that it is or that it opens; no README there, no optimizer's state.
+
+    Where a folder's weights cannot be told, all of its files. Raises OSError or UsageError when it cannot be read.
+    """
+    path = Path(path)
+    if path.is_dir():
+        own = _own_names(path)
+        return [path / entry.name for entry in os.scandir(path) if entry.is_file() and entry.name in own]
+    part = _PART.fullmatch(path.name)
+    if part is not None:
+        others = re.compile(re.escape(part[1]) + r"-[0-9]{5}-of-" + part[2] + r"\.gguf")
+        return [entry for entry in path.parent.iterdir() if others.fullmatch(entry.name)]
+    if SHARD.fullmatch(path.name) or path.name.startswith(("model", "pytorch_model")):
+        own = _own_names(path.parent) if _folder_kind(path.parent) in ("huggingface", "meta") else set()
+        if path.name in own:
+            return model_files(path.parent)
+    return [path]
+
+
+def _own_names(folder: Path) -> set[str]:
+    kind = _folder_kind(folder)
+    try:
+        if kind == "huggingface":
+            return {*weight_files(folder)[0], *COMPANIONS}
+        if kind == "meta":
+            return {*shard_names(folder), PARAMS, "tokenizer.model"}
+    except FormatError:
+        pass
+    names = set(os.listdir(folder))
+    return {name for name in names if name.startswith("adapter_")} if kind == "peft" else names
+
+
+def size_on_disk(path: str | os.PathLike[str]) -> int:
+    """Bytes of `model_files`. Raises OSError or UsageError when they cannot be read."""
+    return sum(os.path.getsize(file) for file in model_files(path))
+
+
 def open_model(path: str | os.PathLike[str], *, n_ctx: int | None = None, rope_theta: float | None = None) -> ModelFile:
     """Open a model file or folder of any known format; weights in a Hugging Face or Meta folder open that folder.
 
-    A part of a split GGUF file opens all of them. n_ctx, rope_theta: for Meta's checkpoints, which do not state the
-    context, and not always the base of the rotary embedding; others ignore both. A GGUF file may as well be an adapter,
-    a vocabulary, a checkpoint or an importance matrix: what its metadata says is for the caller to check. Raises
-    UsageError when the path cannot be read, a part is missing or one of both has to be given, UnsupportedError for what
-    is known but no model here, FormatError for the rest and for broken files.
+    A part of a split GGUF file opens all of them. n_ctx, rope_theta: for Meta's checkpoints, where params.json does not
+    state the context (0: nobody needs it) or the base of the rotary embedding; others ignore both. A GGUF file may as
+    well be an adapter, a vocabulary, a checkpoint or an importance matrix: what its metadata says is for the caller to
+    check. Raises UsageError when the path cannot be read, a part is missing or one of both has to be given,
+    UnsupportedError for what is known but no model here, FormatError for the rest and for broken files.
     """
     kind, path = sniff(path), Path(path)
     if kind in _OPENERS:
@@ -124,6 +169,23 @@ def open_model(path: str | os.PathLike[str], *, n_ctx: int | None = None, rope_t
         in_folder = path.name.startswith("pytorch_model") and os.path.exists(path.parent / "config.json")
         return _folder_of(path) if in_folder else Llama2cCheckpoint(path)
     raise _refusal(path, kind)
+
+
+def check_is_model(file: ModelFile) -> None:
+    """Raises UnsupportedError that says what a GGUF file is instead of a model, and where it belongs."""
+    metadata = file.metadata
+    kind = metadata.get("general.type")
+    if "training.type" in metadata:
+        reason, hint = "is a training checkpoint, not a model", "take the adapter that was saved beside it: --lora"
+    elif kind == "adapter":
+        reason, hint = "is an adapter, not a model", "give it with --lora, and the model with -m"
+    elif isinstance(kind, str) and kind != "model":
+        reason, hint = f"is not a model (general.type is {escape_control(kind)!r})", None
+    elif not file.tensors:
+        reason, hint = "is a vocabulary without a model: it holds no tensors", None
+    else:
+        return
+    raise UnsupportedError(reason, path=file.path, hint=hint)
 
 
 def _folder_of(path: Path) -> ModelFile:

@@ -15,11 +15,14 @@ import numpy as np
 
 from llamakit.errors import FormatError, UsageError
 
+#: how a pointer begins, and how long it may be (Git LFS, docs/spec.md)
+_LFS, _MAX_POINTER_BYTES = b"version https://git-lfs.github.com/spec/v1\n", 1024
+
 
 class FileSource:
     """An open regular file of a known size. Closed by `close()`, by `with`, or with the object.
 
-    Raises UsageError when the path cannot be opened or is no regular file.
+    Raises UsageError when the path cannot be opened or is no regular file, FormatError for a Git LFS pointer.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -38,6 +41,13 @@ class FileSource:
         self.size = status.st_size
         self._fd = fd
         self._finalizer = weakref.finalize(self, os.close, fd)
+        if self.size < _MAX_POINTER_BYTES and os.pread(fd, len(_LFS), 0) == _LFS:
+            self.close()
+            raise FormatError(
+                "is a Git LFS pointer: the file that it stands for is not here",
+                path=path,
+                hint="fetch it with: git lfs pull",
+            )
 
     def close(self) -> None:
         """Give the file back to the system; reading afterwards is an error. May be called twice."""

@@ -20,11 +20,13 @@ from llamakit.formats.gguf_values import StringArray
 _SAMPLE_BYTES = 4096
 _SEED = b"llamakit.base.file"
 _FREQ_BASE = 10000.0  # of a GGUF file that names none
+#: the embedding's shape says it; nothing is computed with it, and Meta's checkpoints leave it to the user
+_NOT_THE_MODEL = ("vocab_size", "context_length")
 
 
 @dataclass(frozen=True)
 class BaseStamps:
-    """model: sha256 (hex) of architecture, hyper-parameters, tensor names and shapes, vocabulary.
+    """model: sha256 (hex) of architecture, hyper-parameters but the context, tensor names and shapes, vocabulary.
 
     file: sha256 (hex) of tensor types and of 4 KiB of each tensor, at places drawn from its name and shape.
     """
@@ -64,7 +66,7 @@ def _is_implied(key: str, value: Any, architecture: str, metadata: Mapping[str, 
     """Whether a key says what is so without it: one format spells it out, another does not, the model is the same."""
     if not isinstance(value, (int, float)):
         return False
-    if key == "vocab_size":  # the embedding's shape says it
+    if key in _NOT_THE_MODEL:
         return True
     n_head, n_embd = (metadata.get(f"{architecture}.{k}") for k in ("attention.head_count", "embedding_length"))
     if not isinstance(n_head, int) or not isinstance(n_embd, int) or n_head < 1:

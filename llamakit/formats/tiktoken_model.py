@@ -37,16 +37,17 @@ def is_tiktoken(path: str | os.PathLike[str]) -> bool:
     return _LINE.fullmatch(head.partition(b"\n")[0].rstrip(b"\r")) is not None
 
 
-def read_tiktoken_vocabulary(path: str | os.PathLike[str], n_vocab: int, *, tools: bool) -> dict[str, Any]:
+def read_tiktoken_vocabulary(path: str | os.PathLike[str], n_vocab: int | None, *, tools: bool) -> dict[str, Any]:
     """The `tokenizer.*` keys of Llama 3's vocabulary.
 
-    n_vocab: rows of the model's embedding, of which the last 256 are special tokens. tools: their names since Llama 3.1
-    (<|eom_id|>, <|python_tag|>). BOS is <|begin_of_text|>, EOS <|end_of_text|>, the end of a turn <|eot_id|>.
+    n_vocab: rows of the model's embedding, of which the last 256 are special tokens; None: unknown. tools: their names
+    since Llama 3.1 (<|eom_id|>, <|python_tag|>). BOS is <|begin_of_text|>, EOS <|end_of_text|>, the end of a turn
+    <|eot_id|>.
     Raises FormatError, with its line, for a broken file, MismatchError for another number of tokens.
     """
     tokens = _read_tokens(path)
     n = len(tokens)
-    if n + _N_SPECIAL != n_vocab:
+    if n_vocab not in (None, n + _N_SPECIAL):
         raise MismatchError(
             f"has {n} tokens and {_N_SPECIAL} special ones (expected {n_vocab}, the model's)", path=path
         )

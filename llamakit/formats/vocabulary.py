@@ -12,13 +12,15 @@ from llamakit.formats.gguf_split import open_gguf
 from llamakit.formats.huggingface_vocab import read_vocabulary, sentencepiece_vocabulary
 from llamakit.formats.llama2c_vocab import read_llama2c_vocabulary
 from llamakit.formats.open import sniff
+from llamakit.formats.tiktoken_model import is_tiktoken, read_tiktoken_vocabulary
 
 
 def vocabulary_only(
     path: str | os.PathLike[str], n_vocab: int | None = None, *, pre: str | None = None
 ) -> dict[str, Any]:
-    """The `tokenizer.*` metadata of a GGUF file of any architecture, a Hugging Face folder, a tokenizer.model, a
-    tokenizer.json (with the tokenizer_config.json beside it), or a llama2.c tokenizer.bin.
+    """The `tokenizer.*` metadata of a GGUF file of any architecture, a Hugging Face folder, a tokenizer.model
+    (SentencePiece's, or tiktoken's with the special tokens of Llama 3.1 and later), a tokenizer.json (with the
+    tokenizer_config.json beside it), or a llama2.c tokenizer.bin.
 
     n_vocab: the model's number of tokens; tokenizer.bin needs it, shorter vocabularies are padded with [PADi]. pre:
     how BPE cuts words, where a tokenizer.json is not recognised.
@@ -39,6 +41,8 @@ def vocabulary_only(
                 "is a llama2.c vocabulary, which does not say how many tokens it has", path=path, hint=hint
             )
         return read_llama2c_vocabulary(path, n_vocab)
+    if kind == "text" and is_tiktoken(path):
+        return read_tiktoken_vocabulary(path, n_vocab, tools=True)
     if kind == "sentencepiece" or path.suffix == ".model":
         return sentencepiece_vocabulary(path, n_vocab)
     if kind == "text" and path.name == "tokenizer.json":

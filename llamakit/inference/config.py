@@ -1,4 +1,4 @@
-"""What `generate` can be asked for. Torch-free: the command line takes its defaults from here."""
+"""What `generate` and `perplexity` can be asked for. Torch-free: the command line takes its defaults from here."""
 
 from __future__ import annotations
 
@@ -48,6 +48,26 @@ class GenerateConfig:
         _require(-1 <= self.seed <= _MAX_SEED, "--seed", self.seed, f"-1, or 0 to {_MAX_SEED}")
         _require(self.ctx >= 0, "--ctx", self.ctx, "0 or more")
         _require(self.prefill_chunk >= 1, "prefill_chunk", self.prefill_chunk, "1 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PerplexityConfig:
+    """How a text is cut and measured; llama-perplexity's meanings and defaults. Raises UsageError naming the flag."""
+
+    ctx: int = 512
+    """Tokens of a chunk; the second half of each is scored."""
+    batch: int = 2048
+    """Tokens computed at once: as many whole chunks as fit, at least one."""
+    chunks: int = -1
+    """Chunks to measure at most; -1 takes the whole text."""
+    ppl_output_type: int = 0
+    """0 prints the running perplexity, 1 a table with the mean negative log-likelihood and its error."""
+
+    def __post_init__(self) -> None:
+        _require(self.ctx >= 4, "--ctx", self.ctx, "4 or more")
+        _require(self.batch >= 1, "--batch", self.batch, "1 or more")
+        _require(self.chunks == -1 or self.chunks >= 1, "--chunks", self.chunks, "-1, or 1 or more")
+        _require(self.ppl_output_type in (0, 1), "--ppl-output-type", self.ppl_output_type, "0 or 1")
 
 
 def _require(holds: bool, flag: str, value: float, expected: str) -> None:

@@ -143,6 +143,7 @@ class FinetuneConfig(SampleOptions):
         for flag, value, least in (
             ("--ctx", self.ctx, 1),
             ("--batch", self.batch, 1),
+            ("--grad-acc", self.grad_acc, 1),
             ("--adam-iter", self.adam_iter, 0),
             ("--warmup", self.warmup, 0),
             ("--cos-decay-steps", self.cos_decay_steps, 1),

@@ -16,9 +16,9 @@ import torch
 from llamakit.dataset.order import SampleOrder
 from llamakit.dataset.text import BatchBuilder, TrainingText, read_training_text
 from llamakit.errors import MismatchError, UnsupportedError, UsageError
-from llamakit.files import RunLock, check_writable
+from llamakit.files import RunLock, check_writable, is_same_file
 from llamakit.formats.adapter import Adapter
-from llamakit.formats.open import open_model
+from llamakit.formats.open import check_is_model, model_files, open_model, size_on_disk
 from llamakit.formats.stamps import base_stamps
 from llamakit.model import Llama, ModelConfig, RopeScaling, load_config, load_model
 from llamakit.model.device import dtype_name, resolve_device, training_dtype
@@ -92,10 +92,14 @@ class _Run:
         config = self.config
         if not config.model_base:
             raise UsageError("--model-base is missing", hint="name the GGUF model to train on: --model-base FILE")
+        if not config.train_data and not config.only_write_lora:
+            raise UsageError("--train-data is empty", hint="name the text to train on: --train-data FILE")
         if not (config.lora_out or config.checkpoint_out):
             raise UsageError("--lora-out and --checkpoint-out are both empty: nothing would be written")
-        self.base = open_model(config.model_base)
-        yield Loading("model", config.model_base, os.path.getsize(config.model_base))
+        # A source that states no context takes any: the model's own is only a bound of --ctx.
+        self.base = open_model(config.model_base, n_ctx=config.ctx, rope_theta=config.rope_freq_base)
+        check_is_model(self.base)
+        yield Loading("model", config.model_base, size_on_disk(config.model_base))
         self.shape = _overridden(load_config(self.base), config)
         self.device = resolve_device(config.device)
         self.dtype = training_dtype(config.dtype, self.device)
@@ -113,10 +117,13 @@ class _Run:
         config = self.config
         outputs = [file_name(t, config, None) for t in (config.checkpoint_out, config.lora_out) if t]
         outputs += [Path(config.log_file)] if config.log_file else []
-        sources = (config.model_base, *getattr(self.base, "parts", ()), config.train_data)
+        twice = next((path for i, path in enumerate(outputs) if path in outputs[:i]), None)
+        if twice is not None:
+            raise UsageError("is named for two of checkpoint, adapter and log: one would replace the other", path=twice)
+        sources = (*model_files(config.model_base), config.train_data)
         for output in outputs:
             check_writable(output)
-            if any(_same_file(output, source) for source in sources):
+            if any(is_same_file(output, source) for source in sources):
                 raise UsageError("is an input of this run: it would be overwritten", path=output)
         self._stack.enter_context(RunLock(outputs))
 
@@ -363,10 +370,3 @@ def _bos(tokenizer: Tokenizer, path: str) -> int:
     if bos is None:
         raise UnsupportedError("the vocabulary has neither a BOS nor an EOS token", path=path)
     return bos
-
-
-def _same_file(a: str | Path, b: str | Path) -> bool:
-    try:
-        return os.path.samefile(a, b)
-    except OSError:
-        return False

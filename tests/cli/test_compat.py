@@ -71,6 +71,14 @@ def notes(line: str) -> list[compat.Note]:
      "quantize --allow-requantize --imatrix a_b.gguf --tensor-type attn_v=q8_0 m_f.gguf o_q.gguf q4_k 8"),
     ("quantize --override-kv general.name=str:a_b m.gguf 7 -t 4", "quantize --override-kv general.name=str:a_b m.gguf 7 --threads 4"),
     ("quantize -hf u/r:F16 q.gguf Q4_K_M", "quantize hf:u/r:F16 q.gguf Q4_K_M"),
+    # llama-imatrix
+    ("imatrix -m m_f.gguf -f t_x.txt --output-file o_i.gguf --from-chunk 2 -ofreq 5 -ngl 9 -fa on -ub 8 --in-file a_b.gguf",
+     "imatrix -m m_f.gguf -f t_x.txt -o o_i.gguf --chunk 2 --output-frequency 5 --device auto --in-file a_b.gguf"),
+    # llama-perplexity
+    ("perplexity --model m_f.gguf -f t_x.txt --ctx-size 128 -t 4 -ngl 9 --save-all-logits b_l.kl",
+     "perplexity -m m_f.gguf -f t_x.txt --ctx 128 --threads 4 --device auto --kl-divergence-base b_l.kl"),
+    ("perplexity -hf u/r:Q8_0 --kl-divergence-base b.kl --kl-divergence -np 4",
+     "perplexity -m hf:u/r:Q8_0 --kl-divergence-base b.kl --kl-divergence"),
     # everything else stays
     ("inspect -m m.gguf", "inspect m.gguf"),
     ("inspect -- --a_b.gguf", "inspect -- --a_b.gguf"),

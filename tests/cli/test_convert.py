@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from llamakit.cli.compat_convert import rewrite_convert
 from llamakit.errors import UsageError
+from llamakit.formats.adapter import Adapter, write_adapter
 from llamakit.formats.open import open_model
+from llamakit.formats.vocabulary import vocabulary_only
+from tests.formats.torch_models import meta_model, tiktoken_file
 from tests.helpers import assert_error, called
 from tests.tiny import cached_tiny_gguf, tiny_gguf
 
@@ -125,3 +130,93 @@ def test_what_is_not_the_source_is_removed(tmp_path: Path, monkeypatch: pytest.M
     code = run(["convert", str(cached_tiny_gguf()), "-o", str(tmp_path / "m.gguf")])
     assert code == 1 and not list(tmp_path.iterdir())
     assert "error: " in (error := capfd.readouterr().err) and "the weights look equal, but the logits differ" in error
+
+
+def test_a_vocabulary_in_every_form(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Whatever holds it alone becomes whatever can hold it, and what comes back is the same."""
+    assert called(capfd, "convert", cached_tiny_gguf(), "-o", "v.gguf", "--vocab-only").returncode == 0
+    tiktoken_file(tmp_path / "tokenizer.model")
+    for source in ("v.gguf", "tokenizer.model"):
+        folder = f"{source}-folder"
+        assert called(capfd, "convert", source, "-o", folder).returncode == 0
+        assert called(capfd, "convert", folder, "-o", "back.gguf").returncode == 0
+        assert called(capfd, "convert", source, "--to", "gguf", "-o", "again").returncode == 0
+        assert vocabulary_only("back.gguf")["tokenizer.ggml.tokens"][:] == vocabulary_only("again")["tokenizer.ggml.tokens"][:]  # fmt: skip
+    assert called(capfd, "convert", "v.gguf", "-o", "v2.gguf").returncode == 0
+    assert (tmp_path / "v2.gguf").read_bytes() == (tmp_path / "v.gguf").read_bytes()
+    assert called(capfd, "convert", "v.gguf", "-o", "tokenizer.bin").returncode == 0
+    assert "Llama 3.1" in called(capfd, "convert", "tokenizer.model", "-o", "t.gguf").stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("v.gguf -o x --dry-run", "--dry-run has no meaning for a vocabulary"),
+        ("v.gguf -o x.gguf --ctx 5", "--ctx has no meaning for a vocabulary"),
+        ("lora.gguf -o x --base m.gguf --outtype f16", "--outtype has no meaning for an adapter"),
+        ("lora.gguf -o x.bin --base m.gguf", "llama2.c has no adapters"),
+        ("lora.gguf -o lora.gguf --base m.gguf", "is the source itself"),
+        ("v.gguf -o v.gguf", "is the source itself"),
+        ("m.gguf -o x.gguf --base m.gguf", "--base has no meaning for a model"),
+        ("m.gguf -o x.gguf --system Hi", "--system has no meaning for a model"),
+        ("m.gguf -o Modelfile --ctx 5", "--ctx has no meaning for a Modelfile"),
+        ("m.gguf -o x.gguf --version 2", "--version is for llama2.c"),
+        ("m.gguf -o x.gguf --no-tensor-first-split", "--no-tensor-first-split needs"),
+        ("m.gguf -o x.gguf --rope-freq-base inf", "--rope-freq-base is inf"),
+        ("m.gguf -o x.gguf --ctx 4294967296", "--ctx is 4294967296"),
+    ],
+)
+def test_no_option_is_taken_and_ignored(
+    words: str, message: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copy(cached_tiny_gguf(), "m.gguf")
+    called(capfd, "convert", "m.gguf", "-o", "v.gguf", "--vocab-only")
+    with open_model("m.gguf") as base:
+        pair = np.ones((2, 64), np.float32), np.ones((64, 2), np.float32)
+        write_adapter("lora.gguf", Adapter(2.0, {"blk.0.attn_q.weight": pair}), base)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert_error(called(capfd, "convert", *words.split()), 2, message)
+    assert before == {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+
+def test_nothing_that_the_result_is_made_of_is_overwritten(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    tiny = cached_tiny_gguf()
+    for words in (("-o", "p.gguf", "--split-max-tensors", "9"), ("-o", "hf"), ("-o", "v.gguf", "--vocab-only")):
+        assert called(capfd, "convert", tiny, *words).returncode == 0
+    shutil.copy(tiny, "m.gguf")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    for line in (
+        "p-00001-of-00003.gguf -o p-00002-of-00003.gguf",
+        "p-00002-of-00003.gguf -o p.gguf --split-max-tensors 9",
+        "hf -o hf/model.safetensors --to gguf",
+        "hf/model.safetensors -o hf/config.json --to llama2c",
+        "m.gguf -o v.gguf --vocab v.gguf",
+    ):
+        assert_error(called(capfd, "convert", *line.split()), 2, "is the source itself")
+    assert_error(called(capfd, "convert", "m.gguf", "-o", "-"), 2, "standard output")
+    assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+
+def test_names_of_targets(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    tiny = cached_tiny_gguf()
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to("empty")
+    for name in ("M.GGUF", "link", "sp ace/mod\u00e8le \u6a21\u578b.gguf"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        result = called(capfd, "convert", tiny, "-o", name)
+        assert result.returncode == 0, result.stderr
+        assert called(capfd, "verify", name, tiny).returncode == 0
+    assert (tmp_path / "M.GGUF").is_file() and (tmp_path / "empty" / "config.json").is_file()
+    assert (tmp_path / "link").is_symlink()
+    bpe = called(capfd, "convert", cached_tiny_gguf(n_ctx=64, tokenizer="bpe", tied=True), "-o", "bpe.bin")
+    assert bpe.stdout.splitlines()[-1] == "next: llamakit inspect bpe.bin"  # no vocabulary, nothing to generate with
+
+
+def test_a_source_that_states_no_context_where_none_is_needed(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    meta = meta_model(tmp_path / "meta")
+    assert called(capfd, "tokenize", "-m", meta, "-p", "ab", "--ids").stdout.startswith("[")
+    assert called(capfd, "convert", meta, "-o", "Modelfile").returncode == 0
+    assert "FROM " in (text := (tmp_path / "Modelfile").read_text()) and "num_ctx" not in text
+    assert called(capfd, "convert", meta, "-o", "v.gguf", "--vocab-only").returncode == 0

@@ -12,13 +12,12 @@ import time
 import pytest
 
 from llamakit.cli import run
-from llamakit.cli.finetune import finetune
 from llamakit.cli.finetune_view import step_line
 from llamakit.formats.adapter import read_adapter
-from llamakit.training.config import FinetuneConfig
 from llamakit.training.report import StepReport
 from tests.formats.files import split_gguf
-from tests.helpers import assert_error, assert_parity, cli
+from tests.formats.torch_models import meta_model
+from tests.helpers import assert_error, cli
 from tests.tiny import cached_tiny_gguf, tiny_text
 
 COMMAND = """finetune --model-base base.gguf --checkpoint-in chk-LATEST.gguf --checkpoint-out chk-ITERATION.gguf \
@@ -45,10 +44,6 @@ def place(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_options_and_config_agree():
-    assert_parity(finetune, FinetuneConfig, cli_only=("config", "json", "n_gpu_layers", "offline"))
-
-
 def test_the_old_command_runs_as_written(place, capsys):
     assert run(shlex.split(COMMAND)) == 0
     out = capsys.readouterr().out
@@ -68,6 +63,24 @@ def test_the_old_command_runs_as_written(place, capsys):
     assert "main: total train_iterations 30" in capsys.readouterr().out
     assert (place / "lora-60.bin").exists()
     assert read_adapter(place / "lora-LATEST.bin").stamps is not None
+
+
+@pytest.mark.parametrize("kind", ["meta", "huggingface"])
+def test_a_folder_is_a_base(place, capsys, kind):
+    """The adapter of a folder is at home on the folder and on the GGUF made of it, whatever context was named."""
+    made = meta_model(place / "base")
+    if kind == "huggingface":
+        assert run(["convert", str(made), "-o", "hf", "--ctx", "96"]) == 0
+        made = place / "hf"
+    words = ["--train-data", "shakespeare.txt", "--adam-iter", "1", "--batch", "1", "--checkpoint-out", ""]
+    assert run(["finetune", "--model-base", str(made), "--ctx", "8", "--lora-out", "lora.gguf", *words]) == 0
+    assert run(["convert", str(made), "-o", "made.gguf", "--ctx", "96"]) == 0
+    for model in (str(made), "made.gguf"):
+        capsys.readouterr()
+        assert run(["generate", "-m", model, "--ctx", "32", "--lora", "lora.gguf", "-p", "a", "-n", "1"]) == 0
+        assert "another model" not in capsys.readouterr().err
+    assert run(["finetune", "--model-base", "made.gguf", "--ctx", "97", *words]) == 2
+    assert "--ctx 97 is more than the model's context of 96" in capsys.readouterr().err
 
 
 def test_both_spellings_of_the_ranks_and_underscores(place):
@@ -109,6 +122,10 @@ def test_a_config_file_sets_options_and_the_command_line_wins(place, capsys):
         ("--checkpoint-in shakespeare.txt", ("shakespeare.txt",)),
         ("--lora-out nowhere/lora.bin", ("nowhere", "cannot be written")),
         ("--lora-out base.gguf", ("base.gguf", "input")),
+        ("--lora-out chk-ITERATION.gguf", ("chk-LATEST.gguf", "one would replace the other")),
+        ("--log-file lora-LATEST.bin", ("lora-LATEST.bin", "one would replace the other")),
+        ("--train-data /dev/zero", ("/dev/zero", "no file that can be read whole")),
+        ("--grad-acc 0", ("--grad-acc is 0",)),
         ("--lora-r 0", ("--lora-r",)),
         ("--lora-r 100000", ("rank 100000",)),
         ("--ctx 0", ("--ctx",)),

@@ -11,12 +11,10 @@ import numpy as np
 import pytest
 
 from llamakit.cli import run
-from llamakit.cli.generate import generate
 from llamakit.formats.adapter import Adapter, write_adapter
 from llamakit.formats.gguf import GGUFFile, write_gguf
-from llamakit.inference.config import GenerateConfig
 from tests.formats.files import split_gguf
-from tests.helpers import ROOT, assert_error, assert_parity
+from tests.helpers import ROOT, assert_error
 from tests.helpers import cli as process
 from tests.tiny import cached_tiny_gguf
 
@@ -59,18 +57,6 @@ def _adapter(model: Path, path: Path, tensor: str = "blk.0.attn_q.weight") -> Pa
     a, b = (rng.normal(0, 0.5, shape).astype(np.float32) for shape in ((4, 64), (64, 4)))
     write_adapter(path, Adapter(4.0, {tensor: (a, b)}), GGUFFile(model))
     return path
-
-
-def test_options_have_the_defaults_of_the_configuration():
-    assert_parity(
-        generate,
-        GenerateConfig,
-        cli_only=(
-            "prompt", "model", "vocabulary", "prompt_option", "prompt_file", "no_escape", "conversation", "lora",
-            "lora_scaled", "force", "offline", "threads", "device", "dtype", "no_display_prompt", "json", "config",
-        ),
-        config_only=("prefill_chunk", "logprobs"),
-    )  # fmt: skip
 
 
 def test_stdout_is_the_prompt_and_its_continuation_and_stderr_has_the_timings(model, continuation, cli):
@@ -255,3 +241,8 @@ def test_a_model_in_parts_says_the_same(cli, model, tmp_path):
     parts = split_gguf(tmp_path / "m.gguf", model, 8)
     whole, split = (cli("generate", "-m", path, "-p", PROMPT, *GREEDY) for path in (model, parts[-1]))
     assert (split.returncode, split.stdout) == (0, whole.stdout)
+
+
+@pytest.mark.parametrize("scale", ["nan", "inf", "-inf", "1e39", "x", ""])
+def test_a_scale_that_is_no_number_is_refused(model, cli, scale):
+    assert_error(cli("generate", "-m", model, PROMPT, "--lora-scaled", f"a.gguf:{scale}"), 2, "--lora-scaled")

@@ -13,6 +13,7 @@ import llamakit
 from llamakit import cli as command
 from llamakit.errors import FormatError, SaveError
 from tests.helpers import ROOT, assert_error, called, cli
+from tests.tiny import cached_tiny_gguf
 
 
 def test_alone_prints_a_grouped_overview_and_the_next_command() -> None:
@@ -20,7 +21,7 @@ def test_alone_prints_a_grouped_overview_and_the_next_command() -> None:
     assert result.returncode == 0 and not result.stderr
     assert "Main commands" in result.stdout and "More commands" in result.stdout
     assert "llamakit inspect MODEL.gguf" in result.stdout
-    assert len(result.stdout.splitlines()) < 20
+    assert len(result.stdout.splitlines()) < 24
 
 
 def test_help_lists_main_commands_first_and_has_no_escapes() -> None:
@@ -166,3 +167,22 @@ def test_show_completion_prints_a_script() -> None:
         ["bash", "-c", shell], capture_output=True, text=True, check=False, env=_environment(), timeout=60
     )
     assert result.returncode == 0 and "_LLAMAKIT_COMPLETE" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("closed", "stdout", "stderr"), [("<&-", True, True), (">&-", False, True), ("2>&-", True, False)]
+)
+def test_a_closed_stream_takes_nothing_and_breaks_nothing(closed: str, stdout: bool, stderr: bool) -> None:
+    words = (
+        f"{sys.executable} -m llamakit inspect {cached_tiny_gguf()} {closed}; {sys.executable} -m llamakit x {closed}"
+    )
+    done = subprocess.run(words, shell=True, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert ("general.architecture" in done.stdout) is stdout and ("error: " in done.stderr) is stderr
+    assert "error" not in done.stdout
+
+
+def test_a_pipe_that_breaks_is_no_disk_that_fails(tmp_path: Path) -> None:
+    words = f"{sys.executable} -u -m llamakit convert {cached_tiny_gguf()} -o {tmp_path / 'm.gguf'} | true"
+    done = subprocess.run(words, shell=True, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert "error" not in done.stderr and not list(tmp_path.iterdir())

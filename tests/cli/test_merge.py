@@ -18,6 +18,7 @@ from llamakit.ggml import GGMLType
 from tests.conversion.merge_files import SHAPES, UNTOUCHED, numbers, write_base, write_lora
 from tests.formats.files import split_gguf
 from tests.formats.test_peft import folder
+from tests.formats.torch_models import meta_model
 from tests.helpers import assert_error, cli
 from tests.tiny import cached_tiny_gguf
 
@@ -47,6 +48,7 @@ def files(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_merge(files: Path) -> None:
     result = cli(
         "merge", "-m", "base.gguf", "--lora", "a.gguf", "--lora-scaled", "b.gguf:0.4", "-o", "out.gguf", cwd=files
@@ -150,3 +152,36 @@ def test_a_base_in_parts(files: Path, here: Callable[..., Done]) -> None:
     assert (files / "whole.gguf").read_bytes() == (files / "split.gguf").read_bytes()
     result = here("merge", "-m", str(parts[1]), "--lora", "a.gguf", "-o", str(parts[0]))
     assert_error(result, 2, f"{parts[0]}: would be overwritten")
+
+
+def test_a_base_that_states_no_context_and_one_without_a_vocabulary(tmp_path: Path, here: Callable[..., Done]) -> None:
+    meta = meta_model(tmp_path / "meta")
+    with open_model(meta, n_ctx=0) as base:
+        lora = (np.ones((2, 64), np.float32), np.ones((96, 2), np.float32))
+        write_adapter(tmp_path / "a.gguf", Adapter(2.0, {"blk.0.ffn_up.weight": lora}), base)
+    assert_error(here("merge", "-m", meta, "--lora", "a.gguf", "-o", "out.gguf"), 2, "params.json", "--ctx")
+    result = here("merge", "-m", meta, "--lora", "a.gguf", "-o", "out.gguf", "--ctx", "77")
+    assert result.returncode == 0 and "warning" not in result.stderr, result.stderr
+    with open_model("out.gguf") as file:
+        assert file.metadata["llama.context_length"] == 77 and "tokenizer.ggml.tokens" in file.metadata
+    assert here("convert", "out.gguf", "-o", "m.bin", "--no-verify").returncode == 0
+    warned = here("merge", "-m", "m.bin", "--lora", "a.gguf", "-o", "bare.gguf", "--force").stderr.splitlines()
+    assert [line for line in warned if line.startswith("warning: ") and "no vocabulary" in line and "--vocab" in line]
+    result = here("merge", "-m", "m.bin", "--lora", "a.gguf", "-o", "m.gguf", "--vocab", "tokenizer.bin")
+    assert result.returncode == 0 and "warning" not in result.stderr, result.stderr
+    assert here("generate", "-m", "m.gguf", "-p", "ab", "-n", "1").returncode == 0
+    for option in (("--ctx", "0"), ("--rope-freq-base", "inf")):
+        assert_error(here("merge", "-m", "m.bin", "--lora", "a.gguf", "-o", "x.gguf", *option), 2, option[0])
+
+
+def test_nothing_that_the_result_is_made_of_is_overwritten(files: Path, here: Callable[..., Done]) -> None:
+    assert here("convert", cached_tiny_gguf(), "-o", "hf").returncode == 0
+    with open_model("hf") as base:
+        pair = np.ones((2, 64), np.float32), np.ones((64, 2), np.float32)
+        write_adapter(files / "l.gguf", Adapter(2.0, {"blk.0.attn_q.weight": pair}), base)
+    assert here("convert", "l.gguf", "-o", "peft", "--base", "hf").returncode == 0
+    for out in ("hf/model.safetensors", "peft/adapter_model.safetensors", "hf/tokenizer.json"):
+        before = (files / out).read_bytes()
+        assert_error(here("merge", "-m", "hf", "--lora", "peft", "-o", out), 2, "would be overwritten")
+        assert (files / out).read_bytes() == before
+    assert_error(here("merge", "-m", "hf", "--lora", "peft", "-o", "-"), 2, "standard output")

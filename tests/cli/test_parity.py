@@ -5,12 +5,15 @@ from __future__ import annotations
 from llamakit.cli.convert import convert
 from llamakit.cli.finetune import finetune
 from llamakit.cli.generate import generate
+from llamakit.cli.imatrix import imatrix
 from llamakit.cli.merge import merge
+from llamakit.cli.perplexity import perplexity
 from llamakit.cli.quantize import quantize
 from llamakit.conversion.convert_config import ConvertConfig
 from llamakit.conversion.merge_config import MergeConfig
 from llamakit.conversion.quantize_config import QuantizeConfig
-from llamakit.inference.config import GenerateConfig
+from llamakit.inference.config import GenerateConfig, PerplexityConfig
+from llamakit.inference.imatrix_config import ImatrixConfig
 from llamakit.training.config import FinetuneConfig
 from tests.helpers import assert_parity
 
@@ -30,6 +33,7 @@ def test_generate() -> None:
         "lora",
         "lora_scaled",
         "force",
+        "rope_freq_base",
     )
     others = ("conversation", "offline", "threads", "device", "dtype", "no_display_prompt", "json", "config")
     assert_parity(
@@ -55,7 +59,18 @@ def test_merge() -> None:
 def test_quantize() -> None:
     # Typer cannot tell an empty list from none: the options that can be repeated are None there, () here.
     repeated = ("tensor_type", "tensor_type_file", "include_weights", "exclude_weights", "override_kv")
-    others = ("arguments", "dry_run", "threads", "offline", "json", "config")
+    others = ("arguments", "kl", "dry_run", "threads", "offline", "json", "config")
     assert_parity(
         quantize, QuantizeConfig, cli_only=(*others, *repeated), config_only=("source", "out", "type", *repeated)
     )
+
+
+def test_perplexity() -> None:
+    files = ("models", "file", "kl_divergence_base", "kl_divergence", "lora", "lora_scaled", "force")
+    others = ("threads", "device", "dtype", "offline", "json", "config")
+    assert_parity(perplexity, PerplexityConfig, cli_only=files + others)
+
+
+def test_imatrix() -> None:
+    others = ("show_statistics", "threads", "device", "dtype", "offline", "json", "config")
+    assert_parity(imatrix, ImatrixConfig, cli_only=("in_files", *others), config_only=("in_files",))

@@ -12,6 +12,7 @@ import pytest
 from llamakit.conversion.file_types import BITS_PER_WEIGHT, QUANTIZE_TYPES
 from tests.conversion.quantize_files import write_model
 from tests.helpers import assert_error, called, cli
+from tests.tiny import cached_tiny_gguf
 
 Command = Callable[..., Any]
 
@@ -94,6 +95,33 @@ def test_json(here: Command, tmp_path: Path) -> None:
     assert first["name"] == "output.weight" and (first["source_type"], first["type"]) == ("F32", "Q8_0")
     assert 0.001 < first["error"] < 0.01 and report["tensors"][1]["error"] is None
     assert "importance matrix has nothing for 1 of 16" in report["notes"][0]
+
+
+def test_what_it_cost(here: Command, tmp_path: Path) -> None:
+    shutil.copyfile(cached_tiny_gguf(), tmp_path / "tiny.gguf")
+    (tmp_path / "text.txt").write_text("the king has a crown and the sailor has a boat by the river. " * 60)
+    result = here("tiny.gguf", "out.gguf", "Q4_0", "--kl", "text.txt")
+    assert result.returncode == 0, result.stderr
+    lines = result.stdout.splitlines()
+    at = next(i for i, line in enumerate(lines) if line.split() == ["on", "text.txt", "value", "+/-"])
+    shown = {line[:24].strip(): line[24:].split() for line in lines[at + 1 : at + 9]}
+    report = json.loads(here("tiny.gguf", "out.gguf", "Q4_0", "--kl", "text.txt", "--json").stdout)["kl"]
+    assert (
+        shown["PPL before"][0] == f"{report['source_ppl']:.4f}"
+        and shown["PPL after"][0] == f"{report['ppl']['value']:.4f}"
+    )
+    assert shown["mean KLD"][0] == f"{report['kld']['value']:.6f}" and 0 < report["kld"]["value"] < 1
+    assert sorted(os.listdir(tmp_path)) == sorted(["imatrix.gguf", "model.gguf", "out.gguf", "text.txt", "tiny.gguf"])
+
+
+def test_a_text_that_is_too_short_is_found_before_anything_is_written(here: Command, tmp_path: Path) -> None:
+    shutil.copyfile(cached_tiny_gguf(), tmp_path / "tiny.gguf")
+    (tmp_path / "short.txt").write_text("the king")
+    before = sorted(os.listdir(tmp_path))
+    assert_error(here("tiny.gguf", "out.gguf", "Q4_0", "--kl", "short.txt"), 2, "short.txt: the text has 5 tokens")
+    assert_error(here("tiny.gguf", "out.gguf", "Q4_0", "--kl", "none.txt"), 2, "none.txt")
+    assert_error(here("--dry-run", "tiny.gguf", "Q4_0", "--kl", "short.txt"), 2, "short.txt: the text has 5 tokens")
+    assert sorted(os.listdir(tmp_path)) == before
 
 
 def test_parts(here: Command, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from tests.formats.torch_models import meta_model
 from tests.helpers import assert_error, called
 from tests.tiny import cached_tiny_gguf
 
@@ -42,3 +43,12 @@ def test_what_is_no_model_is_one_line(tmp_path, capfd: pytest.CaptureFixture[str
     assert_error(
         called(capfd, "verify", cached_tiny_gguf(), tmp_path / "x"), 2, f"error: {tmp_path / 'x'}@0: is a text"
     )
+
+
+def test_a_source_that_states_no_context_has_the_others(tmp_path, capfd: pytest.CaptureFixture[str]) -> None:
+    meta, out = meta_model(tmp_path / "meta"), tmp_path / "m.gguf"
+    assert called(capfd, "convert", meta, "-o", out, "--ctx", "96", "--outtype", "bf16").returncode == 0
+    for pair in ((meta, out), (out, meta), (meta, meta), (meta, out, "--ctx", "96")):
+        assert called(capfd, "verify", *pair).returncode == 0
+    result = called(capfd, "verify", meta, out, "--ctx", "95")
+    assert result.returncode == 1 and "n_ctx is 96, was 95" in result.stdout

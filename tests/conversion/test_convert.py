@@ -9,6 +9,7 @@ from llamakit.conversion.convert import ConvertPlan, WrittenSlice, convert
 from llamakit.conversion.convert_config import ConvertConfig
 from llamakit.errors import FormatError, LlamakitError, SaveError, UnsupportedError, UsageError
 from llamakit.formats.gguf import GGUFFile, TensorData, typed_metadata, write_gguf
+from llamakit.formats.gguf_writer import copied_tensor
 from llamakit.formats.open import open_model
 from llamakit.formats.stamps import base_stamps
 from llamakit.ggml import GGMLType
@@ -239,3 +240,13 @@ def test_a_model_has_one_stamp_in_every_format(tmp_path, options):
         with open_model(path) as file:
             stamps.add(base_stamps(file).model)
     assert len(stamps) == 1
+
+
+@pytest.mark.parametrize("target", ["hf", "m.bin", "m.gguf"])
+def test_what_the_source_lacks_is_told_of_the_source(tmp_path, target):
+    with GGUFFile(cached_tiny_gguf()) as file:
+        tensors = [copied_tensor(file, name) for name in file.tensors if name != "blk.1.ffn_up.weight"]
+        write_gguf(tmp_path / "lacking.gguf", metadata=typed_metadata(file), tensors=tensors)
+    with pytest.raises(LlamakitError, match=r"blk\.1\.ffn_up\.weight") as caught:
+        run(tmp_path / "lacking.gguf", tmp_path / target)
+    assert caught.value.path == tmp_path / "lacking.gguf" and not (tmp_path / target).exists()

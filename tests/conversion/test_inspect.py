@@ -15,8 +15,12 @@ from llamakit.conversion.convert_config import ConvertConfig
 from llamakit.conversion.inspect import KeyValue
 from llamakit.errors import FormatError, LlamakitError, UsageError
 from llamakit.formats.gguf import GGUFFile, TensorData, write_gguf
+from llamakit.formats.imatrix import Entry, Imatrix
+from llamakit.formats.imatrix_writer import write_imatrix, write_imatrix_dat
+from llamakit.formats.open import size_on_disk
 from llamakit.ggml import GGMLType
 from tests.formats.files import llama2c_file
+from tests.formats.torch_models import meta_model
 from tests.helpers import ROOT
 from tests.tiny import cached_tiny_gguf
 
@@ -73,7 +77,7 @@ def test_no_tensor_of_a_model_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"llamakit.checkpoint.version": 1, "general.architecture": "llama"}, "checkpoint", "llamakit training checkpoint", "finetune"),
         ({"training.type": "finetune_lora"}, "old-checkpoint", "training checkpoint of the old llama.cpp finetune", "finetune"),
         ({"training.type": "train_model"}, "old-checkpoint", "training checkpoint of llama.cpp (train_model)", None),
-        ({"general.type": "imatrix"}, "imatrix", "importance matrix", None),
+        ({"general.type": "imatrix"}, "imatrix", "importance matrix", "quantize"),
         ({"general.architecture": "bert"}, "model", "model", None),
         ({"general.architecture": "qwen2", "tokenizer.ggml.model": "gpt2"}, "model", "model", "tokenize"),
     ],
@@ -164,7 +168,7 @@ def test_folders(tmp_path: Path) -> None:
     assert report.kind == "huggingface" and "config.json" not in report.what and report.facts["no model"]
     (tmp_path / "adapter_config.json").write_text("{}")
     report = inspect(tmp_path)
-    assert report.kind == "peft" and report.n_bytes == 4
+    assert report.kind == "peft" and report.n_bytes == 2  # config.json is the model's
 
 
 def test_a_folder_with_a_model_is_shown_in_ggufs_words(tmp_path: Path) -> None:
@@ -174,6 +178,26 @@ def test_a_folder_with_a_model_is_shown_in_ggufs_words(tmp_path: Path) -> None:
     assert report.n_parameters == inspect(cached_tiny_gguf()).n_parameters and 16 <= report.bits_per_weight < 16.1
     assert [c[1] for c in report.next_commands] == ["convert", "generate", "finetune"]
     assert inspect(tmp_path / "hf" / "model.safetensors").n_parameters == report.n_parameters
+
+
+def test_a_checkpoint_that_states_no_context(tmp_path: Path) -> None:
+    report = inspect(meta_model(tmp_path / "meta"))
+    assert report.kind == "meta" and report.facts["layers"] == 2 and "--ctx" in report.facts["context"]
+    commands = {command[1]: command for command in report.next_commands}
+    assert (
+        commands["convert"][-2:] == commands["generate"][-2:] == ("--ctx", "N") and "--ctx" not in commands["finetune"]
+    )
+    assert inspect(meta_model(tmp_path / "stated", max_seq_len=77)).facts["context"] == 77
+
+
+def test_a_folder_is_as_large_as_its_model(tmp_path: Path) -> None:
+    meta = meta_model(tmp_path / "meta")
+    convert(ConvertConfig(source=cached_tiny_gguf(), out=tmp_path / "hf"))
+    for folder in (meta, tmp_path / "hf"):
+        n_bytes = sum(path.stat().st_size for path in folder.iterdir())
+        for name in ("README.md", "optimizer.pt", "other.safetensors", "model.gguf"):
+            (folder / name).write_bytes(bytes(100))
+        assert inspect(folder).n_bytes == size_on_disk(folder) == n_bytes
 
 
 def test_llama2c_model(tmp_path: Path) -> None:
@@ -233,3 +257,18 @@ def test_real_files(name: str, kind: str) -> None:
     assert report.kind == kind
     if kind == "ggla":
         assert report.facts == {"alpha": 8.0, "rank": 4, "adapted tensors": 48}
+
+
+def test_importance_matrices(tmp_path: Path) -> None:
+    entry = Entry(np.ones((1, 8), np.float32), np.full(1, 16, np.float32))
+    imatrix = Imatrix({"blk.0.attn_q.weight": entry, "blk.1.attn_q.weight": entry}, ("a.txt",), 2, 8)
+    write_imatrix(tmp_path / "i.gguf", imatrix)
+    write_imatrix_dat(tmp_path / "i.dat", imatrix)
+    new, old = inspect(tmp_path / "i.gguf"), inspect(tmp_path / "i.dat")
+    assert (new.kind, new.what, new.format, new.facts) == ("imatrix", "importance matrix", "GGUF V3", {"entries": 2})
+    assert (old.kind, old.what, old.format) == ("imatrix", "importance matrix", "dat")
+    assert old.facts == {"entries": 2, "chunks": 2, "datasets": "a.txt"}
+    assert [(row.name, row.shape) for row in old.tensors] == [(name, (8,)) for name in imatrix.entries]
+    assert old.next_commands == (
+        ("llamakit", "quantize", "--imatrix", str(tmp_path / "i.dat"), "MODEL.gguf", "Q4_K_M"),
+    )

@@ -23,6 +23,7 @@ from llamakit.quant import dequantize
 from tests.conversion.merge_files import SHAPES, UNTOUCHED, numbers, write_base, write_lora
 from tests.formats.files import ggla_file, llama2c_file
 from tests.formats.test_peft import folder
+from tests.formats.torch_models import meta_model
 from tests.tiny import cached_tiny_gguf
 
 SHARED = Path(os.environ.get("LLAMAKIT_SHARED", Path(__file__).parents[3] / "shared"))
@@ -212,7 +213,7 @@ def test_refusals_leave_nothing(tmp_path: Path) -> None:
         (UsageError, "No such file", {"lora": (tmp_path / "missing",)}),
         (FormatError, "is no LoRA adapter", {"lora": (tmp_path / "text",)}),
         (FormatError, "is a text", {"model": tmp_path / "text"}),
-        (MismatchError, "does not exist", {"model": lora}),
+        (UnsupportedError, "is an adapter, not a model", {"model": lora}),
     ]
     for error, reason, options in cases:
         config = MergeConfig(**{"model": base, "lora": (lora,), "out": tmp_path / "out.gguf"} | options)
@@ -268,3 +269,37 @@ def test_it_is_base_and_adapter(tmp_path: Path) -> None:
         ours = load_model(file, dtype=torch.float32)
         logits = [m.logits(m.forward(tokens, torch.arange(20))) for m in (model, ours)]
     assert torch.allclose(*logits, atol=1e-3)
+
+
+@pytest.mark.parametrize(("size", "scale", "outtype"), [(1.0, 1e39, "f32"), (1e5, 1.0, None), (1e9, 1.0, "q8_0")])
+def test_what_is_no_number_is_not_written(tmp_path: Path, size: float, scale: float, outtype: str | None) -> None:
+    base = write_base(tmp_path / "b.gguf", GGMLType.F16)
+    lora, out = write_lora(tmp_path / "l.gguf", base, 4, size=size), tmp_path / "o.gguf"
+    config = MergeConfig(model=base, lora_scaled=((lora, scale),), out=out, outtype=outtype)
+    with pytest.raises(UnsupportedError, match="cannot hold") as caught:
+        list(merge(config))
+    assert "scale" in str(caught.value.hint) and not out.exists()
+
+
+def test_matrices_that_a_type_cannot_hold_are_told(tmp_path: Path) -> None:
+    base = write_base(tmp_path / "b.gguf")
+    lora = write_lora(tmp_path / "l.gguf", base, 4)
+    plan, tensors, _ = merged(base, lora, out=tmp_path / "o.gguf", outtype="q4_k")
+    assert any("5 of 5 matrices become F16" in note and "256" in note for note in plan.notes)
+    assert tensors["blk.0.attn_q.weight"].type is GGMLType.F16
+    plan, _, _ = merged(base, lora, out=tmp_path / "o.gguf", outtype="q8_0")
+    assert not plan.notes
+
+
+@pytest.mark.parametrize("outtype", [None, "same", "bf16", "q8_0"])
+def test_norms_of_a_checkpoint_are_what_llama_cpp_computes_with(tmp_path: Path, outtype: str | None) -> None:
+    """In bfloat16, as checkpoints have them, they end llama-perplexity with a failed assertion."""
+    meta = meta_model(tmp_path / "meta")
+    with open_model(meta, n_ctx=0) as base:
+        pair = numbers(2, 64, seed=1), numbers(64, 2, seed=2)
+        write_adapter(tmp_path / "l.gguf", Adapter(2.0, {"blk.0.attn_q.weight": pair}), base)
+        assert base.tensors["output_norm.weight"].type is GGMLType.BF16
+        norm = dequantize(torch.from_numpy(base.read("output_norm.weight")), GGMLType.BF16).numpy()
+    _, tensors, _ = merged(meta, tmp_path / "l.gguf", out=tmp_path / "o.gguf", outtype=outtype, ctx=64)
+    assert all(t.type is GGMLType.F32 for t in tensors.values() if len(t.shape) == 1)
+    assert np.array_equal(weights(tmp_path / "o.gguf", "output_norm.weight"), norm)

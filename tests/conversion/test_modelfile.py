@@ -11,7 +11,7 @@ from llamakit.conversion.modelfile import ModelfileReport, modelfile_text, split
 from llamakit.errors import FormatError, SaveError, UsageError
 from llamakit.formats.base import ModelFile
 from llamakit.formats.gguf_reader import GGUFFile
-from llamakit.formats.gguf_writer import write_gguf
+from llamakit.formats.gguf_writer import copied_tensor, write_gguf
 from llamakit.formats.llama2c import Llama2cFile
 from llamakit.formats.open import open_model
 from tests.conversion.go import parse_modelfile
@@ -215,6 +215,6 @@ def test_what_is_no_model(tmp_path: Path) -> None:
 def test_a_context_that_is_no_number(tmp_path: Path) -> None:
     with GGUFFile(cached_tiny_gguf()) as file:
         metadata = dict(file.metadata) | {"llama.context_length": np.array([1, 2], np.uint32)}
-        write_gguf(tmp_path / "m.gguf", metadata=metadata, tensors=[])
+        write_gguf(tmp_path / "m.gguf", metadata=metadata, tensors=[copied_tensor(file, "output_norm.weight")])
     with GGUFFile(tmp_path / "m.gguf") as file:
         assert "num_ctx" not in modelfile_text(file, "m.gguf").text

@@ -348,3 +348,18 @@ def test_mutants_are_opened_or_refused(tmp_path: Path) -> None:
             outcomes[False] += 1
         path.write_bytes(raw)
     assert outcomes[False] > 200
+
+
+def test_an_output_matrix_that_a_tied_model_has_all_the_same(tmp_path: Path) -> None:
+    folder = tiny_hf(tmp_path / "m", tied=True)
+    weights = hf_weights(json.loads((folder / "config.json").read_text()))
+    output = {"lm_head.weight": weights["model.embed_tokens.weight"]}
+    write_weights(folder, {**weights, **output})
+    with HuggingFaceModel(folder) as model:
+        assert np.array_equal(model.read("output.weight"), model.read("token_embd.weight"))
+    output["lm_head.weight"] = weights["model.embed_tokens.weight"].copy()
+    output["lm_head.weight"][-1, -1] += 1
+    write_weights(folder, {**weights, **output})
+    with pytest.raises(FormatError, match=r"lm_head\.weight is another matrix than the embedding") as caught:
+        HuggingFaceModel(folder)
+    assert "tie_word_embeddings" in str(caught.value.hint)

@@ -50,8 +50,11 @@ def test_metadata(tmp_path: Path) -> None:
         assert m["llama.attention.head_count"] == 8 and m["llama.attention.head_count_kv"] == 2
         assert m["llama.feed_forward_length"] == 96 and m["llama.rope.freq_base"] == 1e6
         assert not any(key.startswith("tokenizer.") for key in m)
-    with MetaModel(folder, n_ctx=64, rope_theta=5e5) as model:
-        assert model.metadata["llama.rope.freq_base"] == 5e5
+    stated = meta_folder(tmp_path / "stated", split(meta_weights(), 1), rope_theta=1e6, max_seq_len=77)
+    with MetaModel(stated, n_ctx=64, rope_theta=5e5) as model:  # both are for what is not stated
+        assert model.metadata["llama.rope.freq_base"] == 1e6 and model.metadata["llama.context_length"] == 77
+    with MetaModel(folder, n_ctx=0) as model:
+        assert "llama.context_length" not in model.metadata
 
 
 def test_scaled_rope(tmp_path: Path) -> None:

@@ -6,11 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from llamakit.errors import FormatError, UnsupportedError, UsageError
+from llamakit.errors import FormatError, MismatchError, UnsupportedError, UsageError
 from llamakit.formats.gguf import write_gguf
 from llamakit.formats.huggingface_vocab import write_vocabulary
 from llamakit.formats.llama2c_vocab import write_llama2c_vocabulary
 from llamakit.formats.vocabulary import vocabulary_only
+from tests.formats.torch_models import TIKTOKENS, tiktoken_file
 from tests.tokenizer.vocabularies import bpe_metadata, spm_metadata
 from tests.tokenizer.vocabularies import write_vocabulary as write_gguf_vocabulary
 
@@ -71,6 +72,14 @@ def test_refusals(tmp_path: Path) -> None:
     write_llama2c_vocabulary(tmp_path / "t.bin", spm_metadata(PIECES))
     with pytest.raises(UsageError, match="does not say how many"):
         vocabulary_only(tmp_path / "t.bin")
-    (tmp_path / "tokenizer.model").write_text("IQ== 0\nIg== 1\n")  # Llama 3's, as Meta ships it
-    with pytest.raises(UnsupportedError, match="tiktoken"):
-        vocabulary_only(tmp_path / "tokenizer.model")
+
+
+def test_tiktokens_list_is_llama_3s(tmp_path: Path) -> None:
+    path = tiktoken_file(tmp_path / "tokenizer.model")
+    found = vocabulary_only(path)
+    assert len(tokens(found)) == len(TIKTOKENS) + 256 and "<|eom_id|>" in tokens(found)
+    assert tokens(vocabulary_only(path, len(TIKTOKENS) + 256)) == tokens(found)
+    with pytest.raises(MismatchError, match="special ones"):
+        vocabulary_only(path, 300)
+    write_vocabulary(tmp_path, bpe_metadata(["a b"], pre="qwen2"))  # the folder's tokenizer.json says more
+    assert vocabulary_only(tmp_path)["tokenizer.ggml.pre"] == "qwen2"

@@ -9,6 +9,9 @@ from typing import Any
 
 import torch
 
+from llamakit.formats.sentencepiece_model import SentencePieceModel, write_sentencepiece_model
+from tests.formats.vocabulary_folders import pieces
+
 DIM, N_HEAD, N_KV, N_FF, N_LAYER = 64, 8, 8, 96, 2
 
 
@@ -47,6 +50,13 @@ def meta_folder(directory: Path, shards: list[dict[str, torch.Tensor]], **params
     for i, shard in enumerate(shards):
         torch.save(shard, directory / f"consolidated.{i:02d}.pth")
     return directory
+
+
+def meta_model(directory: Path, *, n_shards: int = 2, **params: Any) -> Path:
+    """A checkpoint of Meta's with a SentencePiece vocabulary; like the real ones it states no context."""
+    folder = meta_folder(directory, split(meta_weights(len(pieces())), n_shards), **params)
+    write_sentencepiece_model(folder / "tokenizer.model", SentencePieceModel(pieces()))
+    return folder
 
 
 TIKTOKENS = [*(bytes([b]) for b in range(256)), b"th", b" t", b"he", b" the", b"the", "é".encode()]

@@ -90,6 +90,7 @@ def campaign(tmp_path, capsys, numbers):
     return codes
 
 
+@pytest.mark.slow
 def test_hostile_models(tmp_path, capsys):
     codes = campaign(tmp_path, capsys, range(12))
     assert 0 in codes and 2 in codes

@@ -54,6 +54,7 @@ PROMPTS = ("To be, or not to be", "The king said", "My lord,", "Once upon a time
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(400)  # a minute of two cores; more where they are shared
 def test_on_the_real_model(tmp_path):
     """F32 copy: base and adapter give llama.cpp's text. Packed file: its perplexity on held-out text falls."""
     packed = smollm2_path()
