@@ -1,20 +1,24 @@
-"""The leaves that a Llama is made of: frozen packed matrices, LoRA beside them, norms, the gated unit.
+"""The leaves that a Llama is made of: frozen packed matrices, LoRA beside them, norms.
 
 Shapes: N tokens (any leading axes), I = n_in, O = n_out, R rank.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llamakit.ggml import GGMLType
+from llamakit.ggml import BLOCK_SIZES, GGMLType
+from llamakit.model.elementwise import Function, Lazy, identity, rms_norm
 from llamakit.quant import QTensor, dequantize
 
 _VIEWS = {GGMLType.F32: torch.float32, GGMLType.F16: torch.float16, GGMLType.BF16: torch.bfloat16}
+# Weights that are decoded at a time for a product: else a vocabulary's matrix would be the largest thing in memory.
+SLAB_WEIGHTS = 12 << 20
 
 
 class Scratch:
@@ -50,11 +54,16 @@ class PackedWeight(nn.Module):
             return self._dense
         if _VIEWS.get(self.ggml_type) == dtype:
             return self.weight.view(dtype)
-        out = None
-        if self._scratch is not None:
-            with torch.inference_mode(False):  # the memory outlives the call
-                out = self._scratch.take((self.shape[0], self.shape[-1]), self.weight, dtype)
-        return dequantize(self.weight, self.ggml_type, dtype, out)
+        return self._decoded(self.weight, dtype)
+
+    def _decoded(self, packed: Tensor, dtype: torch.dtype) -> Tensor:
+        """Some rows, or some columns of all, decoded into the scratch."""
+        if self._scratch is None:
+            return dequantize(packed, self.ggml_type, dtype)
+        block, block_bytes = BLOCK_SIZES[self.ggml_type]
+        with torch.inference_mode(False):  # the memory outlives the call
+            out = self._scratch.take((len(packed), packed.shape[1] // block_bytes * block), self.weight, dtype)
+        return dequantize(packed, self.ggml_type, dtype, out)
 
     def keep_dense(self, dtype: torch.dtype) -> None:
         """Decode now and keep the result: 2 bytes per weight in bf16 buy every later decode."""
@@ -135,15 +144,39 @@ class QuantizedLinear(PackedWeight):
 
     def product(self, x: Tensor) -> Tensor:
         """x W^T + bias, (N, I) -> (N, O), without a gradient."""
+        bias = self.bias_in(x.dtype)
         if self._prepacked is not None:
-            return self._prepacked.forward(x, self.bias_in(x.dtype))
-        return F.linear(x, self.dense(x.dtype), self.bias_in(x.dtype))
+            return self._prepacked.forward(x, bias)
+        if not self._in_slabs(x.dtype):
+            return F.linear(x, self.dense(x.dtype), bias)
+        y = x.new_empty(*x.shape[:-1], self.shape[0])
+        for rows in self._slabs(0, 64):
+            slab = self._decoded(self.weight[rows], x.dtype)
+            y[..., rows] = F.linear(x, slab, None if bias is None else bias[rows])
+        return y
 
     def product_back(self, grad: Tensor) -> Tensor:
         """grad W, (N, O) -> (N, I): the gradient of x."""
         if self._prepacked is not None:
             return self._prepacked.backward(grad)
-        return grad @ self.dense(grad.dtype)
+        if not self._in_slabs(grad.dtype):
+            return grad @ self.dense(grad.dtype)
+        dx, (block, block_bytes) = grad.new_empty(*grad.shape[:-1], self.shape[1]), BLOCK_SIZES[self.ggml_type]
+        for columns in self._slabs(1, max(64, block)):
+            packed = slice(columns.start // block * block_bytes, columns.stop // block * block_bytes)
+            dx[..., columns] = grad @ self._decoded(self.weight[:, packed], grad.dtype)
+        return dx
+
+    def _in_slabs(self, dtype: torch.dtype) -> bool:
+        return self.is_packed(dtype) and self.shape[0] * self.shape[1] > SLAB_WEIGHTS
+
+    def _slabs(self, axis: int, multiple: int) -> Iterator[slice]:
+        """Even pieces of rows (for a product) or columns (for one backward): no sum of a product goes over pieces, so
+        the result is that of the whole matrix, to the last bit."""
+        size = self.shape[axis]
+        n_slabs = -(-self.shape[0] * self.shape[1] // SLAB_WEIGHTS)
+        step = -(-size // (n_slabs * multiple)) * multiple
+        return (slice(start, min(start + step, size)) for start in range(0, size, step))
 
     def bias_in(self, dtype: torch.dtype) -> Tensor | None:
         """The bias in dtype."""
@@ -194,50 +227,61 @@ class LoraLinear(nn.Module):
 
 
 class _LoraProject(torch.autograd.Function):
-    """Several LoRA linears of one input: y_i = x W_i^T + s_i (x A_i^T) B_i^T, saving x and the few x A_i^T.
+    """Several LoRA linears of one input h: y_i = h W_i^T + s_i (h A_i^T) B_i^T.
 
-    dx = sum_i dy_i W_i + s_i (dy_i B_i) A_i;  dA_i = s_i (dy_i B_i)^T x;  dB_i = s_i dy_i^T (x A_i^T).
-    W + BA is never formed; the small products of all layers on the A side are one.
+    dh = sum_i dy_i W_i + s_i (dy_i B_i) A_i;  dA_i = s_i (dy_i B_i)^T h;  dB_i = s_i dy_i^T (h A_i^T).
+    W + BA is never formed; the small products of all layers on the A side are one. Kept are A and B as they were
+    multiplied, the few h A^T, and instead of h the tensors that it is computed from.
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, layers: tuple[LoraLinear, ...], *ab: Tensor):
+    def forward(ctx, layers: tuple[LoraLinear, ...], function: Function, n_tensors: int, *tensors: Tensor):
+        tensors, ab = tensors[:n_tensors], tensors[n_tensors:]
+        h = function(*tensors)[0].flatten(0, -2)
         n = len(layers)
-        mask = _dropout_mask(x, layers)
-        low = (x if mask is None else x * mask) @ torch.cat(ab[:n]).to(x.dtype).t()
-        ys = []
-        for layer, b, xa in zip(layers, ab[n:], _by_layer(low, ab[:n]), strict=True):
-            y = layer.base.product(x)
-            ys.append(y.addmm_(xa, b.to(x.dtype).t(), alpha=layer.scale))
-        ctx.layers = layers
-        ctx.save_for_backward(x, low, *ab)
-        return tuple(ys)
+        scaled = [a if layer.scale == 1 else a * layer.scale for layer, a in zip(layers, ab, strict=False)]
+        a = (torch.cat(scaled) if n > 1 else scaled[0]).to(h.dtype)
+        b = [part.to(h.dtype) for part in ab[n:]]
+        mask = _dropout_mask(h, layers)
+        low = (h if mask is None else h * mask) @ a.t()
+        parts = zip(layers, b, _by_layer(low, layers), strict=True)
+        ys = tuple(layer.base.product(h).addmm_(ha, part.t()) for layer, part, ha in parts)
+        ctx.layers, ctx.function = layers, function
+        ctx.save_for_backward(low, a, *b, *tensors)
+        return ys
 
     @staticmethod
     def backward(ctx, *grads: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
-        x, low, *ab = ctx.saved_tensors
         layers: tuple[LoraLinear, ...] = ctx.layers
         n = len(layers)
-        mask = _dropout_mask(x, layers)
-        low_grads, d_b = [], []
-        for layer, g, b, xa in zip(layers, grads, ab[n:], _by_layer(low, ab[:n]), strict=True):
-            low_grads.append((g @ b.to(x.dtype)).mul_(layer.scale))
-            d_b.append((xa.t() @ g).t().float().contiguous().mul_(layer.scale))
+        low, a, *rest = ctx.saved_tensors
+        b, tensors = rest[:n], rest[n:]
+        result, pullback = ctx.function(*tensors)
+        h = result.flatten(0, -2)
+        mask = _dropout_mask(h, layers)
+        low_grads = [grad @ part for grad, part in zip(grads, b, strict=True)]
         low_grad = torch.cat(low_grads, dim=-1) if n > 1 else low_grads[0]
-        d_a = _by_layer((low_grad.t() @ (x if mask is None else x * mask)).float(), ab[:n], dim=0)
-        dx = None
-        if ctx.needs_input_grad[0]:  # the first block reads the frozen embedding: nobody asks
-            a = torch.cat(ab[:n]).to(x.dtype)
-            dx = layers[0].base.product_back(grads[0])
-            for layer, g in zip(layers[1:], grads[1:], strict=True):
-                dx.add_(layer.base.product_back(g))
-            dx = dx.addmm_(low_grad, a) if mask is None else dx.add_((low_grad @ a).mul_(mask))
-        return dx, None, *d_a, *d_b
+        d_a = _by_layer((low_grad.t() @ (h if mask is None else h * mask)).float(), layers, dim=0)
+        d_a = [d if layer.scale == 1 else d * layer.scale for layer, d in zip(layers, d_a, strict=True)]
+        d_b = [_wide_transposed(ha.t() @ grad) for ha, grad in zip(_by_layer(low, layers), grads, strict=True)]
+        wanted, d_tensors = ctx.needs_input_grad[3 : 3 + len(tensors)], [None] * len(tensors)
+        if any(wanted):  # the first block reads the frozen embedding: nobody asks
+            dh = layers[0].base.product_back(grads[0])
+            for layer, grad in zip(layers[1:], grads[1:], strict=True):
+                dh.add_(layer.base.product_back(grad))
+            dh = dh.addmm_(low_grad, a) if mask is None else dh.add_((low_grad @ a).mul_(mask))
+            d_tensors = pullback(dh.view(result.shape), wanted)
+        return None, None, None, *d_tensors, *d_a, *d_b
 
 
-def _by_layer(joined: Tensor, a: Sequence[Tensor], dim: int = -1) -> tuple[Tensor, ...]:
+def _by_layer(joined: Tensor, layers: Sequence[LoraLinear], dim: int = -1) -> tuple[Tensor, ...]:
     """What belongs to each layer of a product with all the A (R_i, I), joined along R."""
-    return torch.split(joined, [t.shape[0] for t in a], dim=dim)
+    return torch.split(joined, [len(layer.lora_a) for layer in layers], dim=dim)
+
+
+def _wide_transposed(x: Tensor) -> Tensor:
+    """x^T in float32 and in memory."""
+    return x.t().to(torch.float32, memory_format=torch.contiguous_format)
 
 
 def _dropout_mask(x: Tensor, layers: tuple[LoraLinear, ...]) -> Tensor | None:
@@ -247,14 +291,17 @@ def _dropout_mask(x: Tensor, layers: tuple[LoraLinear, ...]) -> Tensor | None:
     return dropout.mask(x, layers[0].number)
 
 
-def project(x: Tensor, *layers: nn.Module) -> tuple[Tensor, ...]:
-    """Every layer applied to the same x (..., I); LoRA layers share their small products."""
+def project(x: Lazy | Tensor, *layers: nn.Module) -> tuple[Tensor, ...]:
+    """Every layer applied to the same x (..., I); LoRA layers share their small products, and keep what a lazy x is
+    computed from instead of x."""
     lora = tuple(layer for layer in layers if isinstance(layer, LoraLinear))
     if len(lora) < len(layers):
-        return tuple(project(x, layer)[0] if isinstance(layer, LoraLinear) else layer(x) for layer in layers)
-    flat = x.reshape(-1, x.shape[-1])
-    ys = _LoraProject.apply(flat, lora, *(layer.lora_a for layer in lora), *(layer.lora_b for layer in lora))
-    return tuple(y.view(*x.shape[:-1], -1) for y in ys)
+        h = x.compute() if isinstance(x, Lazy) else x
+        return tuple(layer(h) for layer in layers)
+    function, tensors = x if isinstance(x, Lazy) else Lazy(identity, (x,))
+    ab = (*(layer.lora_a for layer in lora), *(layer.lora_b for layer in lora))
+    ys = _LoraProject.apply(lora, function, len(tensors), *tensors, *ab)
+    return tuple(y.view(*tensors[0].shape[:-1], -1) for y in ys)
 
 
 class LoraEmbedding(nn.Module):
@@ -271,29 +318,6 @@ class LoraEmbedding(nn.Module):
         return x + (F.embedding(tokens, self.lora_b) @ self.lora_a).mul(self.scale).to(x.dtype)
 
 
-class _RMSNorm(torch.autograd.Function):
-    """y = x / sqrt(mean(x^2) + eps) * w (Zhang and Sennrich 2019, arXiv 1910.07467), in float32."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        wide = x.to(torch.float32, copy=True)
-        norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
-        inverse = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
-        ctx.save_for_backward(x, weight, inverse)
-        return wide.mul_(inverse).mul_(weight).to(x.dtype)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
-        x, weight, inverse = ctx.saved_tensors
-        normed = x.float() * inverse
-        d_weight = None
-        if ctx.needs_input_grad[1]:
-            d_weight = (grad.float() * normed).flatten(0, -2).sum(0)
-        scaled = grad * weight  # float32: weight is
-        mean = (scaled * normed).mean(-1, keepdim=True)
-        return scaled.addcmul_(normed, mean, value=-1).mul_(inverse).to(x.dtype), d_weight, None
-
-
 class RMSNorm(nn.Module):
     """Root-mean-square norm with a float32 weight (I,)."""
 
@@ -307,7 +331,11 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., I) -> (..., I), in x's dtype, computed in float32."""
-        return _RMSNorm.apply(x, self.effective_weight(), self.eps)
+        return self.lazily(x).compute()
+
+    def lazily(self, x: Tensor) -> Lazy:
+        """What `forward` gives, not computed yet."""
+        return Lazy(partial(rms_norm, eps=self.eps), (x, self.effective_weight()))
 
 
 class LoraNorm(RMSNorm):
@@ -321,23 +349,3 @@ class LoraNorm(RMSNorm):
     def effective_weight(self) -> Tensor:
         """The weight with its delta, (I,) float32."""
         return self.weight + self.scale * (self.lora_b @ self.lora_a)[0]
-
-
-class _GatedSiLU(torch.autograd.Function):
-    """silu(gate) * up (Shazeer 2020, arXiv 2002.05202), saving its two inputs only."""
-
-    @staticmethod
-    def forward(ctx, gate: Tensor, up: Tensor) -> Tensor:
-        ctx.save_for_backward(gate, up)
-        return F.silu(gate).mul_(up)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
-        gate, up = ctx.saved_tensors
-        d_up = F.silu(gate).mul_(grad)
-        return torch.ops.aten.silu_backward(grad * up, gate), d_up
-
-
-def gated_silu(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) * up, elementwise, in their dtype."""
-    return _GatedSiLU.apply(gate, up)

@@ -11,29 +11,29 @@ from torch import Tensor, nn
 from llamakit.model.attention import cached_attention, causal_attention
 from llamakit.model.cache import KVCache
 from llamakit.model.config import ModelConfig
-from llamakit.model.layers import gated_silu, project
+from llamakit.model.elementwise import Lazy, gated_silu
+from llamakit.model.layers import RMSNorm, project
 from llamakit.model.recompute import recomputed
 from llamakit.model.rope import Rope, apply_rope
 
 
 class Block(nn.Module):
-    """One layer: attention and a gated feed-forward unit, each behind a norm, each added to its input."""
+    """One layer: attention and a gated feed-forward unit, each behind a norm, each added to its input.
+
+    Its norms and matrices, named as in the file, are leaves that `load_model` puts in.
+    """
 
     def __init__(self, config: ModelConfig, index: int) -> None:
         super().__init__()
         self.config, self.index = config, index
-        self.attn_norm = nn.RMSNorm(config.n_embd, config.rms_eps, device="meta")
-        self.ffn_norm = nn.RMSNorm(config.n_embd, config.rms_eps, device="meta")
-        shapes = config.linear_shapes()
-        linear = {name: nn.Linear(n_in, n_out, bias=False, device="meta") for name, (n_out, n_in) in shapes.items()}
-        self.attn_q, self.attn_k, self.attn_v = linear["attn_q"], linear["attn_k"], linear["attn_v"]
-        self.attn_output = linear["attn_output"]
-        self.ffn_gate, self.ffn_up, self.ffn_down = linear["ffn_gate"], linear["ffn_up"], linear["ffn_down"]
+        self.attn_norm, self.ffn_norm = (RMSNorm(torch.empty(0), config.rms_eps) for _ in range(2))
+        self.attn_q, self.attn_k, self.attn_v, self.attn_output = (nn.Identity() for _ in range(4))
+        self.ffn_gate, self.ffn_up, self.ffn_down = (nn.Identity() for _ in range(3))
 
     def attention(self, x: Tensor, rotations: Tensor, cache: KVCache | None) -> Tensor:
-        """(B, T, C) -> (B, T, C)."""
+        """(B, T, C) -> (B, T, C), the norm included."""
         b, t, _ = x.shape
-        q, k, v = project(x, self.attn_q, self.attn_k, self.attn_v)
+        q, k, v = project(self.attn_norm.lazily(x), self.attn_q, self.attn_k, self.attn_v)
         q = apply_rope(q.view(b, t, -1, self.config.head_dim), rotations)
         k = apply_rope(k.view(b, t, -1, self.config.head_dim), rotations)
         v = v.view(b, t, -1, self.config.head_dim)
@@ -41,18 +41,18 @@ class Block(nn.Module):
         return self.attn_output(mixed)
 
     def feed_forward(self, x: Tensor) -> Tensor:
-        """(B, T, C) -> (B, T, C)."""
-        gate, up = project(x, self.ffn_gate, self.ffn_up)
-        return self.ffn_down(gated_silu(gate, up))
+        """(B, T, C) -> (B, T, C), the norm included."""
+        gate, up = project(self.ffn_norm.lazily(x), self.ffn_gate, self.ffn_up)
+        return project(Lazy(gated_silu, (gate, up)), self.ffn_down)[0]
 
     def forward(self, x: Tensor, rotations: Tensor, cache: KVCache | None = None) -> Tensor:
         """(B, T, C) -> (B, T, C)."""
-        x = x + self.attention(self.attn_norm(x), rotations, cache)
-        return x + self.feed_forward(self.ffn_norm(x))
+        x = x + self.attention(x, rotations, cache)
+        return x + self.feed_forward(x)
 
 
 class Llama(nn.Module):
-    """Tokens to hidden states, hidden states to logits. Built empty (meta device); `load_model` puts leaves in.
+    """Tokens to hidden states, hidden states to logits. Built empty; `load_model` puts leaves in.
 
     use_checkpointing: recompute each block in the backward pass instead of keeping its activations.
     """
@@ -61,10 +61,10 @@ class Llama(nn.Module):
         super().__init__()
         self.config = config
         self.rope = Rope(config, rope_freqs)
-        self.token_embd: nn.Module = nn.Embedding(config.n_vocab, config.n_embd, device="meta")
+        self.token_embd: nn.Module = nn.Identity()
         self.blk = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
-        self.output_norm: nn.Module = nn.RMSNorm(config.n_embd, config.rms_eps, device="meta")
-        self.output: nn.Module = nn.Linear(config.n_embd, config.n_vocab, bias=False, device="meta")
+        self.output_norm: nn.Module = nn.Identity()
+        self.output: nn.Module = nn.Identity()
         self.use_checkpointing = False
 
     def forward(self, tokens: Tensor, positions: Tensor | None = None, cache: KVCache | None = None) -> Tensor:

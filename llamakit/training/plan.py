@@ -12,31 +12,39 @@ import torch
 from torch import Tensor
 
 from llamakit.model import Llama, ModelConfig
+from llamakit.model.layers import SLAB_WEIGHTS
 from llamakit.model.load import linear_layers
 from llamakit.training.config import FinetuneConfig
 from llamakit.training.report import Plan
 
-# Share of the measured product rate that whole steps reached on the machine of docs/benchmarks.md.
-_EFFICIENCY = 0.62
-# One optimizer step keeps a weight, its gradient and two moments, float32 each.
+# What a step does beside its products grows with n_embd, they with its square: at so many channels each takes as long
+# (measured on models of 576 and 2,048 channels, which work at 47 to 60 and 81 to 84 % of the product rate).
+_EVEN_EMBD = 450
+# A weight, its gradient and two moments, float32 each; the backward pass keeps a copy in the dtype of the products.
 _BYTES_PER_TRAINED = 16
 _CHUNK_LOGITS = 256
+# The heap holds this much more than the activations: holes between tensors of many sizes, measured over ten steps.
+_HEAP_SHARE = 1.2
+
+
+def kept_numbers(config: ModelConfig, ctx: int) -> int:
+    """Numbers that the backward pass needs of the forward pass, per token and block.
+
+    The inputs of two norms (2C), queries and the mixed values (2HD), keys and values (2KD), gate and up (2F), the
+    softmax up to 1,024 tokens (HT, of which tiles leave out half).
+    """
+    heads, kv = config.n_head * config.head_dim, config.n_head_kv * config.head_dim
+    softmax = config.n_head * min(ctx, (ctx + 128) // 2) if ctx <= 1024 else 0
+    return 2 * config.n_embd + 2 * heads + 2 * kv + 2 * config.n_ff + softmax
 
 
 def activation_bytes(config: ModelConfig, *, n_tokens: int, ctx: int, checkpointing: bool, item: int) -> int:
-    """Bytes that the backward pass needs of the forward pass; item: bytes of one activation.
-
-    Kept per token and block: inputs of two norms and what they gave (4C), queries and the mixed values (2HD), keys
-    and values (2KD), gate, up and their product (3F), the softmax up to 1,024 tokens (HT/2). With checkpointing one
-    block of these, and each block's input.
-    """
-    heads, kv = config.n_head * config.head_dim, config.n_head_kv * config.head_dim
-    softmax = config.n_head * ctx // 2 if ctx <= 1024 else 0
-    block = 4 * config.n_embd + 2 * heads + 2 * kv + 3 * config.n_ff + softmax
+    """Most bytes that activations take at a time, item bytes each; with checkpointing one block's and all inputs."""
+    block = kept_numbers(config, ctx)
     # The backward pass of a block holds float32 copies of a few of these at a time.
     transient = 2 * (4 * config.n_embd + 3 * config.n_ff)
     kept = config.n_embd * config.n_layer + block if checkpointing else block * config.n_layer
-    return (kept + transient) * n_tokens * item
+    return int((kept + transient) * n_tokens * item * _HEAP_SHARE)
 
 
 def memory_bytes(model: Llama, config: FinetuneConfig, dtype: torch.dtype, trained: int) -> int:
@@ -50,9 +58,10 @@ def memory_bytes(model: Llama, config: FinetuneConfig, dtype: torch.dtype, train
         checkpointing=config.use_checkpointing,
         item=item,
     )
-    decoded = max(layer.dense_bytes(dtype) if layer.is_packed(dtype) else 0 for layer in linear_layers(model))
+    packed = [layer.dense_bytes(dtype) for layer in linear_layers(model) if layer.is_packed(dtype)]
+    decoded = min(max(packed, default=0), SLAB_WEIGHTS * item)
     logits = min(_CHUNK_LOGITS, config.batch * config.ctx) * shape.n_vocab * item
-    return resident + trained * _BYTES_PER_TRAINED + activations + decoded + logits
+    return resident + trained * (_BYTES_PER_TRAINED + item) + activations + decoded + logits
 
 
 def _best_of(runs: int, work) -> float:
@@ -76,7 +85,8 @@ def step_seconds(model: Llama, config: FinetuneConfig, dtype: torch.dtype, devic
     rate = 2 * rows * n_weights / max(_best_of(3, lambda: layer.product(x)) - decode, 1e-9)
     attention = 2 * config.ctx * shape.n_head * shape.head_dim * shape.n_layer  # causal: half of 4
     passes = 6 if config.use_checkpointing else 4
-    seconds = n_tokens * passes * (shape.n_matmul + attention) / (rate * _EFFICIENCY)
+    efficiency = shape.n_embd / (shape.n_embd + _EVEN_EMBD)
+    seconds = n_tokens * passes * (shape.n_matmul + attention) / (rate * efficiency)
     seconds += decode / n_weights * shape.n_matmul * passes / 2
     return seconds * config.grad_acc
 

@@ -11,11 +11,15 @@ from llamakit.errors import FormatError, LlamakitError, MismatchError, Unsupport
 from llamakit.formats.adapter import Adapter
 from llamakit.formats.gguf import copied_tensor, typed_metadata, write_gguf
 from llamakit.formats.open import open_model
-from llamakit.model import KVCache, ModelConfig, attach, detach, load_model
+from llamakit.ggml import GGMLType
+from llamakit.model import KVCache, ModelConfig, attach, detach, layers, load_model
 from llamakit.model.attention import causal_attention
 from llamakit.model.device import can_prepack
-from llamakit.model.layers import RMSNorm, gated_silu
+from llamakit.model.elementwise import Lazy, gated_silu
+from llamakit.model.layers import QuantizedLinear, RMSNorm
 from llamakit.model.load import linear_layers, load_config
+from llamakit.quant import QTensor
+from llamakit.quant.encode import quantize
 from tests.tiny import cached_tiny_gguf
 
 VARIANTS = {
@@ -96,7 +100,7 @@ def test_gradients_of_the_elementwise_functions():
     theirs = torch.autograd.grad((expected * weight).sum(), x)[0]
     assert torch.allclose(mine, theirs, atol=1e-5)
     pair = [torch.randn(4, 5, dtype=torch.float64, requires_grad=True) for _ in range(2)]
-    assert torch.autograd.gradcheck(gated_silu, pair)
+    assert torch.autograd.gradcheck(lambda *x: Lazy(gated_silu, x).compute(), pair)
 
 
 def random_adapter(model, rank=2, alpha=3.0, names=None):
@@ -207,6 +211,27 @@ def test_the_weight_cache_changes_no_bit(weight_cache, dtype):
         reference = load_model(file, dtype=dtype, weight_cache="none")
         model = load_model(file, dtype=dtype, weight_cache=weight_cache)
         assert torch.equal(model(tokens), reference(tokens))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("ggml_type", [GGMLType.Q8_0, GGMLType.Q4_K, GGMLType.F16])
+def test_multiplying_in_slabs_changes_no_bit(ggml_type, dtype, monkeypatch):
+    torch.manual_seed(0)
+    shape = (1000, 768)
+    rows = torch.randn(shape).half().view(torch.uint8) if ggml_type == GGMLType.F16 else quantize(
+        torch.randn(shape), ggml_type
+    )  # fmt: skip
+    linear = QuantizedLinear(QTensor(rows, ggml_type, shape), torch.randn(1000), layers.Scratch())
+    x, grad = torch.randn(2, 7, 768, dtype=dtype), torch.randn(2, 7, 1000, dtype=dtype)
+    whole = linear.product(x), linear.product_back(grad)
+    monkeypatch.setattr(layers, "SLAB_WEIGHTS", 1 << 17)
+    sizes = []
+    monkeypatch.setattr(layers.Scratch, "take", lambda _, shape, like, dtype: sizes.append(math.prod(shape)) or
+                        torch.empty(shape, dtype=dtype))  # fmt: skip
+    in_slabs = linear.product(x), linear.product_back(grad)
+    assert len(sizes) > 8 and max(sizes) < 2.5 * (1 << 17)
+    for a, b in zip(whole, in_slabs, strict=True):
+        assert torch.equal(a, b) if dtype == torch.bfloat16 else torch.allclose(a, b, atol=1e-4)
 
 
 def metadata_of(**options):
