@@ -77,9 +77,8 @@ def _reduced(x: Floats) -> tuple[NDArray[np.int32], Doubles, Doubles]:
 def _logarithm(x: Floats, table: Doubles, poly: list[float], base: float) -> Floats:
     """Shared by logf and log2f: zero gives -inf, subnormals are scaled up first; a negative x gives nan."""
     tiny = x < np.float32(2.0**-126)
-    index, z, k = _reduced(np.where(tiny, x * np.float32(2.0**23), x) if tiny.any() else x)
-    if tiny.any():
-        k = k - 23 * tiny
+    index, z, k = _reduced(x * np.where(tiny, np.float32(2.0**23), np.float32(1)))
+    k -= 23 * tiny
     r = z * _INVERSES[index] - 1
     y0 = table[index] + k * base
     r2 = r * r

@@ -79,7 +79,7 @@ def test_banned_tokens_are_never_drawn_and_a_bias_needs_its_token():
     logits = np.float32([9, 0, 0])
     assert Sampler(GenerateConfig(temperature=0), banned=[0]).sample(logits) == 1
     assert Sampler(GenerateConfig(temperature=0, logit_bias=((2, 9.5),))).sample(logits) == 2
-    with pytest.raises(UsageError, match="--logit-bias has the token 3 .expected 0 to 2"):
+    with pytest.raises(UsageError, match=r"--logit-bias has the token 3 .expected 0 to 2"):
         Sampler(GenerateConfig(logit_bias=((3, 1.0),))).sample(logits)
     with pytest.raises(UsageError, match="no token is left"):
         Sampler(GenerateConfig(), banned=range(3)).sample(logits)
