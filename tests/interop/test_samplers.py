@@ -8,10 +8,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from llamakit.formats.open import open_model
 from llamakit.inference import choice, samplers
-from llamakit.inference.dry import dry
+from llamakit.inference.dry import breakers, dry
 from llamakit.inference.samplers import Candidates
 from llamakit.inference.sampling import Sampler
+from llamakit.tokenizer import load_tokenizer
 from tests.inference import llama_sampler
 from tests.inference.llama_sampler import LlamaSampler
 from tests.inference.random_cases import (
@@ -24,6 +26,8 @@ from tests.inference.random_cases import (
     possible_logits,
     size,
 )
+from tests.oracle import llama_vocab
+from tests.tiny import cached_tiny_gguf
 
 pytestmark = pytest.mark.interop
 NUMBERS = pytest.mark.parametrize(
@@ -164,3 +168,20 @@ def test_whole_chains_in_any_order_give_llama_cpps_tokens(n_cases):
             names = [name for name in settings.samplers.split(";") if name != "typ_p"]
             settings = replace(settings, samplers=";".join(["typ_p", *names]))
         _follows(rng, replace(settings, logit_bias=bias), n, 5, wide=not is_typical)
+
+
+@pytest.mark.parametrize("tokenizer", ["spm", "bpe"])
+def test_dry_with_sequence_breakers_of_a_vocabulary_changes_logits_as_llama_cpps(tokenizer):
+    path = cached_tiny_gguf(tokenizer=tokenizer)
+    ours, theirs = load_tokenizer(open_model(path)), llama_vocab(path)
+    for rng in cases(40, seed=6):
+        texts = [["\n", ":", '"', "*"], ["the", "he k", " and", "é"], ["king of", "x" * 50]][rng.integers(3)]
+        known = breakers(ours, texts)
+        few = rng.permutation([*known, *range(3, 40)])[: int(rng.integers(3, 9))]
+        c = samplers.whole_vocabulary(distinct_logits(rng, ours.n_vocab))
+        for _ in range(10):
+            history = rng.choice(few, 64).tolist()
+            with LlamaSampler(("dry", theirs.pointer, 0.8, 1.75, 1, 64, texts)) as sampler:
+                sampler.accept(history)
+                _, logits = sampler.apply(llama_sampler.Candidates(c.ids, c.logits)).read()
+            assert dry(c, history, known, 0.8, 1.75, 1).logits.tobytes() == logits.tobytes()
