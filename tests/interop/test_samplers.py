@@ -140,7 +140,11 @@ def _follows(rng: np.random.Generator, settings, n: int, n_tokens: int, *, wide:
             logits[:vocabulary] += np.float32(3)  # so that tokens repeat
             array = theirs.apply(llama_sampler.Candidates(np.arange(n), logits))
             token = ours.sample(logits)
-            assert token == array.selected, settings
+            if token != array.selected and abs(logits[token] - logits[array.selected]) <= 4 * np.spacing(
+                np.abs(logits[token])
+            ):
+                return  # rounding has made a tie of them, whose order llama.cpp leaves open
+            assert token == array.selected, (settings.samplers, logits[[token, array.selected]], settings)
             theirs.accept([token])
 
 
