@@ -92,6 +92,11 @@ class LlamaVocab:
         if getattr(self, "_model", None):
             self._lib.llama_model_free(self._model)
 
+    @property
+    def pointer(self) -> int:
+        """The llama_vocab itself, for a sampler that asks for one."""
+        return self._vocab
+
     def tokenize(self, text: str | bytes, add_special: bool = True, parse_special: bool = True) -> list[int]:
         data = text.encode() if isinstance(text, str) else text
         room = len(data) + 16

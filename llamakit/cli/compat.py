@@ -50,6 +50,10 @@ ALIASES: dict[str, dict[str, str]] = {
         "--tokenizer": "-z",
         "--conversation": "-cnv",
         "-no-display-prompt": "--no-display-prompt",
+        "-l": "--logit-bias",
+        "--sampler-seq": "--sampling-seq",
+        "--top-n-sigma": "--top-nsigma",
+        "--typical-p": "--typical",
     },
     "merge": {
         "--model": "-m",
@@ -196,7 +200,7 @@ _TEXT_VALUES = frozenset(
     {
         "-p", "-f", "-m", "-z", "-i", "-o", "--prompt", "--file", "--model", "--tokenizer", "--config", "--lora",
         "--log-file", "--train-data", "--sample-start", "--model-base", "--checkpoint-in", "--checkpoint-out",
-        "--lora-out", "--pattern-fn-it", "--fn-latest", "--kl-divergence-base",
+        "--lora-out", "--pattern-fn-it", "--fn-latest", "--kl-divergence-base", "--dry-sequence-breaker",
     }
 )  # fmt: skip
 _FLASH_WORDS = frozenset({"on", "off", "auto", "0", "1"})

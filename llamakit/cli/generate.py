@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from llamakit.cli import render
+from llamakit.cli import sampling_options as sampling
 from llamakit.cli.options import (
     FILES,
     LORA,
@@ -43,6 +44,7 @@ _PROMPT = "Prompt"
 
 
 def generate(
+    context: typer.Context,
     prompt: Annotated[
         str | None, typer.Argument(metavar="PROMPT", help="Text to continue.", show_default=False)
     ] = None,
@@ -105,6 +107,29 @@ def generate(
     repeat_last_n: Annotated[
         int, typer.Option("--repeat-last-n", help="How many tokens are recent; 0: off.", rich_help_panel=SAMPLING)
     ] = GenerateConfig.repeat_last_n,
+    presence_penalty: sampling.PresencePenaltyOption = GenerateConfig.presence_penalty,
+    frequency_penalty: sampling.FrequencyPenaltyOption = GenerateConfig.frequency_penalty,
+    dry_multiplier: sampling.DryMultiplierOption = GenerateConfig.dry_multiplier,
+    dry_base: sampling.DryBaseOption = GenerateConfig.dry_base,
+    dry_allowed_length: sampling.DryAllowedLengthOption = GenerateConfig.dry_allowed_length,
+    dry_penalty_last_n: sampling.DryLastNOption = GenerateConfig.dry_penalty_last_n,
+    dry_sequence_breaker: sampling.DryBreakerOption = None,
+    top_n_sigma: sampling.TopNSigmaOption = GenerateConfig.top_n_sigma,
+    typical: sampling.TypicalOption = GenerateConfig.typical,
+    xtc_probability: sampling.XtcProbabilityOption = GenerateConfig.xtc_probability,
+    xtc_threshold: sampling.XtcThresholdOption = GenerateConfig.xtc_threshold,
+    dynatemp_range: sampling.DynatempRangeOption = GenerateConfig.dynatemp_range,
+    dynatemp_exp: sampling.DynatempExpOption = GenerateConfig.dynatemp_exp,
+    mirostat: sampling.MirostatOption = GenerateConfig.mirostat,
+    mirostat_lr: sampling.MirostatLrOption = GenerateConfig.mirostat_lr,
+    mirostat_ent: sampling.MirostatEntOption = GenerateConfig.mirostat_ent,
+    adaptive_target: sampling.AdaptiveTargetOption = GenerateConfig.adaptive_target,
+    adaptive_decay: sampling.AdaptiveDecayOption = GenerateConfig.adaptive_decay,
+    samplers: sampling.SamplersOption = GenerateConfig.samplers,
+    sampling_seq: sampling.SamplingSeqOption = None,
+    logit_bias: sampling.LogitBiasOption = None,
+    ignore_eos: sampling.IgnoreEosOption = False,
+    rng: sampling.RngOption = "llama.cpp",
     seed: Annotated[
         int, typer.Option("--seed", help="Seed; -1: a random one, which is reported.", rich_help_panel=SAMPLING)
     ] = GenerateConfig.seed,
@@ -145,13 +170,24 @@ def generate(
     check_stated(None, rope_freq_base)
     wanted = GenerateConfig(
         n_predict=n_predict, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
-        repeat_penalty=repeat_penalty, repeat_last_n=repeat_last_n, seed=seed, ctx=ctx,
+        repeat_penalty=repeat_penalty, repeat_last_n=repeat_last_n, presence_penalty=presence_penalty,
+        frequency_penalty=frequency_penalty, dry_multiplier=dry_multiplier, dry_base=dry_base,
+        dry_allowed_length=dry_allowed_length, dry_penalty_last_n=dry_penalty_last_n,
+        dry_sequence_breaker=sampling.sequence_breakers(
+            dry_sequence_breaker, GenerateConfig.dry_sequence_breaker, escape=not no_escape
+        ),
+        top_n_sigma=top_n_sigma, typical=typical, xtc_probability=xtc_probability, xtc_threshold=xtc_threshold,
+        dynatemp_range=dynatemp_range, dynatemp_exp=dynatemp_exp, mirostat=mirostat, mirostat_lr=mirostat_lr,
+        mirostat_ent=mirostat_ent, adaptive_target=adaptive_target, adaptive_decay=adaptive_decay,
+        samplers=sampling.sampler_order(samplers, sampling_seq), logit_bias=sampling.logit_biases(logit_bias),
+        ignore_eos=ignore_eos, rng=rng, seed=seed, ctx=ctx,
     )  # fmt: skip
     named = [(path, 1.0) for path in lora or ()] + [scaled_adapter(item) for item in lora_scaled or ()]
     text = read_prompt(prompt, prompt_option, prompt_file, escape=not no_escape, use_stdin=vocabulary is None) or ""
     adapters = [(local(name, offline=offline), scale) for name, scale in named]
     files = local(model, offline=offline), local(vocabulary, offline=offline)
     loaded = _load(*files, adapters, force, threads, device, dtype, ctx or None, rope_freq_base)
+    wanted = _with_file_settings(loaded, wanted, sampling.given(context))
     shown = "" if no_display_prompt or conversation else text
     ids = _prompt_ids(loaded, text, conversation)
     return _run(loaded, ids, wanted, shown=shown, prompt=text, json=json)
@@ -219,6 +255,21 @@ def _tokenizer(file: ModelFile, vocabulary: Path | None) -> Tokenizer:
     if vocabulary is None:
         return load_tokenizer(file)
     return load_llama2c_tokenizer(vocabulary, n_vocab=file.tensors["token_embd.weight"].shape[0])
+
+
+def _with_file_settings(loaded: _Loaded, config: GenerateConfig, given: set[str]) -> GenerateConfig:
+    """What the file recommends, under what the user has set, and a note that says so."""
+    from llamakit.inference.file_settings import with_file_settings
+
+    config, found = with_file_settings(config, loaded.file, given=given)
+    if found:
+        settings = ", ".join(
+            f"{name} {value}" if isinstance(value, str) else f"{name} {value:g}" for name, value in found.items()
+        )
+        render.note(f"the file recommends its sampling: {settings}")
+    if config.ignore_eos and not loaded.tokenizer.eog_ids:
+        render.note("--ignore-eos has no effect: the vocabulary has no end token")
+    return config
 
 
 def _device_and_dtype(n_weights: int, device: str, dtype: str, threads: int | None) -> tuple[torch.device, torch.dtype]:

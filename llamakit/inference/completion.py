@@ -15,6 +15,7 @@ import torch
 
 from llamakit.errors import MismatchError, UsageError
 from llamakit.inference.config import GenerateConfig
+from llamakit.inference.dry import breakers
 from llamakit.inference.sampling import Logits, Sampler, log_probability
 from llamakit.model import KVCache, Llama
 from llamakit.model.layers import Embedding, LoraEmbedding
@@ -141,10 +142,16 @@ def generate(
     return _generate(model, tokenizer, ids, n_ctx, config)
 
 
+def _sampler(tokenizer: Tokenizer, ids: list[int], config: GenerateConfig) -> Sampler:
+    """The chain, with what it needs of the vocabulary: end tokens to leave out, where DRY's breakers stand."""
+    known = breakers(tokenizer, config.dry_sequence_breaker) if config.dry_multiplier else None
+    return Sampler(config, ids, banned=tokenizer.eog_ids if config.ignore_eos else (), breakers=known)
+
+
 def _generate(
     model: Llama, tokenizer: Tokenizer, ids: list[int], n_ctx: int, config: GenerateConfig
 ) -> Iterator[Token | Done]:
-    sampler, stream = Sampler(config, ids), tokenizer.stream()
+    sampler, stream = _sampler(tokenizer, ids, config), tokenizer.stream()
     limit = config.n_predict if config.n_predict >= 0 else n_ctx + 1
     context = _Context(model, min(n_ctx, len(ids) + limit))
     for id_ in ids:  # so that the first piece is what follows this prompt, its leading space included

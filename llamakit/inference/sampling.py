@@ -1,95 +1,24 @@
-"""From logits to a token, with llama.cpp's definitions, order and random numbers (src/llama-sampler.cpp).
+"""From logits to a token: the chain of samplers with its state, in llama.cpp's order (common/sampling.cpp).
 
-A sampler is a function over candidates: ids (n,) int64 and logits (n,) float32, n falling from V to 1. The order is
-penalties, top_k, top_p, min_p, temperature, dist. Sorted candidates stay sorted, likeliest first; equal logits are
-ordered by id (llama.cpp leaves their order open). With equal logits and seed the token is llama.cpp's.
+With equal logits, seed and configuration the token is llama.cpp's. The functions that are chained: `samplers` leaves
+candidates over, `choice` draws among them.
 """
 
 from __future__ import annotations
 
 import secrets
-from collections.abc import Sequence
+from collections import Counter, deque
+from collections.abc import Collection, Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 
-from llamakit.errors import LlamakitError
+from llamakit.errors import LlamakitError, UsageError
+from llamakit.inference import choice, llama2c_rng, samplers
 from llamakit.inference.config import GenerateConfig
-
-Ids = NDArray[np.int64]
-Logits = NDArray[np.float32]
-Candidates = tuple[Ids, Logits]
-
-
-def penalize(logits: Logits, recent: Sequence[int], repeat: float) -> Logits:
-    """Logits (V,) with those of the recent tokens divided by `repeat` where positive, multiplied elsewhere; a copy."""
-    seen = np.unique(np.asarray(recent, dtype=np.int64))
-    if repeat == 1 or not seen.size:
-        return logits
-    logits, factor = logits.copy(), np.float32(repeat)
-    values = logits[seen]
-    logits[seen] = np.where(values <= 0, values * factor, values / factor)
-    return logits
-
-
-def _sort(ids: Ids, logits: Logits) -> Candidates:
-    order = np.lexsort((ids, -logits))
-    return ids[order], logits[order]
-
-
-def top_k(ids: Ids, logits: Logits, k: int) -> Candidates:
-    """The k largest logits, sorted; all of them, unsorted, for k <= 0."""
-    if k <= 0:
-        return ids, logits
-    if k < len(logits):
-        least = np.partition(logits, len(logits) - k)[len(logits) - k]
-        above = np.flatnonzero(logits > least)
-        equal = np.flatnonzero(logits == least)[: k - len(above)]
-        keep = np.concatenate([above, equal])
-        ids, logits = ids[keep], logits[keep]
-    return _sort(ids, logits)
-
-
-def _exp(x: NDArray[np.float32]) -> NDArray[np.float32]:
-    """C's expf: numpy's float32 exp is off by a unit in the last place where a rounded float64 one is not."""
-    return np.exp(x, dtype=np.float64).astype(np.float32)
-
-
-def top_p(ids: Ids, logits: Logits, p: float) -> Candidates:
-    """The shortest sorted prefix whose float32 probabilities sum to at least p; everything, as it is, for p >= 1."""
-    if p >= 1:
-        return ids, logits
-    shares = _exp(logits - logits.max())
-    # cumsum adds one after the other in float32, as the C loop does; sum() would add pairwise.
-    total = np.cumsum(shares, dtype=np.float32)[-1]
-    ids, logits = _sort(ids, logits)
-    reached = np.cumsum(_exp(logits - logits[0]) / total, dtype=np.float32) >= np.float32(p)
-    n_kept = int(reached.argmax()) + 1 if reached.any() else len(ids)
-    return ids[:n_kept], logits[:n_kept]
-
-
-def min_p(ids: Ids, logits: Logits, p: float) -> Candidates:
-    """Tokens at least p times as likely as the likeliest, order kept; everything for p <= 0."""
-    if p <= 0:
-        return ids, logits
-    least = logits.max() + np.float32(np.log(np.float64(np.float32(p))))
-    keep = logits >= least
-    return ids[keep], logits[keep]
-
-
-def temperature(ids: Ids, logits: Logits, t: float) -> Candidates:
-    """Logits divided by t > 0 in float32; for t <= 0 the first largest alone."""
-    if t <= 0:
-        best = int(logits.argmax())
-        return ids[best : best + 1], logits[best : best + 1]
-    return ids, logits / np.float32(t)
-
-
-def dist(ids: Ids, logits: Logits, uniform: float) -> int:
-    """The id at which the running float64 sum of exp(logit - max) reaches `uniform` in [0, 1) of the total."""
-    sums = np.cumsum(_exp(logits - logits.max()), dtype=np.float64)
-    chosen = int(np.searchsorted(sums, sums[-1] * uniform, side="left"))
-    return int(ids[min(chosen, len(ids) - 1)])
+from llamakit.inference.dry import Breakers, dry
+from llamakit.inference.mt19937 import Mt19937
+from llamakit.inference.sampler_names import parse_names
+from llamakit.inference.samplers import Candidates, Logits
 
 
 def log_probability(logits: Logits, token: int) -> float:
@@ -98,59 +27,146 @@ def log_probability(logits: Logits, token: int) -> float:
     return float(shifted[token] - np.log(np.exp(shifted).sum()))
 
 
-def resolve_seed(seed: int) -> int:
-    """The seed itself, or for -1 a random one in [0, 2**32 - 1), as llama.cpp keeps the largest for `random`."""
-    return secrets.randbelow(2**32 - 1) if seed == -1 or seed == 2**32 - 1 else seed
+def resolve_seed(config: GenerateConfig) -> int:
+    """The seed asked for, or a random one in [1, 2**32 - 1) where that is -1 or the largest, as in llama.cpp, or 0
+    for llama2.c, whose generator stands still at 0."""
+    is_random = config.seed in (-1, 2**32 - 1) or (config.rng == "llama2c" and config.seed == 0)
+    return 1 + secrets.randbelow(2**32 - 2) if is_random else config.seed
 
 
 class Sampler:
-    """The whole chain with its random numbers (std::mt19937) and the window of recent tokens.
+    """The whole chain: random numbers, the windows of recent tokens, what Mirostat and adaptive-p have learned.
 
-    seed: the one in use, also when the configuration asked for a random one.
+    seed: the one in use, also when the configuration asked for a random one. banned: tokens never to be drawn;
+    breakers: of DRY, see `dry.breakers`.
     """
 
-    def __init__(self, config: GenerateConfig, prompt: Sequence[int] = ()) -> None:
-        self.seed = resolve_seed(config.seed)
+    def __init__(
+        self,
+        config: GenerateConfig,
+        prompt: Sequence[int] = (),
+        *,
+        banned: Collection[int] = (),
+        breakers: Breakers | None = None,
+    ) -> None:
+        self.seed = resolve_seed(config)
         self._config = config
-        self._random = np.random.RandomState(self.seed)
-        self._recent: list[int] = []
-        for token in prompt[-config.repeat_last_n :] if config.repeat_last_n else ():
+        self._bias = [*config.logit_bias, *((id, -np.inf) for id in sorted(banned))]
+        self._breakers = breakers or {}
+        names = parse_names(config.samplers)
+        # Each XTC has random numbers of its own.
+        self._steps = [(name, Mt19937(self.seed)) for name in names if name != "adaptive_p"]
+        self._random = Mt19937(self.seed)
+        self._xorshift = llama2c_rng.Xorshift(self.seed)
+        self._mu = np.float32(2) * np.float32(config.mirostat_ent)
+        self._adaptive = _Average(config) if "adaptive_p" in names else None
+        self._recent: deque[int] = deque(maxlen=config.repeat_last_n)
+        self._repeated: deque[int] = deque(maxlen=config.dry_penalty_last_n)
+        for token in prompt:
             self.accept(token)
-
-    def _uniform(self) -> float:
-        """std::uniform_real_distribution<double>(0, 1) over std::mt19937: two draws, the low half first."""
-        low, high = np.frombuffer(self._random.bytes(8), dtype="<u4").tolist()
-        value = (float(low) + float(high) * 2.0**32) / 2.0**64
-        return value if value < 1 else float(np.nextafter(1.0, 0.0))
 
     def accept(self, token: int) -> None:
         """Count a token as recent."""
-        if self._config.repeat_last_n:
-            self._recent.append(token)
-            del self._recent[: -self._config.repeat_last_n]
+        self._recent.append(token)
+        self._repeated.append(token)
 
     def sample(self, logits: Logits) -> int:
         """The next token for logits (V,) float32; it counts as recent from now on.
 
-        Raises LlamakitError for logits that are not finite.
+        Raises LlamakitError for logits that are not finite, UsageError for a bias of a token that there is not, and
+        where no token is left.
         """
-        token = self._choose(logits)
-        self.accept(token)
-        return token
-
-    def _choose(self, logits: Logits) -> int:
-        config = self._config
         if not np.isfinite(logits).all():
             bad = int(np.flatnonzero(~np.isfinite(logits))[0])
             raise LlamakitError(
                 f"the model computed {logits[bad]} as the logit of token {bad} (expected a finite number)",
                 hint="the weights or an adapter are damaged, or the scale of an adapter is too large",
             )
-        logits = penalize(logits, self._recent, config.repeat_penalty)
-        if config.temperature <= 0:
-            return int(logits.argmax())
-        candidates = top_k(np.arange(len(logits), dtype=np.int64), logits, config.top_k)
-        candidates = top_p(*candidates, config.top_p)
-        candidates = min_p(*candidates, config.min_p)
-        candidates = temperature(*candidates, config.temperature)
-        return dist(*candidates, self._uniform())
+        config = self._config
+        if config.rng == "llama2c":
+            token = llama2c_rng.sample(logits, config.temperature, config.top_p, self._xorshift)
+        else:
+            token = self._choose(self._biased(logits))
+        self.accept(token)
+        return token
+
+    def _biased(self, logits: Logits) -> Candidates:
+        bad = next((id for id, _ in self._bias if id >= len(logits)), None)
+        if bad is not None:
+            raise UsageError(f"--logit-bias has the token {bad} (expected 0 to {len(logits) - 1})")
+        candidates = samplers.logit_bias(samplers.whole_vocabulary(logits), self._bias)
+        if self._bias and not np.isfinite(candidates.logits).any():
+            raise UsageError("no token is left: all are ruled out", hint="fewer -inf in --logit-bias")
+        return candidates
+
+    def _choose(self, c: Candidates) -> int:
+        config, n_vocab, uniform = self._config, len(c.ids), self._random.uniform
+        if config.mirostat:
+            c = samplers.temperature(c, config.temperature)
+            tau, eta = config.mirostat_ent, config.mirostat_lr
+            if config.mirostat == 1:
+                token, self._mu = choice.mirostat(c, self._mu, tau, eta, n_vocab, uniform)
+            else:
+                token, self._mu = choice.mirostat_v2(c, self._mu, tau, eta, uniform)
+            return token
+        for name, random in self._steps:
+            c = self._step(name, c, random)
+        if self._adaptive is None:
+            return choice.dist(c, uniform)
+        token, share = choice.adaptive_p(c, self._adaptive.target(), uniform)
+        self._adaptive.add(share)
+        return token
+
+    def _step(self, name: str, c: Candidates, random: Mt19937) -> Candidates:
+        config = self._config
+        match name:
+            case "penalties":
+                strengths = config.repeat_penalty, config.frequency_penalty, config.presence_penalty
+                return samplers.penalties(c, Counter(self._recent), *strengths) if config.repeat_last_n else c
+            case "dry":
+                if config.dry_multiplier == 0:
+                    return c
+                strengths = config.dry_multiplier, config.dry_base, config.dry_allowed_length
+                return dry(c, self._repeated, self._breakers, *strengths) if config.dry_penalty_last_n else c
+            case "top_n_sigma":
+                return samplers.top_n_sigma(c, config.top_n_sigma)
+            case "top_k":
+                return samplers.top_k(c, config.top_k)
+            case "typ_p":
+                return samplers.typical(c, config.typical)
+            case "top_p":
+                return samplers.top_p(c, config.top_p)
+            case "min_p":
+                return samplers.min_p(c, config.min_p)
+            case "xtc":
+                return self._xtc(c, random)
+            case _:
+                return samplers.dynamic_temperature(c, config.temperature, config.dynatemp_range, config.dynatemp_exp)
+
+    def _xtc(self, c: Candidates, random: Mt19937) -> Candidates:
+        """A lot decides whether XTC is applied; none is drawn where it is off or one candidate is left."""
+        probability, threshold = np.float32(self._config.xtc_probability), self._config.xtc_threshold
+        if probability <= 0 or threshold > 0.5 or len(c.ids) < 2 or random.uniform_float() > probability:
+            return c
+        return samplers.xtc(c, threshold)
+
+
+class _Average:
+    """adaptive-p's moving average of the probabilities of the tokens drawn so far, in float32."""
+
+    def __init__(self, config: GenerateConfig) -> None:
+        self._target, self._decay = np.float32(config.adaptive_target), np.float32(config.adaptive_decay)
+        one = np.float32(1)
+        self._sum, self._weight = self._target / (one - self._decay), one / (one - self._decay)
+
+    def target(self) -> np.float32 | None:
+        """What to aim at now, so that the average comes to the target; None where adaptive-p is off."""
+        if self._target < 0:
+            return None
+        aim = np.float32(2) * self._target - self._sum / self._weight
+        return np.clip(aim, np.float32(0), np.float32(1))
+
+    def add(self, share: np.float32) -> None:
+        """Count one more token."""
+        self._sum = share + self._decay * self._sum
+        self._weight = np.float32(1) + self._decay * self._weight

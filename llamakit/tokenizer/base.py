@@ -99,11 +99,15 @@ class Tokenizer(ABC):
         where the vocabulary asks for it. Bytes that are no UTF-8 become U+FFFD. Raises UsageError for an id outside
         the vocabulary.
         """
+        return self.decode_bytes(ids, special=special).decode("utf-8", "replace")
+
+    def decode_bytes(self, ids: Iterable[int], *, special: bool = False) -> bytes:
+        """What `decode` makes text of: the bytes of some ids, which may begin or end inside of a character."""
         pieces = [self.piece(i, special=special) for i in ids]
         if pieces and self.vocabulary.add_space_prefix:
             pieces[0] = pieces[0].removeprefix(b" ")
         data = b"".join(pieces)
-        return (clean_spaces(data) if self.vocabulary.clean_spaces else data).decode("utf-8", "replace")
+        return clean_spaces(data) if self.vocabulary.clean_spaces else data
 
     def piece(self, id: int, *, special: bool = False) -> bytes:
         """Bytes that one token stands for, perhaps part of a character; empty for control and unknown tokens unless

@@ -39,6 +39,8 @@ def notes(line: str) -> list[compat.Note]:
     ("generate --model m.gguf --prompt '--a_b' --n-predict 64 --ctx-size 512 --temperature=0.7 --top_k 40 --repeat_penalty=1.1",
      "generate -m m.gguf -p --a_b -n 64 --ctx 512 -t 0.7 --top-k 40 --repeat-penalty=1.1"),
     ("generate -m m.gguf --predict 5 -c 128 -s 7 --file p_q.txt", "generate -m m.gguf -n 5 --ctx 128 --seed 7 -f p_q.txt"),
+    ("generate -m m -l 5+1 --sampler-seq kt --top_n_sigma 1 --typical-p=0.9 --dry-sequence-breaker --_",
+     "generate -m m --logit-bias 5+1 --sampling-seq kt --top-nsigma 1 --typical=0.9 --dry-sequence-breaker --_"),
     ("generate -m m --lora a.gguf --lora-scaled b.gguf 0.5 -p x", "generate -m m --lora a.gguf --lora-scaled b.gguf:0.5 -p x"),
     ("generate -m m --lora-scaled b.gguf:0.5 7", "generate -m m --lora-scaled b.gguf:0.5 7"),
     ("generate -m m --lora_scaled=b.gguf:0.5", "generate -m m --lora-scaled b.gguf:0.5"),

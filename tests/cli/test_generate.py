@@ -12,6 +12,7 @@ import pytest
 
 from llamakit.cli import run
 from llamakit.formats.adapter import Adapter, write_adapter
+from llamakit.formats.base import TensorData
 from llamakit.formats.gguf import GGUFFile, write_gguf
 from tests.formats.files import split_gguf
 from tests.helpers import ROOT, assert_error
@@ -246,3 +247,58 @@ def test_a_model_in_parts_says_the_same(cli, model, tmp_path):
 @pytest.mark.parametrize("scale", ["nan", "inf", "-inf", "1e39", "x", ""])
 def test_a_scale_that_is_no_number_is_refused(model, cli, scale):
     assert_error(cli("generate", "-m", model, PROMPT, "--lora-scaled", f"a.gguf:{scale}"), 2, "--lora-scaled")
+
+
+def test_the_files_own_sampling_is_the_default_under_the_command_lines(cli, tmp_path):
+    source, path = GGUFFile(cached_tiny_gguf(n_ctx=64)), tmp_path / "model.gguf"
+    own = {"general.sampling.temp": 0.0, "general.sampling.top_k": 7, "general.sampling.sequence": "top_k;temp"}
+    _rewrite(source, path, own)
+    greedy = cli("generate", "-m", source.path, PROMPT, *GREEDY).stdout
+    result = cli("generate", "-m", path, PROMPT, "-n", "12")
+    assert result.stdout == greedy
+    assert "the file recommends its sampling: samplers top_k;temperature, top_k 7, temperature 0" in result.stderr
+    result = cli("generate", "-m", path, PROMPT, "-n", "12", "-t", "0.8", "--top-k", "1", "--sampling-seq", "kt")
+    assert result.stdout == greedy
+    assert "recommends" not in result.stderr
+    _rewrite(source, path, {"general.sampling.sequence": "top_k;best"})
+    assert_error(cli("generate", "-m", path, PROMPT), 2, str(path), "general.sampling.sequence", "'best'", "--samplers")
+    _rewrite(source, path, {"general.sampling.top_p": 7.0})
+    assert_error(cli("generate", "-m", path, PROMPT), 2, str(path), "--top-p is 7.0")
+
+
+def _rewrite(source: GGUFFile, path: Path, more: dict) -> None:
+    tensors = [TensorData(i.name, i.shape, i.type, source.read(i.name, 0, None)) for i in source.tensors.values()]
+    write_gguf(path, metadata={**source.metadata, **more}, tensors=tensors)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--samplers", "top_k;best"], "unknown sampler 'best'"),
+        (["--sampling-seq", "kz"], "unknown sampler 'z'"),
+        (["--logit-bias", "5"], "--logit-bias is '5'"),
+        (["--logit-bias", "99999+1"], "--logit-bias has the token 99999"),
+        (["--dry-base", "0.5"], "--dry-base is 0.5"),
+        (["--rng", "llama2c", "--top-k", "5"], "--top-k does not go with --rng llama2c"),
+    ],
+)
+def test_sampling_that_cannot_be_is_one_line(options, message, model, cli):
+    assert_error(cli("generate", "-m", model, PROMPT, *options), 2, message)
+
+
+def test_biases_rule_tokens_in_and_out(model, cli):
+    value = json.loads(cli("generate", "-m", model, PROMPT, *GREEDY, "--json", "-l", "7+1000").stdout)
+    assert set(value["tokens"]) == {7}
+    text = cli("generate", "-m", model, PROMPT, *GREEDY, "--dry-multiplier", "5", "--dry-sequence-breaker", "none")
+    assert text.returncode == 0
+    long = json.loads(cli("generate", "-m", model, PROMPT, "-n", "40", "--seed", "3", "--json", "--ignore-eos").stdout)
+    assert (len(long["tokens"]), long["stop_reason"]) == (40, "length")
+
+
+def test_llama2cs_random_numbers_give_the_text_of_its_documentation(cli):
+    """doc/stories260K.md of karpathy/llama2.c; 256 steps are run.c's default."""
+    options = ("-t", "1.0", "--top-p", "0.9", "-s", "133742", "-n", "256")
+    stories, vocabulary = _shared("models/stories260K.bin"), _shared("models/tok512.bin")
+    result = cli("generate", "-m", stories, "-z", vocabulary, "--rng", "llama2c", *options)
+    digest = "0d33d0d617b86488c85dd171d128cd7559d789a71bc80efb254577f8dc4750aa"
+    assert hashlib.sha256(result.stdout.encode()).hexdigest() == digest

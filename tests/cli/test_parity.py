@@ -36,8 +36,12 @@ def test_generate() -> None:
         "rope_freq_base",
     )
     others = ("conversation", "offline", "threads", "device", "dtype", "no_display_prompt", "json", "config")
+    texts = ("dry_sequence_breaker", "logit_bias")  # None on the command line, read into what the field has
     assert_parity(
-        generate, GenerateConfig, cli_only=files + others, config_only=("logprobs", "prefill_chunk", "stop_ids")
+        generate,
+        GenerateConfig,
+        cli_only=("context", "sampling_seq", *files, *others, *texts),
+        config_only=("logprobs", "prefill_chunk", "stop_ids", *texts),
     )
 
 

@@ -32,9 +32,18 @@ _ARGUMENTS = {
     "top_p": (ctypes.c_float, ctypes.c_size_t),
     "min_p": (ctypes.c_float, ctypes.c_size_t),
     "temp": (ctypes.c_float,),
+    "temp_ext": (ctypes.c_float, ctypes.c_float, ctypes.c_float),
+    "typical": (ctypes.c_float, ctypes.c_size_t),
+    "top_n_sigma": (ctypes.c_float,),
+    "xtc": (ctypes.c_float, ctypes.c_float, ctypes.c_size_t, ctypes.c_uint32),
+    "dry": (ctypes.c_void_p, ctypes.c_float, ctypes.c_float, ctypes.c_int32, ctypes.c_int32, ctypes.c_void_p, ctypes.c_size_t),
+    "logit_bias": (ctypes.c_int32, ctypes.c_int32, ctypes.c_void_p),
+    "mirostat": (ctypes.c_int32, ctypes.c_uint32, ctypes.c_float, ctypes.c_float, ctypes.c_int32),
+    "mirostat_v2": (ctypes.c_uint32, ctypes.c_float, ctypes.c_float),
+    "adaptive_p": (ctypes.c_float, ctypes.c_float, ctypes.c_uint32),
     "dist": (ctypes.c_uint32,),
     "greedy": (),
-}
+}  # fmt: skip
 
 
 @cache
@@ -70,6 +79,10 @@ class Candidates:
         return ctypes.byref(self._array)
 
     @property
+    def is_sorted(self) -> bool:
+        return bool(self._array.sorted)
+
+    @property
     def selected(self) -> int:
         """Id of the token that greedy or dist chose."""
         return self._array.data[self._array.selected].id
@@ -81,12 +94,24 @@ class Candidates:
         return view["id"].astype(np.int64), view["logit"].copy()
 
 
+def _new(lib: ctypes.CDLL, name: str, arguments: list) -> int:
+    if name == "logit_bias":
+        n_vocab, bias = arguments
+        array = np.array(bias, dtype=[("token", "<i4"), ("bias", "<f4")])
+        arguments = [n_vocab, len(bias), array.ctypes.data]
+    if name == "dry" and len(arguments) == 6:  # the last: texts of sequence breakers
+        *arguments, texts = arguments
+        array = (ctypes.c_char_p * len(texts))(*(text.encode() for text in texts))
+        arguments = [*arguments, ctypes.cast(array, ctypes.c_void_p), len(texts)]
+    return getattr(lib, f"llama_sampler_init_{name}")(*arguments)
+
+
 class LlamaSampler:
     """One llama.cpp sampler, or several in a row."""
 
     def __init__(self, *chain: tuple) -> None:
         lib = library()
-        self._samplers = [getattr(lib, f"llama_sampler_init_{name}")(*arguments) for name, *arguments in chain]
+        self._samplers = [_new(lib, name, arguments) for name, *arguments in chain]
 
     def __enter__(self) -> LlamaSampler:
         return self

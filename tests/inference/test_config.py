@@ -7,6 +7,7 @@ import pytest
 
 from llamakit.errors import UsageError
 from llamakit.inference.config import GenerateConfig
+from llamakit.inference.sampler_names import parse_letters, parse_names
 
 
 @pytest.mark.parametrize(
@@ -22,6 +23,15 @@ from llamakit.inference.config import GenerateConfig
         ("seed", -2, "--seed"),
         ("seed", 2**32, "--seed"),
         ("ctx", -1, "--ctx"),
+        ("dry_base", 0.5, "--dry-base"),
+        ("presence_penalty", math.inf, "--presence-penalty"),
+        ("top_n_sigma", math.nan, "--top-nsigma"),
+        ("typical", 1.5, "--typical"),
+        ("xtc_probability", -0.1, "--xtc-probability"),
+        ("mirostat", 3, "--mirostat"),
+        ("adaptive_decay", 1.0, "--adaptive-decay"),
+        ("logit_bias", ((3, math.inf),), "--logit-bias"),
+        ("rng", "mine", "--rng"),
     ],
 )
 def test_values_that_cannot_be_name_their_flag(field, value, flag):
@@ -34,3 +44,23 @@ def test_it_is_frozen_and_needs_no_torch():
         GenerateConfig().seed = 1  # pyright: ignore[reportAttributeAccessIssue]
     code = "import sys, llamakit.inference.config; sys.exit(any(m in sys.modules for m in ('torch', 'numpy')))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_samplers_have_llama_cpps_spellings_and_an_unknown_one_is_named():
+    spelt = "Penalties;top-k;TOPP;nucleus;typ;temp;top_n_sigma;adaptive-p"
+    names = ("penalties", "top_k", "top_p", "top_p", "typ_p", "temperature", "top_n_sigma", "adaptive_p")
+    assert parse_names(spelt) == names
+    assert ";".join(parse_letters("edskypmxt")) == GenerateConfig.samplers
+    assert parse_names("") == ()
+    with pytest.raises(UsageError, match="unknown sampler 'topq'"):
+        GenerateConfig(samplers="top_k;topq")
+    with pytest.raises(UsageError, match="unknown sampler 'q'"):
+        parse_letters("kq")
+    with pytest.raises(UsageError, match="does not have"):
+        parse_names("infill")
+
+
+def test_llama2c_takes_temperature_and_top_p_alone():
+    GenerateConfig(rng="llama2c", temperature=0.5, top_p=0.9)
+    with pytest.raises(UsageError, match="--min-p does not go with --rng llama2c"):
+        GenerateConfig(rng="llama2c", min_p=0.1)
