@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,6 +10,7 @@ import typer
 
 from llamakit.cli import render
 from llamakit.cli import sampling_options as sampling
+from llamakit.cli.loading import Loaded, load
 from llamakit.cli.options import (
     FILES,
     LORA,
@@ -24,7 +24,6 @@ from llamakit.cli.options import (
     OfflineOption,
     ThreadsOption,
     scaled_adapter,
-    set_threads,
 )
 from llamakit.cli.prompt import read_prompt
 from llamakit.cli.sources import local
@@ -33,12 +32,7 @@ from llamakit.errors import EXIT_INTERRUPTED, EXIT_OK, UsageError
 from llamakit.inference.config import GenerateConfig
 
 if TYPE_CHECKING:
-    import torch
-
-    from llamakit.formats.base import ModelFile
     from llamakit.inference.completion import Done, Token
-    from llamakit.model import Llama
-    from llamakit.tokenizer import Tokenizer
 
 _PROMPT = "Prompt"
 
@@ -186,78 +180,17 @@ def generate(
     text = read_prompt(prompt, prompt_option, prompt_file, escape=not no_escape, use_stdin=vocabulary is None) or ""
     adapters = [(local(name, offline=offline), scale) for name, scale in named]
     files = local(model, offline=offline), local(vocabulary, offline=offline)
-    loaded = _load(*files, adapters, force, threads, device, dtype, ctx or None, rope_freq_base)
+    loaded = load(
+        files[0], vocabulary=files[1], adapters=adapters, force=force, threads=threads, device=device, dtype=dtype,
+        n_ctx=ctx or None, rope_theta=rope_freq_base,
+    )  # fmt: skip
     wanted = _with_file_settings(loaded, wanted, sampling.given(context))
     shown = "" if no_display_prompt or conversation else text
     ids = _prompt_ids(loaded, text, conversation)
     return _run(loaded, ids, wanted, shown=shown, prompt=text, json=json)
 
 
-@dataclass(frozen=True)
-class _Loaded:
-    """A model that is ready, and what the user gets told about it."""
-
-    file: ModelFile
-    model: Llama
-    tokenizer: Tokenizer
-    load_s: float
-    is_llama2c: bool
-
-
-def _load(
-    path: Path,
-    vocabulary: Path | None,
-    adapters: list[tuple[Path, float]],
-    force: bool,
-    threads: int | None,
-    device: str,
-    dtype: str,
-    n_ctx: int | None,
-    rope_theta: float | None,
-) -> _Loaded:
-    """Read the vocabulary, the adapters and the model, cheapest first, so that a mistake shows early."""
-    from llamakit.formats.adapter import check_adapter, read_adapter
-    from llamakit.formats.llama2c import Llama2cFile
-    from llamakit.formats.llama2c_checkpoint import Llama2cCheckpoint
-    from llamakit.formats.open import check_is_model, open_model
-    from llamakit.model import attach, load_config, load_model
-
-    started = time.perf_counter()  # imports are not the model's fault
-    file = open_model(path, n_ctx=n_ctx, rope_theta=rope_theta)
-    is_llama2c = isinstance(file, (Llama2cFile, Llama2cCheckpoint))
-    check_is_model(file)
-    _check_vocabulary_option(file, vocabulary, is_llama2c)
-    tokenizer = _tokenizer(file, vocabulary)
-    read = [(read_adapter(adapter, file), scale) for adapter, scale in adapters]
-    for adapter, _ in read:
-        for note in check_adapter(adapter, file, force=force):
-            render.note(f"{adapter.path}: {note}")
-    render.loading(path)
-    shape = load_config(file)
-    where, number = _device_and_dtype(shape.n_matmul, device, dtype, threads)
-    shape = shape if rope_theta is None else replace(shape, rope_base=rope_theta)
-    model = load_model(file, device=where, dtype=number, config=shape)
-    for adapter, scale in read:
-        attach(model, adapter, scale)
-    return _Loaded(file, model, tokenizer, time.perf_counter() - started, is_llama2c)
-
-
-def _check_vocabulary_option(file: ModelFile, vocabulary: Path | None, is_llama2c: bool) -> None:
-    if is_llama2c and vocabulary is None:
-        raise UsageError("a llama2.c model holds no vocabulary", path=file.path, hint="name its tokenizer.bin: -z FILE")
-    if not is_llama2c and vocabulary is not None:
-        raise UsageError("-z is for llama2.c models: a GGUF file holds its own vocabulary", path=file.path)
-
-
-def _tokenizer(file: ModelFile, vocabulary: Path | None) -> Tokenizer:
-    from llamakit.tokenizer import load_llama2c_tokenizer, load_tokenizer
-
-    if vocabulary is None:
-        return load_tokenizer(file)
-    return load_llama2c_tokenizer(vocabulary, n_vocab=file.tensors["token_embd.weight"].shape[0])
-
-
-def _with_file_settings(loaded: _Loaded, config: GenerateConfig, given: set[str]) -> GenerateConfig:
+def _with_file_settings(loaded: Loaded, config: GenerateConfig, given: set[str]) -> GenerateConfig:
     """What the file recommends, under what the user has set, and a note that says so."""
     from llamakit.inference.file_settings import with_file_settings
 
@@ -272,16 +205,7 @@ def _with_file_settings(loaded: _Loaded, config: GenerateConfig, given: set[str]
     return config
 
 
-def _device_and_dtype(n_weights: int, device: str, dtype: str, threads: int | None) -> tuple[torch.device, torch.dtype]:
-    from llamakit.files import available_memory_bytes
-    from llamakit.model.device import inference_dtype, resolve_device
-
-    set_threads(threads)
-    where = resolve_device(device)
-    return where, inference_dtype(dtype, where, n_weights=n_weights, free_bytes=available_memory_bytes())
-
-
-def _prompt_ids(loaded: _Loaded, text: str, conversation: bool) -> list[int]:
+def _prompt_ids(loaded: Loaded, text: str, conversation: bool) -> list[int]:
     """The prompt as it is, or (-cnv) as the first message of a user, in the model's own chat template."""
     from llamakit.inference.completion import encode_prompt
     from llamakit.tokenizer.chat import encode_chat
@@ -295,7 +219,7 @@ def _prompt_ids(loaded: _Loaded, text: str, conversation: bool) -> list[int]:
     return encode_chat(loaded.tokenizer, [{"role": "user", "content": text}])
 
 
-def _run(loaded: _Loaded, ids: list[int], config: GenerateConfig, *, shown: str, prompt: str, json: bool) -> int:
+def _run(loaded: Loaded, ids: list[int], config: GenerateConfig, *, shown: str, prompt: str, json: bool) -> int:
     """Generate and render; shown: what stands on stdout before the continuation."""
     from llamakit.inference.completion import Done
     from llamakit.inference.completion import generate as continue_prompt
@@ -305,7 +229,7 @@ def _run(loaded: _Loaded, ids: list[int], config: GenerateConfig, *, shown: str,
     tokens: list[Token] = []
     pieces: list[str] = []
     done: Done | None = None
-    reports = continue_prompt(loaded.model, loaded.tokenizer, ids, config)
+    reports = continue_prompt(loaded.engine, loaded.tokenizer, ids, config)
     if shown and not json:
         render.stream(shown)
     try:
@@ -327,22 +251,22 @@ def _run(loaded: _Loaded, ids: list[int], config: GenerateConfig, *, shown: str,
     return EXIT_INTERRUPTED if done is None else EXIT_OK
 
 
-def _for_file(loaded: _Loaded, ids: list[int], config: GenerateConfig) -> GenerateConfig:
+def _for_file(loaded: Loaded, ids: list[int], config: GenerateConfig) -> GenerateConfig:
     """run.c's rule for its own models: -n counts steps, so that the prompt's tokens after BOS count too."""
     if not loaded.is_llama2c or config.n_predict < 0:
         return config
     return replace(config, n_predict=max(0, config.n_predict - (len(ids) - 1)))
 
 
-def _remarks(loaded: _Loaded, config: GenerateConfig) -> None:
-    n_ctx = loaded.model.config.n_ctx
+def _remarks(loaded: Loaded, config: GenerateConfig) -> None:
+    n_ctx = loaded.engine.config.n_ctx
     if config.ctx > n_ctx:
         render.warn(f"--ctx {config.ctx} is more than the {n_ctx} tokens that the model was trained for")
     for warning in loaded.tokenizer.warnings:
         render.note(f"{loaded.file.path}: {warning}")
 
 
-def _timings(loaded: _Loaded, done: Done | None, *, sampled: bool) -> None:
+def _timings(loaded: Loaded, done: Done | None, *, sampled: bool) -> None:
     render.log(f"load: {loaded.load_s:.2f} s")
     if done is None:
         render.note("interrupted")
@@ -354,7 +278,7 @@ def _timings(loaded: _Loaded, done: Done | None, *, sampled: bool) -> None:
 
 
 def _as_json(
-    loaded: _Loaded, prompt: str, ids: list[int], tokens: list[Token], text: str, done: Done | None
+    loaded: Loaded, prompt: str, ids: list[int], tokens: list[Token], text: str, done: Done | None
 ) -> dict[str, Any]:
     """What `--json` prints; an interrupted generation has no timings."""
     value: dict[str, Any] = {

@@ -1,6 +1,6 @@
 """A prompt and its continuation: prefill in chunks, then one token at a time over a key-value cache.
 
-Shapes: V n_vocab, C n_embd.
+Shapes: V n_vocab.
 """
 
 from __future__ import annotations
@@ -10,15 +10,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-import numpy as np
-import torch
-
 from llamakit.errors import MismatchError, UsageError
 from llamakit.inference.config import GenerateConfig
 from llamakit.inference.dry import breakers
-from llamakit.inference.sampling import Logits, Sampler, log_probability
-from llamakit.model import KVCache, Llama
-from llamakit.model.layers import Embedding, LoraEmbedding
+from llamakit.inference.engine import Engine, TorchEngine
+from llamakit.inference.sampling import Sampler, log_probability
+from llamakit.model import Llama
 from llamakit.tokenizer import Tokenizer
 
 StopReason = Literal["end", "length", "context"]
@@ -84,51 +81,15 @@ def encode_prompt(tokenizer: Tokenizer, prompt: str | Sequence[int]) -> list[int
     return ids
 
 
-class _Context:
-    """A model with one cache: feeds tokens, gives the logits that follow the last one."""
-
-    def __init__(self, model: Llama, n_ctx: int) -> None:
-        self._model = model
-        self._device = next(model.parameters()).device
-        self._one = torch.empty(1, 1, dtype=torch.int64, device=self._device)
-        self.cache = KVCache(model.config, n_ctx=n_ctx, dtype=_dtype(model), device=self._device)
-
-    @torch.inference_mode()
-    def prefill(self, ids: Sequence[int], chunk: int) -> Logits:
-        """Logits (V,) float32 after all ids, which are computed `chunk` at a time."""
-        tokens = torch.tensor([ids], dtype=torch.int64, device=self._device)
-        hidden = tokens
-        for part in tokens.split(chunk, dim=1):
-            hidden = self._model(part, cache=self.cache)
-        return self._logits(hidden)
-
-    @torch.inference_mode()
-    def decode(self, token: int) -> Logits:
-        """Logits (V,) float32 after one more token."""
-        return self._logits(self._model(self._one.fill_(token), cache=self.cache))
-
-    def _logits(self, hidden: torch.Tensor) -> Logits:
-        """Only the last position (1, T, C) -> (V,): the output matrix is the largest of all."""
-        logits: np.ndarray = self._model.logits(hidden[0, -1]).cpu().numpy()
-        return logits
-
-
-def _dtype(model: Llama) -> torch.dtype:
-    """What the model computes in."""
-    embedding = model.token_embd.base if isinstance(model.token_embd, LoraEmbedding) else model.token_embd
-    assert isinstance(embedding, Embedding), "load_model puts it in"
-    return embedding.dtype
-
-
 def generate(
-    model: Llama, tokenizer: Tokenizer, prompt: str | Sequence[int] = "", config: GenerateConfig | None = None
+    model: Llama | Engine, tokenizer: Tokenizer, prompt: str | Sequence[int] = "", config: GenerateConfig | None = None
 ) -> Iterator[Token | Done]:
     """The continuation of a prompt, token by token, then one Done; the text is all reports' `text` joined.
 
-    prompt: text, or token ids taken as they are; an empty one starts from BOS. Ends at an end-of-generation token,
-    after n_predict tokens, or when the context (config.ctx, by default the model's) is full. Raises at once
-    UsageError for a prompt that cannot be (see `encode_prompt`) or is longer than the context, and MismatchError for
-    another model's tokenizer; later, LlamakitError for logits that are not finite.
+    model: what computes; a Llama runs in torch. prompt: text, or token ids taken as they are; an empty one starts from
+    BOS. Ends at an end-of-generation token, after n_predict tokens, or when the context (config.ctx, by default the
+    model's) is full. Raises at once UsageError for a prompt that cannot be (see `encode_prompt`) or is longer than the
+    context, and MismatchError for another model's tokenizer; later, LlamakitError for logits that are not finite.
     """
     config = config or GenerateConfig()
     ids = encode_prompt(tokenizer, prompt)
@@ -139,7 +100,8 @@ def generate(
         raise UsageError(
             f"the prompt has {len(ids)} tokens, the context holds {n_ctx}", hint="a larger --ctx, or less text"
         )
-    return _generate(model, tokenizer, ids, n_ctx, config)
+    engine = TorchEngine(model, prefill_chunk=config.prefill_chunk) if isinstance(model, Llama) else model
+    return _generate(engine, tokenizer, ids, n_ctx, config)
 
 
 def _sampler(tokenizer: Tokenizer, ids: list[int], config: GenerateConfig) -> Sampler:
@@ -149,24 +111,24 @@ def _sampler(tokenizer: Tokenizer, ids: list[int], config: GenerateConfig) -> Sa
 
 
 def _generate(
-    model: Llama, tokenizer: Tokenizer, ids: list[int], n_ctx: int, config: GenerateConfig
+    engine: Engine, tokenizer: Tokenizer, ids: list[int], n_ctx: int, config: GenerateConfig
 ) -> Iterator[Token | Done]:
     sampler, stream = _sampler(tokenizer, ids, config), tokenizer.stream()
     limit = config.n_predict if config.n_predict >= 0 else n_ctx + 1
-    context = _Context(model, min(n_ctx, len(ids) + limit))
+    context = engine.context(min(n_ctx, len(ids) + limit))
     for id_ in ids:  # so that the first piece is what follows this prompt, its leading space included
         stream.push(id_)
     token, started = ids[-1], time.perf_counter()
-    logits = context.prefill(ids, config.prefill_chunk)
+    logits = engine.feed(context, ids)
     prefill_s, decode_s, n_generated = time.perf_counter() - started, 0.0, 0
     reason: StopReason = "length"
     while n_generated < limit:
-        if n_generated and context.cache.n_past == n_ctx:
+        if n_generated and context.n_past == n_ctx:
             reason = "context"
             break
         started = time.perf_counter()
         if n_generated:
-            logits = context.decode(token)
+            logits = engine.feed(context, [token])
         token = sampler.sample(logits)
         decode_s += time.perf_counter() - started
         if token in tokenizer.eog_ids:
@@ -174,5 +136,5 @@ def _generate(
             break
         n_generated += 1
         yield Token(token, stream.push(token), log_probability(logits, token) if config.logprobs else None)
-    n_decoded = context.cache.n_past - len(ids)
+    n_decoded = context.n_past - len(ids)
     yield Done(reason, stream.finish(), sampler.seed, len(ids), n_generated, n_decoded, prefill_s, decode_s)
