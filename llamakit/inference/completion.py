@@ -13,7 +13,7 @@ from typing import Literal
 from llamakit.errors import MismatchError, UsageError
 from llamakit.inference.config import GenerateConfig
 from llamakit.inference.dry import breakers
-from llamakit.inference.engine import Engine, TorchEngine
+from llamakit.inference.engine import Context, Engine, TorchEngine
 from llamakit.inference.sampling import Sampler, log_probability
 from llamakit.model import Llama
 from llamakit.tokenizer import Tokenizer
@@ -42,6 +42,7 @@ class Done:
     "context" for a full context. text: what was still open, an unfinished UTF-8 character as U+FFFD; else empty.
     seed: of the sampler, also where a random one was asked for. decode_s: computing and sampling after the
     prompt; the time that the caller takes between two tokens does not count. n_decoded: tokens computed in it.
+    n_prompt: prompt tokens computed, which leaves out what the context held already.
     """
 
     reason: StopReason
@@ -113,17 +114,31 @@ def _sampler(tokenizer: Tokenizer, ids: list[int], config: GenerateConfig) -> Sa
 def _generate(
     engine: Engine, tokenizer: Tokenizer, ids: list[int], n_ctx: int, config: GenerateConfig
 ) -> Iterator[Token | Done]:
-    sampler, stream = _sampler(tokenizer, ids, config), tokenizer.stream()
     limit = config.n_predict if config.n_predict >= 0 else n_ctx + 1
-    context = engine.context(min(n_ctx, len(ids) + limit))
+    yield from continue_context(engine, engine.context(min(n_ctx, len(ids) + limit)), tokenizer, ids, config)
+
+
+def continue_context(
+    engine: Engine, context: Context, tokenizer: Tokenizer, ids: list[int], config: GenerateConfig
+) -> Iterator[Token | Done]:
+    """`generate` in a context that may hold the first of these ids already: only those that it lacks are computed.
+
+    ids: the whole prompt, at least one id, at most context.n_ctx; its first context.n_past are what the context holds.
+    Afterwards the context holds the prompt and all that was generated but the last token, also where the caller
+    stopped halfway or was interrupted: what it holds is always the first context.n_past of them. Raises LlamakitError
+    for logits that are not finite.
+    """
+    sampler, stream = _sampler(tokenizer, ids, config), tokenizer.stream()
+    limit = config.n_predict if config.n_predict >= 0 else context.n_ctx + 1
     for id_ in ids:  # so that the first piece is what follows this prompt, its leading space included
         stream.push(id_)
-    token, started = ids[-1], time.perf_counter()
-    logits = engine.feed(context, ids)
+    context.truncate(len(ids) - 1)  # the logits are those after the last id: it is always computed
+    token, started, lacking = ids[-1], time.perf_counter(), ids[context.n_past :]
+    logits = engine.feed(context, lacking)
     prefill_s, decode_s, n_generated = time.perf_counter() - started, 0.0, 0
     reason: StopReason = "length"
     while n_generated < limit:
-        if n_generated and context.n_past == n_ctx:
+        if n_generated and context.n_past == context.n_ctx:
             reason = "context"
             break
         started = time.perf_counter()
@@ -137,4 +152,4 @@ def _generate(
         n_generated += 1
         yield Token(token, stream.push(token), log_probability(logits, token) if config.logprobs else None)
     n_decoded = context.n_past - len(ids)
-    yield Done(reason, stream.finish(), sampler.seed, len(ids), n_generated, n_decoded, prefill_s, decode_s)
+    yield Done(reason, stream.finish(), sampler.seed, len(lacking), n_generated, n_decoded, prefill_s, decode_s)
