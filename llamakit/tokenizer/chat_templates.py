@@ -137,7 +137,7 @@ def find_chat_template(name: str) -> str:
     if Path(name).exists():
         return read_text(name)
     raise UsageError(
-        f"unknown chat template {escape_control(name[:100])!r} (expected a file, or one of {', '.join(CHAT_TEMPLATES)})"
+        f"unknown chat template '{escape_control(name[:100])}' (expected a file, or one of {', '.join(CHAT_TEMPLATES)})"
     )
 
 
