@@ -10,8 +10,19 @@ import typer
 
 from llamakit.cli import render
 from llamakit.cli import sampling_options as sampling
+from llamakit.cli.chat_options import (
+    ChatSetup,
+    ChatTemplateOption,
+    SingleTurnOption,
+    SystemFileOption,
+    SystemOption,
+    refuse_without_chat,
+    system_text,
+)
+from llamakit.cli.converse import converse
 from llamakit.cli.loading import Loaded, load
 from llamakit.cli.options import (
+    CHAT,
     FILES,
     LORA,
     MODEL,
@@ -28,7 +39,7 @@ from llamakit.cli.options import (
 from llamakit.cli.prompt import read_prompt
 from llamakit.cli.sources import local
 from llamakit.conversion.convert_config import check_stated
-from llamakit.errors import EXIT_INTERRUPTED, EXIT_OK, UsageError
+from llamakit.errors import EXIT_INTERRUPTED, EXIT_OK
 from llamakit.inference.config import GenerateConfig
 
 if TYPE_CHECKING:
@@ -74,9 +85,13 @@ def generate(
     conversation: Annotated[
         bool,
         typer.Option(
-            "-cnv", help="Answer the prompt as a chat, in the model's own template.", rich_help_panel=SAMPLING
+            "-cnv", help="Chat, as llamakit chat does; the prompt is the first message.", rich_help_panel=CHAT
         ),
     ] = False,
+    system: SystemOption = None,
+    system_file: SystemFileOption = None,
+    chat_template: ChatTemplateOption = None,
+    single_turn: SingleTurnOption = False,
     n_predict: Annotated[
         int,
         typer.Option("-n", help="Tokens to generate at most; -1: until an end token.", rich_help_panel=SAMPLING),
@@ -161,6 +176,8 @@ def generate(
     config: ConfigOption = None,
 ) -> int:
     """Continue a prompt, from the command line, a file or standard input; without one, from the start of a text."""
+    from llamakit.tokenizer.chat_templates import find_chat_template
+
     check_stated(None, rope_freq_base)
     wanted = GenerateConfig(
         n_predict=n_predict, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
@@ -177,17 +194,28 @@ def generate(
         ignore_eos=ignore_eos, rng=rng, seed=seed, ctx=ctx,
     )  # fmt: skip
     named = [(path, 1.0) for path in lora or ()] + [scaled_adapter(item) for item in lora_scaled or ()]
-    text = read_prompt(prompt, prompt_option, prompt_file, escape=not no_escape, use_stdin=vocabulary is None) or ""
+    if not conversation:
+        refuse_without_chat(
+            system=system, system_file=system_file, chat_template=chat_template, single_turn=single_turn
+        )
+    instructions = system_text(system, system_file, escape=not no_escape)
+    template = find_chat_template(chat_template) if chat_template else None
+    whole_stdin = single_turn if conversation else vocabulary is None  # a chat reads line by line
+    text = read_prompt(prompt, prompt_option, prompt_file, escape=not no_escape, use_stdin=whole_stdin) or ""
     adapters = [(local(name, offline=offline), scale) for name, scale in named]
     files = local(model, offline=offline), local(vocabulary, offline=offline)
     loaded = load(
         files[0], vocabulary=files[1], adapters=adapters, force=force, threads=threads, device=device, dtype=dtype,
-        n_ctx=ctx or None, rope_theta=rope_freq_base,
+        n_ctx=ctx or None, rope_theta=rope_freq_base, chat=conversation, chat_template=template,
     )  # fmt: skip
     wanted = _with_file_settings(loaded, wanted, sampling.given(context))
-    shown = "" if no_display_prompt or conversation else text
-    ids = _prompt_ids(loaded, text, conversation)
-    return _run(loaded, ids, wanted, shown=shown, prompt=text, json=json)
+    if conversation:
+        _remarks(loaded, wanted)
+        setup = ChatSetup(text, instructions, single_turn, json, force, offline)
+        return converse(loaded, wanted, setup, as_json=_as_json)
+    return _run(
+        loaded, _prompt_ids(loaded, text), wanted, shown="" if no_display_prompt else text, prompt=text, json=json
+    )
 
 
 def _with_file_settings(loaded: Loaded, config: GenerateConfig, given: set[str]) -> GenerateConfig:
@@ -205,18 +233,13 @@ def _with_file_settings(loaded: Loaded, config: GenerateConfig, given: set[str])
     return config
 
 
-def _prompt_ids(loaded: Loaded, text: str, conversation: bool) -> list[int]:
-    """The prompt as it is, or (-cnv) as the first message of a user, in the model's own chat template."""
+def _prompt_ids(loaded: Loaded, text: str) -> list[int]:
+    """The prompt as it is, and a hint where that may not be what was meant."""
     from llamakit.inference.completion import encode_prompt
-    from llamakit.tokenizer.chat import encode_chat
 
-    if not conversation:
-        if loaded.tokenizer.chat_template:
-            render.hint("this model has a chat template; a plain completion does not apply it, -cnv answers as a chat")
-        return encode_prompt(loaded.tokenizer, text)
-    if not text:
-        raise UsageError("-cnv needs a prompt: the first message of the chat", hint="give it with -p")
-    return encode_chat(loaded.tokenizer, [{"role": "user", "content": text}])
+    if loaded.tokenizer.chat_template:
+        render.hint("this model has a chat template; a plain completion does not apply it, llamakit chat does")
+    return encode_prompt(loaded.tokenizer, text)
 
 
 def _run(loaded: Loaded, ids: list[int], config: GenerateConfig, *, shown: str, prompt: str, json: bool) -> int:

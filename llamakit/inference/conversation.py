@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, replace
 
 from llamakit.errors import FormatError, LlamakitError, MismatchError, UsageError
@@ -35,8 +35,8 @@ class Conversation:
     """What was said so far, and what the model says next.
 
     messages: {"role", "content"} each; a system message only as the first. They change when an answer begins, and not
-    where none can be given. adapters: those that the engine has on. Each answer computes only the tokens behind what
-    its prompt has in common with the one before and its answer.
+    where none can be given. prompt: the ids of the last one. adapters: those that the engine has on. Each answer
+    computes only the tokens behind what its prompt has in common with the one before and its answer.
     """
 
     def __init__(
@@ -53,6 +53,7 @@ class Conversation:
             raise MismatchError(f"the vocabulary has {tokenizer.n_vocab} tokens, the model {engine.config.n_vocab}")
         self.messages: list[Message] = []
         self.config = config or GenerateConfig()
+        self.prompt: list[int] = []
         self.adapters = list(adapters)
         self._engine, self._tokenizer = engine, tokenizer
         self._context = engine.context(self.config.ctx or engine.config.n_ctx)
@@ -81,7 +82,7 @@ class Conversation:
         rest = self.messages[1:] if self.system else self.messages
         self.messages = [{"role": "system", "content": text}, *rest] if text else list(rest)
 
-    def say(self, text: str) -> Iterator[Report]:
+    def say(self, text: str) -> Generator[Report, None, None]:
         """A user's message, and the answer: Dropped or Folded where that happened, each Token, and Done.
 
         However the reports end (the caller stops taking them, Ctrl-C), the answer so far is the last message. Raises
@@ -91,7 +92,7 @@ class Conversation:
         self._n_redrawn = 0
         return self._answer([*self.messages, {"role": "user", "content": text}], self.config)
 
-    def say_again(self) -> Iterator[Report]:
+    def say_again(self) -> Generator[Report, None, None]:
         """Another answer in place of the last one, or one where the last message has none; a seed counts up.
 
         Raises as `say`, and at once UsageError where no user has said anything.
@@ -134,7 +135,7 @@ class Conversation:
             n -= 1
         return self.messages[:n]
 
-    def _answer(self, messages: list[Message], config: GenerateConfig) -> Iterator[Report]:
+    def _answer(self, messages: list[Message], config: GenerateConfig) -> Generator[Report, None, None]:
         knew = self._folds
         ids, kept = self._prompt(messages)
         if len(kept) < len(messages):
@@ -145,7 +146,7 @@ class Conversation:
         self._context.truncate(min(len(self._held), len(ids)) if n_common is None else n_common)
         before, pieces = self.messages, [""]
         self.messages = [*kept, {"role": "assistant", "content": ""}]
-        self._held = list(ids)
+        self.prompt, self._held = ids, list(ids)
         try:
             for report in continue_context(self._engine, self._context, self._tokenizer, ids, config):
                 if isinstance(report, Token):

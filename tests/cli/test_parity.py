@@ -35,12 +35,13 @@ def test_generate() -> None:
         "force",
         "rope_freq_base",
     )
-    others = ("conversation", "offline", "threads", "device", "dtype", "no_display_prompt", "json", "config")
+    chat = ("conversation", "system", "system_file", "chat_template", "single_turn")
+    others = ("offline", "threads", "device", "dtype", "no_display_prompt", "json", "config")
     texts = ("dry_sequence_breaker", "logit_bias")  # None on the command line, read into what the field has
     assert_parity(
         generate,
         GenerateConfig,
-        cli_only=("context", "sampling_seq", *files, *others, *texts),
+        cli_only=("context", "sampling_seq", *files, *chat, *others, *texts),
         config_only=("logprobs", "prefill_chunk", "stop_ids", *texts),
     )
 

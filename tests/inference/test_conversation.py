@@ -1,6 +1,5 @@
 """Conversations: the prompt is the template's, a turn costs its new tokens alone, and a full context is no crash."""
 
-import json
 import subprocess
 from contextlib import closing
 from itertools import islice, takewhile
@@ -16,9 +15,10 @@ from llamakit.inference.config import GenerateConfig
 from llamakit.inference.conversation import Conversation, Dropped, Folded
 from llamakit.inference.engine import TorchEngine
 from llamakit.model import load_model
-from llamakit.tokenizer import chat, load_tokenizer, render_template
+from llamakit.tokenizer import chat, load_tokenizer
 from llamakit.tokenizer.chat import encode_chat, render_chat
 from llamakit.tokenizer.chat_templates import CHAT_TEMPLATES
+from tests.helpers import render_in_this_process
 from tests.tiny import cached_tiny_gguf
 
 CHATML = CHAT_TEMPLATES["chatml"]
@@ -33,14 +33,8 @@ GREEDY = GenerateConfig(temperature=0, n_predict=6)
 
 
 @pytest.fixture(autouse=True)
-def _in_this_process(monkeypatch):
-    """Templates are rendered here, which takes a hundredth of the time of a process; one test counts processes."""
-
-    def run(text):
-        asked = json.loads(text)
-        return [render_template._answer(asked["template"], variables) for variables in asked["variables"]]
-
-    monkeypatch.setattr(chat, "_run", run)
+def _quick_templates(monkeypatch):
+    render_in_this_process(monkeypatch)
 
 
 class Counting:
