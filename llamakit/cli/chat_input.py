@@ -69,12 +69,19 @@ class Piped:
     is_terminal = False
 
     def __init__(self) -> None:
-        self._file = open(0, "rb", closefd=False)  # noqa: SIM115  (as long as the chat)
+        """Raises UsageError where nothing can be read."""
         self._n_lines = 0
+        try:
+            self._file = open(0, "rb", closefd=False)  # noqa: SIM115  (as long as the chat)
+        except OSError as error:
+            raise UsageError(f"cannot be read: {error.strerror}", path="<stdin>") from error
 
     def read(self, prompt: str) -> str | None:
         """The next line. Raises UsageError for one that is no UTF-8 or has no end."""
-        line = self._file.readline(_LONGEST_LINE_BYTES + 1)
+        try:
+            line = self._file.readline(_LONGEST_LINE_BYTES + 1)
+        except OSError as error:
+            raise UsageError(f"cannot be read: {error.strerror}", path="<stdin>") from error
         self._n_lines += 1
         if not line:
             return None

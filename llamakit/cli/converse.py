@@ -46,22 +46,20 @@ class _Chat:
         if self._lines.is_terminal and not self._setup.single_turn:
             render.log("/help lists the commands, Ctrl-C stops an answer, Ctrl-D ends")
         with contextlib.suppress(Quit):
-            if self._setup.message:
-                self._turn(self._setup.message, self._conversation.say)
-            if self._setup.single_turn:
-                self._single_turn()
-            else:
+            first = self._setup.message or (self._only_message() if self._setup.single_turn else "")
+            if first:
+                self._turn(first, self._conversation.say)
+            if not self._setup.single_turn:
                 self._talk()
         self._totals()
         return EXIT_OK
 
-    def _single_turn(self) -> None:
-        if self._setup.message:
-            return
+    def _only_message(self) -> str:
+        """The message to answer where none was given or piped in: a person is asked."""
         message = read_message(self._lines) if self._lines.is_terminal else None
         if message is None or not message[0].strip():
             raise UsageError("there is no message to answer", hint="give it with -p, or on standard input")
-        self._turn(message[0], self._conversation.say)
+        return message[0]
 
     def _talk(self) -> None:
         n_interrupts = 0
@@ -187,8 +185,10 @@ def _one_interrupt() -> Iterator[None]:
         raise KeyboardInterrupt
 
     before = signal.getsignal(signal.SIGINT)
-    if before is not signal.SIG_IGN:
-        signal.signal(signal.SIGINT, interrupt)
+    if before is signal.SIG_IGN or before is None:  # nobody wants to hear it, or somebody else does
+        yield
+        return
+    signal.signal(signal.SIGINT, interrupt)
     try:
         yield
     finally:

@@ -207,6 +207,14 @@ def test_messages_that_cannot_be_answered_end_a_pipe(talk, chat, model, tmp_path
     assert_error(talk(b"hi\n\xff\n"), 2, "<stdin>:2: is not UTF-8 text")
 
 
+@pytest.mark.slow
+def test_what_is_no_input_is_said(model, tmp_path):
+    command = [sys.executable, "-m", "llamakit", "chat", "-m", str(model)]
+    with (tmp_path / "output").open("w") as file:
+        result = subprocess.run(command, stdin=file, capture_output=True, text=True, cwd=ROOT, check=False)
+    assert_error(result, 2, "<stdin>: cannot be read")
+
+
 def test_a_line_without_end_is_refused(talk, monkeypatch):
     monkeypatch.setattr(chat_input, "_LONGEST_LINE_BYTES", 20)
     assert_error(talk("x" * 19 + "\n" + "x" * 21), 2, "<stdin>:2: is too long (expected at most 20 bytes)")
