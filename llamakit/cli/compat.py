@@ -52,6 +52,7 @@ ALIASES: dict[str, dict[str, str]] = {
         "-no-display-prompt": "--no-display-prompt",
         "-l": "--logit-bias",
         "--sampler-seq": "--sampling-seq",
+        "--log-verbose": "--verbose",
         "--top-n-sigma": "--top-nsigma",
         "--typical-p": "--typical",
     },
@@ -161,7 +162,6 @@ NO_OPS: dict[str, dict[str, tuple[int, str]]] = {
         "--perf": (0, "timings are always on stderr"),
         "--warmup": (0, _CPU),
         "--no-warmup": (0, _CPU),
-        "--no-context-shift": (0, "generation always ends when the context is full"),
         "-nkvo": (0, _CPU),
         "--no-kv-offload": (0, _CPU),
     },
@@ -201,6 +201,7 @@ _TEXT_VALUES = frozenset(
         "-p", "-f", "-m", "-z", "-i", "-o", "--prompt", "--file", "--model", "--tokenizer", "--config", "--lora",
         "--log-file", "--train-data", "--sample-start", "--model-base", "--checkpoint-in", "--checkpoint-out",
         "--lora-out", "--pattern-fn-it", "--fn-latest", "--kl-divergence-base", "--dry-sequence-breaker",
+        "-r", "--reverse-prompt", "--stop", "--in-prefix", "--in-suffix", "--prompts",
     }
 )  # fmt: skip
 _FLASH_WORDS = frozenset({"on", "off", "auto", "0", "1"})

@@ -34,14 +34,22 @@ def test_generate() -> None:
         "lora_scaled",
         "force",
         "rope_freq_base",
+        "in_prefix",
+        "in_suffix",
+        "prompts",
     )
-    others = ("conversation", "offline", "threads", "device", "dtype", "no_display_prompt", "json", "config")
-    texts = ("dry_sequence_breaker", "logit_bias")  # None on the command line, read into what the field has
+    others = ("conversation", "offline", "threads", "device", "dtype", "no_display_prompt", "verbose", "json", "config")
+    texts = (
+        "dry_sequence_breaker",
+        "logit_bias",
+        "stop",
+        "reverse_prompt",
+    )  # None on the command line, read into what the field has
     assert_parity(
         generate,
         GenerateConfig,
         cli_only=("context", "sampling_seq", *files, *others, *texts),
-        config_only=("logprobs", "prefill_chunk", "stop_ids", *texts),
+        config_only=("prefill_chunk", *texts),
     )
 
 
