@@ -13,7 +13,10 @@ from llamakit.cli.generate import generate
 from llamakit.cli.options import CHAT, OUTPUT
 
 #: options of a completion alone
-_NOT_IN_CHAT = {"prompt", "conversation", "no_display_prompt"}
+_NOT_IN_CHAT = {
+    "prompt", "conversation", "no_display_prompt", "keep", "context_shift", "in_prefix", "in_suffix", "prompts",
+    "parallel",
+}  # fmt: skip
 #: what these mean in a chat
 _MEANING = {
     "prompt_option": Annotated[

@@ -61,6 +61,7 @@ ALIASES: dict[str, dict[str, str]] = {
         "-no-display-prompt": "--no-display-prompt",
         "-l": "--logit-bias",
         "--sampler-seq": "--sampling-seq",
+        "--log-verbose": "--verbose",
         "--top-n-sigma": "--top-nsigma",
         "--typical-p": "--typical",
         **_CHAT,
@@ -175,7 +176,6 @@ NO_OPS: dict[str, dict[str, tuple[int, str]]] = {
         "--perf": (0, "timings are always on stderr"),
         "--warmup": (0, _CPU),
         "--no-warmup": (0, _CPU),
-        "--no-context-shift": (0, "generation always ends when the context is full"),
         "-nkvo": (0, _CPU),
         "--no-kv-offload": (0, _CPU),
     },
@@ -202,6 +202,9 @@ NO_OPS["chat"] = {
     "-cnv": (0, "this is a chat"),
     "--conversation": (0, "this is a chat"),
     "--jinja": (0, "the template is always a Jinja template"),
+    "--context-shift": (0, "a chat forgets its oldest messages as a whole"),
+    "--no-context-shift": (0, "a chat forgets its oldest messages as a whole"),
+    "--keep": (1, "a chat keeps its system message"),
 }
 NO_OPS["generate"]["--jinja"] = NO_OPS["chat"]["--jinja"]
 
@@ -225,6 +228,7 @@ _TEXT_VALUES = frozenset(
         "-sys", "-sysf", "-y", "--system", "--system-file", "--system-prompt", "--system-prompt-file",
         "--chat-template", "--chat-template-file", "--lora-out", "--pattern-fn-it", "--fn-latest",
         "--kl-divergence-base", "--dry-sequence-breaker",
+        "-r", "--reverse-prompt", "--stop", "--in-prefix", "--in-suffix", "--prompts",
     }
 )  # fmt: skip
 _FLASH_WORDS = frozenset({"on", "off", "auto", "0", "1"})

@@ -11,12 +11,13 @@ from llamakit.cli import render
 from llamakit.cli.chat_commands import Commands, Quit, is_command
 from llamakit.cli.chat_input import Lines, read_message, standard_input
 from llamakit.cli.chat_options import ChatSetup
+from llamakit.cli.completion_view import log_logprobs
 from llamakit.errors import EXIT_OK, LlamakitError, UsageError
 
 if TYPE_CHECKING:
     from llamakit.cli.loading import Loaded
-    from llamakit.inference.completion import Done, Token
     from llamakit.inference.config import GenerateConfig
+    from llamakit.inference.continuation import Done, Token
     from llamakit.inference.conversation import Conversation, Report
 
 AsJson = Callable[["Loaded", str, list[int], "list[Token]", str, "Done | None"], dict[str, Any]]
@@ -30,6 +31,8 @@ def converse(loaded: Loaded, config: GenerateConfig, setup: ChatSetup, *, as_jso
     """
     from llamakit.inference.conversation import Conversation
 
+    if config.context_shift:
+        render.note("--context-shift has no effect on a chat, which forgets its oldest messages as a whole")
     conversation = Conversation(loaded.engine, loaded.tokenizer, config, system=setup.system, adapters=loaded.adapters)
     return _Chat(conversation, loaded, setup, as_json).run()
 
@@ -117,7 +120,7 @@ class _Chat:
 
     def _show(self, text: str, reports: Generator[Report, None, None]) -> Done | None:
         """Stream an answer; None where Ctrl-C stopped it, which over a pipe is raised."""
-        from llamakit.inference.completion import Done, Token
+        from llamakit.inference.continuation import Done, Token
 
         pieces: list[str] = []
         tokens: list[Token] = []
@@ -142,6 +145,8 @@ class _Chat:
             render.print_json(self._as_json(self._loaded, text, prompt, tokens, "".join(pieces), done))
         else:
             render.stream("\n")
+            if self._conversation.config.logprobs is not None:
+                log_logprobs(self._loaded.tokenizer, tokens)
         if stopped and (self._setup.single_turn or not self._lines.is_terminal):
             raise KeyboardInterrupt
         return done

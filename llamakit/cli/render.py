@@ -112,10 +112,10 @@ def stream(text: str) -> None:
     sys.stdout.flush()
 
 
-def print_json(value: Any) -> None:
-    """One JSON value on one line of stdout; numbers that JSON has no word for become null."""
+def print_json(value: Any, *, flush: bool = False) -> None:
+    """One JSON value on one line of stdout; numbers that JSON has no word for become null. flush: at once."""
     # ASCII: no character of a file's metadata can then move a terminal's cursor or break a pipe's encoding.
-    print(json.dumps(_plain(value), ensure_ascii=True, allow_nan=False))
+    print(json.dumps(_plain(value), ensure_ascii=True, allow_nan=False), flush=flush)
 
 
 def _plain(value: Any) -> Any:

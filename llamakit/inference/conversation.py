@@ -7,8 +7,9 @@ from dataclasses import dataclass, replace
 
 from llamakit.errors import FormatError, LlamakitError, MismatchError, UsageError
 from llamakit.formats.adapter import Adapter
-from llamakit.inference.completion import Done, Token, continue_context
+from llamakit.inference.completion import continue_context
 from llamakit.inference.config import GenerateConfig
+from llamakit.inference.continuation import Done, Token
 from llamakit.inference.engine import Engine
 from llamakit.tokenizer import Tokenizer
 from llamakit.tokenizer.chat import encode_rendered, render_chats
@@ -35,8 +36,9 @@ class Conversation:
     """What was said so far, and what the model says next.
 
     messages: {"role", "content"} each; a system message only as the first. They change when an answer begins, and not
-    where none can be given. prompt: the ids of the last one. adapters: those that the engine has on. Each answer
-    computes only the tokens behind what its prompt has in common with the one before and its answer.
+    where none can be given. prompt: the ids of the last one. config: of each answer; its context_shift has no effect,
+    since messages go as a whole. adapters: those that the engine has on. Each answer computes only the tokens behind
+    what its prompt has in common with the one before and its answer.
     """
 
     def __init__(
@@ -52,7 +54,7 @@ class Conversation:
         if tokenizer.n_vocab != engine.config.n_vocab:
             raise MismatchError(f"the vocabulary has {tokenizer.n_vocab} tokens, the model {engine.config.n_vocab}")
         self.messages: list[Message] = []
-        self.config = config or GenerateConfig()
+        self.config = replace(config or GenerateConfig(), context_shift=False)  # what the context holds is known
         self.prompt: list[int] = []
         self.adapters = list(adapters)
         self._engine, self._tokenizer = engine, tokenizer

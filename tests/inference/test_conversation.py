@@ -10,8 +10,9 @@ import pytest
 from llamakit.errors import FormatError, LlamakitError, MismatchError, UnsupportedError, UsageError
 from llamakit.formats.adapter import Adapter
 from llamakit.formats.open import open_model
-from llamakit.inference.completion import Done, Token, generate
+from llamakit.inference.completion import generate
 from llamakit.inference.config import GenerateConfig
+from llamakit.inference.continuation import Done, Token
 from llamakit.inference.conversation import Conversation, Dropped, Folded
 from llamakit.inference.engine import TorchEngine
 from llamakit.model import load_model
@@ -185,7 +186,7 @@ def test_a_conversation_that_outgrows_the_context_loses_its_oldest_turns_and_say
 
 
 def test_a_message_longer_than_the_context_is_refused_and_a_full_context_ends_an_answer(talk):
-    conversation, _, _ = talk(GenerateConfig(temperature=0, ignore_eos=True), n_ctx=64)
+    conversation, _, _ = talk(GenerateConfig(temperature=0, ignore_eos=True, context_shift=True), n_ctx=64)
     for before in ([], [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]):
         conversation.messages = list(before)
         with pytest.raises(UsageError, match=r"prompt of \d+ tokens, the context holds 64"):
