@@ -231,6 +231,22 @@ def test_templates_by_name_and_file(talk, chat, tmp_path):
         assert json.loads(value)["prompt_tokens"] == load_tokenizer(open_model(bare)).encode(expected)
 
 
+def test_options_of_a_completion_in_a_chat(talk, chat, model, library, tmp_path):
+    (whole,) = library("hi")
+    stop = whole[2:]
+    result = talk(f"hi\n/save {tmp_path}/chat.json\n", "--stop", stop, "--logprobs", "1")
+    assert result.stdout == whole[:2] + "\n"
+    assert json.loads((tmp_path / "chat.json").read_text())[1]["content"] == whole[:2]
+    assert "likeliest tokens:" in result.stderr
+    result = chat("hi\n", "generate", "-m", model, *GREEDY, "-cnv", "--context-shift")
+    assert result.stdout == whole + "\n" and "--context-shift has no effect on a chat" in result.stderr
+    (tmp_path / "prompts.txt").write_text("hi\nmore\n")
+    result = chat("", "generate", "-m", model, *GREEDY, "-cnv", "--prompts", tmp_path / "prompts.txt", "-sys", "x")
+    values = [json.loads(line) for line in result.stdout.splitlines()]
+    tokenizer = load_tokenizer(open_model(model))
+    assert [v["prompt_tokens"] for v in values] == [tokenizer.encode(f"s:x\nu:{text}\n") for text in ("hi", "more")]
+
+
 def test_a_system_text_that_the_template_refuses_is_said_once(talk, library, tmp_path):
     (tmp_path / "t.jinja").write_text("{{ raise_exception('no') if messages[0].role == 'system' }}" + SHORT)
     result = talk("hi\nmore\n", "--system", "Be brief.", "--chat-template", tmp_path / "t.jinja")
