@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llamakit.cli import render
 from llamakit.cli.sources import local
 from llamakit.errors import UsageError
-from llamakit.files import is_same_file
+from llamakit.files import escape_control, is_same_file
 
 if TYPE_CHECKING:
     from llamakit.cli.loading import Loaded
@@ -85,7 +85,7 @@ class Commands:
         if source == "off":
             self.conversation.set_adapters([])
         elif source:
-            adapter = read_adapter(local(str(Path(source).expanduser()), offline=self.offline), self.loaded.file)
+            adapter = read_adapter(local(os.path.expanduser(source), offline=self.offline), self.loaded.file)
             for text in check_adapter(adapter, self.loaded.file, force=self.force):
                 render.note(f"{adapter.path}: {text}")
             self.conversation.set_adapters([(adapter, 1.0)])
@@ -113,7 +113,7 @@ class Commands:
         from llamakit.formats.conversation import write_messages
 
         path = _path(name, "/save")
-        if path.exists() and is_same_file(path, self.loaded.file.path):
+        if os.path.exists(path) and is_same_file(path, self.loaded.file.path):
             raise UsageError("is the model: a conversation cannot be saved there", path=path)
         write_messages(path, self.conversation.messages)
         render.log(f"saved {len(self.conversation.messages)} messages: {path}")
@@ -148,7 +148,9 @@ def is_command(text: str) -> bool:
     return _COMMAND.fullmatch(text.strip()) is not None
 
 
-def _path(name: str, command: str) -> Path:
+def _path(name: str, command: str) -> str:
     if not name:
         raise UsageError(f"{command} needs the name of a file")
-    return Path(name).expanduser()
+    if "\0" in name or os.path.isdir(os.path.expanduser(name)):
+        raise UsageError("is no name of a file", path=escape_control(name))
+    return os.path.expanduser(name)  # unlike Path's, it leaves a user that is not known as it is

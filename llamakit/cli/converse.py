@@ -98,6 +98,11 @@ class _Chat:
         except LlamakitError as error:
             _tell(error)
             return
+        except BrokenPipeError:
+            raise
+        except OSError as error:  # a disk that fails is no reason to lose the conversation
+            _tell(UsageError(f"{text.split(maxsplit=1)[0]} failed: {error.strerror}"))
+            return
         if reports is not None:
             self._turn(text, lambda _: reports)
 

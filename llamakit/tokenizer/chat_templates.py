@@ -7,7 +7,7 @@ what each of them writes: the tests compare every one with `llama_chat_apply_tem
 from __future__ import annotations
 
 import json
-from pathlib import Path
+import os
 
 from llamakit.errors import UsageError
 from llamakit.files import escape_control, read_text
@@ -131,10 +131,15 @@ CHAT_TEMPLATES: dict[str, str] = {
 
 
 def find_chat_template(name: str) -> str:
-    """The template of that name, or the text of the Jinja file there. Raises UsageError where there is neither."""
+    """The template of that name, the text of the Jinja file there, or the text itself where it is such a template.
+
+    Raises UsageError where it is nothing of that.
+    """
     if name in CHAT_TEMPLATES:
         return CHAT_TEMPLATES[name]
-    if Path(name).exists():
+    if "{{" in name or "{%" in name:
+        return name
+    if os.path.exists(name):  # unlike Path.exists, it says no to a name that cannot be
         return read_text(name)
     raise UsageError(
         f"unknown chat template '{escape_control(name[:100])}' (expected a file, or one of {', '.join(CHAT_TEMPLATES)})"

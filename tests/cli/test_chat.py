@@ -155,6 +155,8 @@ def test_what_cannot_be_done_is_told_in_a_line_and_the_chat_goes_on(talk, librar
         "/scale 2": "no adapter is on", "/scale x": "/scale is 'x'", "/scale inf": "/scale is 'inf'",
         "/lora": "no adapter is on", f"/lora {tmp_path}/none.gguf": "none.gguf", "/load": "/load needs", "/save": "/save needs",
         f"/load {tmp_path}/broken.json": "broken.json: message 1 is none", f"/load {tmp_path}/none.json": "none.json",
+        f"/save {tmp_path}": "is no name of a file", "/save /": "is no name", "/load a\0b": "is no name", "/save ~no-such/x": "~no-such/x",
+        f"/save {'x' * 300}": "xxx", f"/load {'x' * 300}": "xxx", "/lora /proc/self/mem": "/lora failed",
         f"/save {model}": "is the model", f"/save {tmp_path}/no/x.json": "x.json", f"/lora {model}": str(model),
     }  # fmt: skip
     result = talk("\n".join([*wrong, "hi"]))

@@ -62,6 +62,10 @@ def test_one_of_them_by_heart(tokenizer):
 def test_a_file_is_a_template_and_anything_else_is_refused_with_the_names(tokenizer, tmp_path):
     (tmp_path / "mine.jinja").write_text("{{ messages[0].content }}")
     assert find_chat_template(str(tmp_path / "mine.jinja")) == "{{ messages[0].content }}"
+    assert find_chat_template("{% set x = 1 %}") == "{% set x = 1 %}"  # llama.cpp takes the text itself, too
+    for name in ("x" * 5000, "a\0b", ""):
+        with pytest.raises(UsageError, match="unknown chat template"):
+            find_chat_template(name)
     with pytest.raises(UsageError, match=r"unknown chat template 'chatnl' .*chatml, llama2, .*zephyr"):
         find_chat_template("chatnl")
     (tmp_path / "latin.jinja").write_bytes(b"\xff")
