@@ -52,7 +52,7 @@ InPrefixOption = Annotated[
     typer.Option(
         "--in-prefix",
         metavar="TEXT",
-        help="Put before the prompt; it may hold control tokens, and the prompt itself then not.",
+        help="Put before the prompt; control tokens count in it, and no longer in the prompt.",
         rich_help_panel=PROMPT,
         show_default=False,
     ),
@@ -62,7 +62,7 @@ InSuffixOption = Annotated[
     typer.Option(
         "--in-suffix",
         metavar="TEXT",
-        help="Put after the prompt, likewise.",
+        help="Put after the prompt; likewise.",
         rich_help_panel=PROMPT,
         show_default=False,
     ),

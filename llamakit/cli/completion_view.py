@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from llamakit.cli import render
+from llamakit.files import escape_control
 
 if TYPE_CHECKING:
     from llamakit.inference.config import GenerateConfig
@@ -33,14 +34,17 @@ def log_logprobs(tokenizer: Tokenizer, tokens: Sequence[Token]) -> None:
     if not tokens:
         return
     render.log("log-probabilities, and the likeliest tokens:" if tokens[0].top else "log-probabilities:")
-    for token in tokens:
-        others = "  ".join(f"{logprob:.4f} {_quoted(tokenizer, id)}" for id, logprob in token.top)
-        own = f"{token.logprob:10.4f} {_quoted(tokenizer, token.id)}"
-        render.log(f"{own:<30} | {others}" if others else own)
+    rows = [
+        [_cell(tokenizer, token.id, token.logprob), *(_cell(tokenizer, *top) for top in token.top)] for token in tokens
+    ]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        own, *others = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        render.log("  ".join([own, "|", *others] if others else [own]).rstrip())
 
 
-def _quoted(tokenizer: Tokenizer, id: int) -> str:
-    return f'"{_text(tokenizer, id)}"'
+def _cell(tokenizer: Tokenizer, id: int, logprob: float | None) -> str:
+    return f'{logprob:9.4f} "{escape_control(_text(tokenizer, id))}"'
 
 
 def _text(tokenizer: Tokenizer, id: int) -> str:

@@ -121,3 +121,4 @@ def _print(loaded: Loaded, prompts: Sequence[Prompt], number: int, config: Gener
         loaded.tokenizer, p.tokens, "".join(p.pieces), p.done, logprobs=config.logprobs is not None
     )
     render.print_json(value, flush=True)
+    p.tokens, p.pieces = [], []  # there may be many prompts

@@ -289,3 +289,16 @@ def test_a_shifted_context_goes_on_beyond_its_end():
     with pytest.raises(UsageError, match="--keep keeps 30 tokens of a context of 32"):
         generate(model, tokenizer, [1] * 30, GenerateConfig(context_shift=True, keep=-1))
     assert _run(model, tokenizer, [1] * 30, GenerateConfig(context_shift=True, keep=-1, n_predict=2))[0]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_greedy_texts_of_smollm2_do_not_depend_on_their_neighbours(smollm2_f32):
+    file = open_model(smollm2_f32)
+    model, tokenizer = load_model(file), load_tokenizer(file)
+    config = GenerateConfig(temperature=0, n_predict=24, parallel=3)
+    together: list[list[int]] = [[] for _ in PROMPTS]
+    for number, report in generate_batch(model, tokenizer, PROMPTS, config):
+        if isinstance(report, Token):
+            together[number].append(report.id)
+    assert together == [_run(model, tokenizer, prompt, config)[0] for prompt in PROMPTS]
