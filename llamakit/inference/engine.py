@@ -122,15 +122,15 @@ class TorchEngine:
 
         All matrices see all tokens in one row; only the attention goes from sequence to sequence.
         """
-        last = [hidden for chunk in _chunks(feeds, self._chunk) for hidden in self._last_hidden(chunk)]
+        last = [hidden for chunk in in_chunks(feeds, self._chunk) for hidden in self._last_hidden(chunk)]
         # The output matrix is the largest of all: it is for the last tokens alone.
         logits: Logits = self.model.logits(last[0] if len(last) == 1 else torch.stack(last)).cpu().numpy()
         return [logits] if len(last) == 1 else list(logits)
 
-    def _last_hidden(self, chunk: Sequence[_Piece]) -> list[Tensor]:
+    def _last_hidden(self, chunk: Sequence[Piece]) -> list[Tensor]:
         """Compute a chunk: the hidden state (C,) of the last token of each sequence that ends in it."""
         ids = torch.tensor([[id for piece in chunk for id in piece.tokens]], dtype=torch.int64, device=self._device)
-        parts = [(piece.cache, len(piece.tokens)) for piece in chunk]
+        parts = [(_cache(piece.context), len(piece.tokens)) for piece in chunk]
         hidden = self.model(ids, cache=parts[0][0] if len(parts) == 1 else JoinedCache(parts))
         ends = accumulate(n for _, n in parts)
         return [hidden[0, end - 1] for piece, end in zip(chunk, ends, strict=True) if piece.is_last]
@@ -146,23 +146,27 @@ class TorchEngine:
             raise
 
 
-class _Piece(NamedTuple):
+def _cache(context: Context) -> KVCache:
+    assert isinstance(context, TorchContext), "a context of this engine"
+    return context.cache
+
+
+class Piece(NamedTuple):
     """Tokens of one sequence that fit into a chunk; is_last: none of its tokens are left for the next."""
 
-    cache: KVCache
+    context: Context
     tokens: Sequence[int]
     is_last: bool
 
 
-def _chunks(feeds: Sequence[tuple[Context, Sequence[int]]], size: int) -> Iterator[list[_Piece]]:
+def in_chunks(feeds: Sequence[tuple[Context, Sequence[int]]], size: int) -> Iterator[list[Piece]]:
     """The tokens of all sequences, in order, in chunks of at most `size` tokens."""
     chunk, room = [], size
     for context, tokens in feeds:
-        assert isinstance(context, TorchContext), "a context of this engine"
         at = 0
         while at < len(tokens):
             stop = min(at + room, len(tokens))
-            chunk.append(_Piece(context.cache, tokens[at:stop], stop == len(tokens)))
+            chunk.append(Piece(context, tokens[at:stop], stop == len(tokens)))
             at, room = stop, room - (stop - at)
             if not room:
                 yield chunk

@@ -15,11 +15,11 @@ from llamakit.errors import MismatchError
 from llamakit.formats.adapter import Adapter, refuse_replaced
 from llamakit.formats.base import ModelFile
 from llamakit.ggml import GGMLType
-from llamakit.inference.engine import Context, Logits
+from llamakit.inference.engine import Context, Logits, Piece, in_chunks
 from llamakit.kernels.llama import MAX_HEAD_DIM, Cache, PackedLlama, PackedRows, Shape, can_pack
 from llamakit.model import ModelConfig
 from llamakit.model.load import load_vector
-from llamakit.model.rope import Rope
+from llamakit.model.rope import Rope, rotate
 from llamakit.native import Library, library
 
 #: tokens computed at once: enough for efficient products, few enough that their activations stay in the cache
@@ -41,12 +41,20 @@ def native_library(file: ModelFile, config: ModelConfig) -> Library | None:
 class NativeContext:
     """A sequence of `NativeEngine`."""
 
-    def __init__(self, shape: Shape, n_ctx: int, *, wide: bool) -> None:
+    def __init__(self, shape: Shape, n_ctx: int, rope: Rope, *, wide: bool) -> None:
+        self._rope = rope
         self.cache, self.n_ctx, self.n_past = Cache(shape, n_ctx, wide=wide), n_ctx, 0
 
     def truncate(self, n_past: int) -> None:
         """Forget all tokens from position n_past on."""
         self.n_past = min(self.n_past, n_past)
+
+    def shift(self, keep: int, discard: int) -> None:
+        """Forget `discard` tokens behind the first `keep`; those after them move forward, with keys as if there."""
+        start, end = keep + discard, self.n_past
+        turn = self._rope.turn(-discard, torch.device("cpu"))
+        self.cache.move(start, keep, end - start, lambda keys: rotate(keys, turn))
+        self.n_past = end - discard
 
 
 class NativeEngine:
@@ -79,7 +87,7 @@ class NativeEngine:
             self._n_rotations = n_ctx
             rotations = self._rope.rotations(torch.arange(n_ctx))
             self._llama.set_rotations(torch.view_as_real(rotations).float().contiguous())
-        return NativeContext(self._llama.shape, n_ctx, wide=self._wide)
+        return NativeContext(self._llama.shape, n_ctx, self._rope, wide=self._wide)
 
     def feed(self, context: Context, tokens: Sequence[int]) -> Logits:
         """Append tokens (at least one, within n_ctx): logits (V,) float32 after the last one."""
@@ -97,6 +105,24 @@ class NativeEngine:
             context.n_past += len(part)
         assert logits is not None
         return logits[0]
+
+    def feed_batch(self, feeds: Sequence[tuple[Context, Sequence[int]]]) -> list[Logits]:
+        """`feed` for several sequences at once, at least one, none of them twice: the logits of each, in order."""
+        return [logits for chunk in in_chunks(feeds, _CHUNK) for logits in self._feed_chunk(chunk)]
+
+    def _feed_chunk(self, chunk: Sequence[Piece]) -> Logits:
+        """Compute a chunk: logits (n, V) of the sequences that end in it."""
+        positions, caches, ends = [], [], []
+        for context, tokens, is_last in chunk:
+            assert isinstance(context, NativeContext), "a context of this engine"
+            positions += range(context.n_past, context.n_past + len(tokens))
+            caches += [context.cache.address] * len(tokens)
+            ends += [len(positions) - 1] * is_last
+            context.n_past += len(tokens)
+            assert context.n_past <= context.n_ctx, "the caller keeps within n_ctx"
+        ids = np.array([id for piece in chunk for id in piece.tokens], dtype=np.int32)
+        where = np.array(positions, dtype=np.int32), np.array(caches, dtype=np.uint64)
+        return self._llama.forward(ids, *where, np.array(ends, dtype=np.int32))
 
     def set_adapters(self, adapters: Sequence[tuple[Adapter, float]]) -> None:
         """Put these on, each times its scale, instead of those before. Raises MismatchError for a tensor that the model

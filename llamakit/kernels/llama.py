@@ -96,6 +96,16 @@ class Cache:
         )
         self._structure = _Cache(self.keys.data_ptr(), self.values.data_ptr(), n_ctx, wide)
         self.address = ctypes.addressof(self._structure)
+        # As C has them (engine.h): the keys of a head in tiles of as many positions, its values one by one.
+        self._tiles = self.keys.view(-1, n_ctx // _TILE, shape.head_dim, _TILE)
+        self._rows = self.values.view(-1, n_ctx, stride)
+
+    def move(self, start: int, to: int, n: int, turned: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Copy n positions from `start` on to where `to` begins, the keys (heads, n, head_dim) through `turned`."""
+        keys = self._tiles.transpose(2, 3).flatten(1, 2)  # a copy, by position
+        keys[:, to : to + n] = turned(keys[:, start : start + n])
+        self._tiles.copy_(keys.unflatten(1, (-1, _TILE)).transpose(2, 3))
+        self._rows[:, to : to + n] = self._rows[:, start : start + n].clone()
 
 
 class _Arena:

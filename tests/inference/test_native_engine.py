@@ -160,3 +160,31 @@ def test_what_has_no_tiles_is_left_to_torch():
     for type in ("Q2_K", "Q3_K", "TQ2_0", "MXFP4"):
         file = GGUFFile(cached_tiny_gguf(type=type, n_embd=256, n_ff=256))
         assert native_library(file, load_config(file)) is None
+
+
+def test_a_batch_gives_each_sequence_the_logits_that_it_has_alone(isa):
+    runner = engine(cached_tiny_gguf(type="F32"))
+    prompts = [IDS[:5], IDS[:1], IDS * 5, IDS[7:30]]
+    ours, alone = ([runner.context(400) for _ in prompts] for _ in range(2))
+    for tokens in (prompts, [[5], [6, 7], [8], [9]]):
+        batch = runner.feed_batch(list(zip(ours, tokens, strict=True)))
+        for logits, context, ids in zip(batch, alone, tokens, strict=True):
+            assert error(logits, runner.feed(context, ids)) < EXACT
+    assert [c.n_past for c in ours] == [c.n_past for c in alone] == [6, 3, 306, 24]
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"rope": "llama3", "head_dim": 32}, {"rope": "yarn"}, {"type": "F16"}], ids=str
+)
+def test_a_shifted_context_goes_on_as_the_torch_model_does(options):
+    path = cached_tiny_gguf(**{"type": "F32", **options})
+    logits = []
+    for runner in (engine(path), reference(path)):
+        context = runner.context(40)
+        runner.feed(context, IDS[:39])
+        for keep, discard in ((3, 18), (0, 10)):
+            context.shift(keep, discard)
+            runner.feed(context, IDS[39 : 39 + discard])
+        assert context.n_past == 39
+        logits.append(runner.feed(context, [7]))
+    assert error(*logits) < (1e-2 if options.get("type") == "F16" else EXACT)
