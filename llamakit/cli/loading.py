@@ -20,14 +20,22 @@ if TYPE_CHECKING:
     from llamakit.tokenizer import Tokenizer
 
 
-@dataclass(frozen=True)
-class Loaded:
-    """A model that is ready to generate, and what the user gets told about it."""
+@dataclass(frozen=True, kw_only=True)
+class LoadedEngine:
+    """A model that is ready to compute. device: cpu or cuda; kv_type: of the key-value cache, f32 or bf16."""
 
     file: ModelFile
     engine: Engine
-    tokenizer: Tokenizer
     load_s: float
+    device: str
+    kv_type: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loaded(LoadedEngine):
+    """A model that is ready to generate, and what the user gets told about it."""
+
+    tokenizer: Tokenizer
     is_llama2c: bool
 
 
@@ -42,33 +50,80 @@ def load(
     dtype: str = "auto",
     n_ctx: int | None = None,
     rope_theta: float | None = None,
+    silent: bool = False,
 ) -> Loaded:
-    """Read the vocabulary, the adapters and the model, cheapest first, so that a mistake shows early."""
-    from llamakit.formats.adapter import check_adapter, read_adapter
+    """Read the vocabulary, the adapters and the model, cheapest first, so that a mistake shows early.
+
+    silent: do not say that it takes a while.
+    """
     from llamakit.formats.llama2c import Llama2cFile
     from llamakit.formats.llama2c_checkpoint import Llama2cCheckpoint
     from llamakit.formats.open import check_is_model, open_model
-    from llamakit.inference.engine import TorchEngine
-    from llamakit.model import load_config, load_model
 
-    started = time.perf_counter()  # imports are not the model's fault
+    started = time.perf_counter()
     file = open_model(path, n_ctx=n_ctx, rope_theta=rope_theta)
     is_llama2c = isinstance(file, (Llama2cFile, Llama2cCheckpoint))
     check_is_model(file)
     _check_vocabulary_option(file, vocabulary, is_llama2c)
     tokenizer = _tokenizer(file, vocabulary)
+    opened_s = time.perf_counter() - started
+    ready = _ready(
+        file, adapters, force=force, threads=threads, device=device, dtype=dtype, rope_theta=rope_theta, silent=silent
+    )
+    ready = replace(ready, load_s=opened_s + ready.load_s)
+    return Loaded(**vars(ready), tokenizer=tokenizer, is_llama2c=is_llama2c)
+
+
+def load_engine(
+    path: Path,
+    *,
+    adapters: Sequence[tuple[Path, float]] = (),
+    force: bool = False,
+    threads: int | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+) -> LoadedEngine:
+    """The same for what needs no vocabulary: the model may have none."""
+    from llamakit.formats.open import check_is_model, open_model
+
+    file = open_model(path, n_ctx=0)
+    check_is_model(file)
+    return _ready(file, adapters, force=force, threads=threads, device=device, dtype=dtype)
+
+
+def _ready(
+    file: ModelFile,
+    adapters: Sequence[tuple[Path, float]],
+    *,
+    force: bool,
+    threads: int | None,
+    device: str,
+    dtype: str,
+    rope_theta: float | None = None,
+    silent: bool = False,
+) -> LoadedEngine:
+    """The adapters, then the model."""
+    from llamakit.formats.adapter import check_adapter, read_adapter
+    from llamakit.inference.engine import TorchEngine
+    from llamakit.model import load_config, load_model
+    from llamakit.model.device import dtype_name
+
+    started = time.perf_counter()  # imports are not the model's fault
     read = [(read_adapter(adapter, file), scale) for adapter, scale in adapters]
     for adapter, _ in read:
         for note in check_adapter(adapter, file, force=force):
             render.note(f"{adapter.path}: {note}")
-    render.loading(path)
+    if not silent:
+        render.loading(file.path)
     shape = load_config(file)
     where, number = _device_and_dtype(shape.n_matmul, device, dtype, threads)
     shape = shape if rope_theta is None else replace(shape, rope_base=rope_theta)
     model = load_model(file, device=where, dtype=number, config=shape)
     engine = TorchEngine(model)
     engine.set_adapters(read)
-    return Loaded(file, engine, tokenizer, time.perf_counter() - started, is_llama2c)
+    return LoadedEngine(
+        file=file, engine=engine, load_s=time.perf_counter() - started, device=where.type, kv_type=dtype_name(number)
+    )
 
 
 def _check_vocabulary_option(file: ModelFile, vocabulary: Path | None, is_llama2c: bool) -> None:
