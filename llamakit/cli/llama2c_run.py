@@ -103,13 +103,13 @@ def _number(flag: str, text: str, *, whole: bool = False) -> float:
 
 
 def _load(path: Path, vocabulary: Path | None) -> Loaded:
-    """llama2.c's own models get the vocabulary that run.c takes, and its float32."""
+    """llama2.c's own models get the vocabulary that run.c takes, and the CPU, which computes them in float32."""
     from llamakit.formats.open import sniff
 
     is_llama2c = sniff(path) in ("llama2c", "zip")
     if is_llama2c and vocabulary is None:
         vocabulary = Path(_VOCABULARY)
-    return load(path, vocabulary=vocabulary, dtype="f32" if is_llama2c else "auto", silent=True)
+    return load(path, vocabulary=vocabulary, device="cpu" if is_llama2c else "auto", silent=True)
 
 
 def _generate(loaded: Loaded, config: Any, prompt: str) -> int:

@@ -13,8 +13,6 @@ from llamakit.cli.options import set_threads
 from llamakit.errors import UsageError
 
 if TYPE_CHECKING:
-    import torch
-
     from llamakit.formats.base import ModelFile
     from llamakit.inference.engine import Engine
     from llamakit.tokenizer import Tokenizer
@@ -22,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class LoadedEngine:
-    """A model that is ready to compute. device: cpu or cuda; kv_type: of the key-value cache, f32 or bf16."""
+    """A model that is ready to compute. device: cpu or cuda; kv_type: of the key-value cache, such as f16."""
 
     file: ModelFile
     engine: Engine
@@ -104,9 +102,6 @@ def _ready(
 ) -> LoadedEngine:
     """The adapters, then the model."""
     from llamakit.formats.adapter import check_adapter, read_adapter
-    from llamakit.inference.engine import TorchEngine
-    from llamakit.model import load_config, load_model
-    from llamakit.model.device import dtype_name
 
     started = time.perf_counter()  # imports are not the model's fault
     read = [(read_adapter(adapter, file), scale) for adapter, scale in adapters]
@@ -115,15 +110,9 @@ def _ready(
             render.note(f"{adapter.path}: {note}")
     if not silent:
         render.loading(file.path)
-    shape = load_config(file)
-    where, number = _device_and_dtype(shape.n_matmul, device, dtype, threads)
-    shape = shape if rope_theta is None else replace(shape, rope_base=rope_theta)
-    model = load_model(file, device=where, dtype=number, config=shape)
-    engine = TorchEngine(model)
-    engine.set_adapters(read)
-    return LoadedEngine(
-        file=file, engine=engine, load_s=time.perf_counter() - started, device=where.type, kv_type=dtype_name(number)
-    )
+    ready = _engine(file, device, dtype, threads, rope_theta)
+    ready.engine.set_adapters(read)
+    return replace(ready, load_s=time.perf_counter() - started)
 
 
 def _check_vocabulary_option(file: ModelFile, vocabulary: Path | None, is_llama2c: bool) -> None:
@@ -141,10 +130,22 @@ def _tokenizer(file: ModelFile, vocabulary: Path | None) -> Tokenizer:
     return load_llama2c_tokenizer(vocabulary, n_vocab=file.tensors["token_embd.weight"].shape[0])
 
 
-def _device_and_dtype(n_weights: int, device: str, dtype: str, threads: int | None) -> tuple[torch.device, torch.dtype]:
+def _engine(file: ModelFile, device: str, dtype: str, threads: int | None, rope_theta: float | None) -> LoadedEngine:
+    """Native code where there is some for this model, and no other way to compute is asked for; else torch."""
     from llamakit.files import available_memory_bytes
-    from llamakit.model.device import inference_dtype, resolve_device
+    from llamakit.inference.engine import TorchEngine
+    from llamakit.inference.native_engine import NativeEngine, native_library
+    from llamakit.model import load_config, load_model
+    from llamakit.model.device import dtype_name, inference_dtype, resolve_device
 
+    config = load_config(file)
+    config = config if rope_theta is None else replace(config, rope_base=rope_theta)
     set_threads(threads)
     where = resolve_device(device)
-    return where, inference_dtype(dtype, where, n_weights=n_weights, free_bytes=available_memory_bytes())
+    code = native_library(file, config) if where.type == "cpu" and dtype == "auto" else None
+    if code is not None:
+        native = NativeEngine(file, config, code)
+        return LoadedEngine(file=file, engine=native, load_s=0, device=where.type, kv_type=native.kv_type)
+    number = inference_dtype(dtype, where, n_weights=config.n_matmul, free_bytes=available_memory_bytes())
+    engine = TorchEngine(load_model(file, device=where, dtype=number, config=config))
+    return LoadedEngine(file=file, engine=engine, load_s=0, device=where.type, kv_type=dtype_name(number))
