@@ -19,6 +19,7 @@ from typer.main import get_command
 
 import llamakit
 from llamakit.cli import (
+    bench,
     chat,
     compat,
     convert,
@@ -27,6 +28,7 @@ from llamakit.cli import (
     generate,
     imatrix,
     inspect,
+    llama2c_run,
     merge,
     perplexity,
     quantize,
@@ -50,6 +52,8 @@ Start with:  llamakit inspect MODEL.gguf
 Then:        llamakit generate -m MODEL.gguf -p "Once upon a time"
 Options:     llamakit COMMAND --help"""
 
+#: command -> what reads its arguments, where that is not the usual way
+_CLASSES = {"run": llama2c_run.RunCommand}
 #: command -> what its help ends with
 _EPILOGS = {"quantize": quantize.EPILOG}
 #: command -> (its function, its group in the help), in the order of the help
@@ -62,6 +66,8 @@ _COMMANDS = {
     "merge": (merge.merge, MAIN),
     "perplexity": (perplexity.perplexity, MORE),
     "imatrix": (imatrix.imatrix, MORE),
+    "bench": (bench.bench, MORE),
+    "run": (llama2c_run.run, MORE),
     "tokenize": (tokenize.tokenize, MORE),
     "inspect": (inspect.inspect, MORE),
     "verify": (verify.verify, MORE),
@@ -107,7 +113,7 @@ def build_app() -> typer.Typer:
     app.callback()(_root)
     for name, (function, panel) in _COMMANDS.items():
         settings = {"context_settings": CONTEXT_SETTINGS, "epilog": _EPILOGS.get(name), "rich_help_panel": panel}
-        app.command(name, cls=Command, **settings)(function)
+        app.command(name, cls=_CLASSES.get(name, Command), **settings)(function)
     return app
 
 

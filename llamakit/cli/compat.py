@@ -10,6 +10,7 @@ import difflib
 from collections.abc import Iterable
 from typing import Literal
 
+from llamakit.cli import compat_bench
 from llamakit.cli.compat_convert import rewrite_convert
 from llamakit.errors import UnsupportedError, UsageError
 
@@ -106,6 +107,8 @@ ALIASES: dict[str, dict[str, str]] = {
         "-ofreq": "--output-frequency",
         "--from-chunk": "--chunk",
     },
+    "bench": {"--model": "-m"},
+    "run": {},
     "tokenize": {"--model": "-m", "--prompt": "-p", "--file": "-f"},
     "inspect": {"-m": "", "--model": ""},
     "verify": {},
@@ -118,7 +121,7 @@ ALIASES["chat"] = {old: new for old, new in ALIASES["generate"].items() if old n
 #: llama.cpp's -hf user/repo[:QUANT] and -hff FILE -> the option that names the model, as hf:...
 _HUB_MODEL = {
     "finetune": "--model-base", "generate": "-m", "chat": "-m", "imatrix": "-m", "merge": "-m", "convert": "-m",
-    "quantize": "-m", "tokenize": "-m", "inspect": "-m", "perplexity": "-m",
+    "quantize": "-m", "tokenize": "-m", "inspect": "-m", "perplexity": "-m", "bench": "-m",
 }  # fmt: skip
 _HUB_REPO, _HUB_FILE = ("-hf", "-hfr", "--hf-repo"), ("-hff", "--hf-file")
 
@@ -126,6 +129,13 @@ _HUB_REPO, _HUB_FILE = ("-hf", "-hfr", "--hf-repo"), ("-hff", "--hf-file")
 _MEMORY = "the file is read once and its weights stay packed in memory"
 _CPU = "llamakit decides this by itself"
 _STREAMED = "tensors are always streamed, and take little memory"
+_ONE_PLACE = "all layers are in one place: --device"
+_PLACING: dict[str, tuple[int, str]] = {
+    **dict.fromkeys(("-sm", "--split-mode", "-mg", "--main-gpu", "-ts", "--tensor-split"), (1, _ONE_PLACE)),
+    **dict.fromkeys(("-kvo", "--kv-offload", "--op-offload", "--no-op-offload", "--no-host"), (0, _ONE_PLACE)),
+    **dict.fromkeys(("--repack", "-nr", "--no-repack", "--check-tensors"), (0, _CPU)),
+    **dict.fromkeys(("--poll", "--poll-batch", "--prio", "--prio-batch", "--cpu-strict"), (1, _CPU)),
+}
 _MEASURING: dict[str, tuple[int, str]] = {
     "--mlock": (0, _MEMORY),
     "--mmap": (0, _MEMORY),
@@ -178,6 +188,7 @@ NO_OPS: dict[str, dict[str, tuple[int, str]]] = {
         "--no-warmup": (0, _CPU),
         "-nkvo": (0, _CPU),
         "--no-kv-offload": (0, _CPU),
+        **_PLACING,
     },
     "merge": {},
     "convert": {
@@ -191,6 +202,8 @@ NO_OPS: dict[str, dict[str, tuple[int, str]]] = {
     "quantize": {"--max-buffer-size": (1, _STREAMED)},
     "perplexity": _MEASURING,
     "imatrix": _MEASURING,
+    "bench": compat_bench.NO_EFFECT,
+    "run": {},
     "tokenize": {"--log-disable": (0, "what is no token goes to stderr: 2>/dev/null silences it")},
     "inspect": {},
     "verify": {},
@@ -218,6 +231,7 @@ _REFUSED: dict[str, dict[str, str]] = {
         ),
         "--ppl-stride": "chunks are always measured side by side; -c sets their length",
     },
+    "bench": compat_bench.REFUSED,
 }  # fmt: skip
 
 # Options whose value is a text or a name, which may itself begin with a dash and is never rewritten.
@@ -249,7 +263,7 @@ def rewrite(argv: list[str]) -> tuple[list[str], list[Note]]:
     llamakit is not.
     """
     at = next((i for i, word in enumerate(argv) if not word.startswith("-")), None)
-    if at is None or argv[at] not in ALIASES:
+    if at is None or argv[at] not in ALIASES or argv[at] == "run":  # run speaks a dialect of its own
         return argv, []
     words = argv[at + 1 :]
     notes: list[Note] = []
@@ -295,9 +309,12 @@ def _rewrite_option(
         _take(name, n_values, queue)
         notes.append(("note", f"{name} has no effect: {reason}"))
         return
-    if command in ("generate", "chat") and name in ("-t", "-p"):
+    if command == "bench" and name in compat_bench.ONLY_AS_IT_IS:
+        _check_is_as_it_is(name, queue, notes)
+        return
+    if command in ("generate", "chat") and name in ("-t", "-p", "-m"):
         _warn_about_letter(name, queue, notes)
-    if command in ("generate", "chat", "perplexity", "imatrix") and _rewrite_compute(name, queue, out, notes):
+    if command in ("generate", "chat", "perplexity", "imatrix", "bench") and _rewrite_compute(name, queue, out, notes):
         return
     canonical = ALIASES[command].get(name, name)
     if canonical == "--lora-scaled":
@@ -372,13 +389,24 @@ def _join_scale(name: str, queue: list[str], out: list[str]) -> None:
     out += ["--lora-scaled", adapter]
 
 
+def _check_is_as_it_is(name: str, queue: list[str], notes: list[Note]) -> None:
+    """Take an option of llama-bench that may only say what is the case. Raises UnsupportedError for another value."""
+    values, note, instead = compat_bench.ONLY_AS_IT_IS[name]
+    value = _take(name, 1, queue)[0]
+    if value not in values:
+        raise UnsupportedError(f"{name} {value} is not supported", hint=instead)
+    notes.append(("note", f"{name} has no effect: {note}"))
+
+
 def _warn_about_letter(name: str, queue: list[str], notes: list[Note]) -> None:
-    """-t is threads in llama.cpp, -p is top-p in llama2.c: say so when the value looks like theirs."""
+    """-t is threads in llama.cpp, -p is top-p and -m a mode in llama2.c: say so when the value looks like theirs."""
     value = queue[0] if queue else ""
     if name == "-t" and value.isascii() and value.isdigit() and int(value) >= 2:
-        notes.append(("warning", f"-t is the temperature: {value} is very high; threads is --threads {value}"))
+        notes.append(("warning", f"-t is the temperature, {value} a high one; llama.cpp's -t is --threads {value}"))
     if name == "-p" and _is_float(value) and 0 < float(value) <= 1:
-        notes.append(("warning", f"-p is the prompt; did you mean --top-p {value}?"))
+        notes.append(("warning", f"-p is the prompt; llama2.c's -p is --top-p {value}, or llamakit run"))
+    if name == "-m" and value in ("generate", "chat"):
+        notes.append(("warning", f"-m is the model; llama2.c's -m is: llamakit run MODEL -m {value}"))
 
 
 def _is_float(word: str) -> bool:

@@ -79,7 +79,7 @@ def _compute() -> dict[str, Any]:
     return {
         "platform": platform.platform(),
         "device": device.type,
-        "device_name": torch.cuda.get_device_name() if device.type == "cuda" else _processor(),
+        "device_name": torch.cuda.get_device_name() if device.type == "cuda" else processor_name(),
         "threads": torch.get_num_threads(),
         "threads_from": variable or "torch",
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
@@ -87,7 +87,8 @@ def _compute() -> dict[str, Any]:
     }
 
 
-def _processor() -> str:
+def processor_name() -> str:
+    """What the processor calls itself."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,16 +19,25 @@ if TYPE_CHECKING:
     from llamakit.tokenizer import Tokenizer
 
 
-@dataclass(frozen=True)
-class Loaded:
-    """A model that is ready to generate, and what the user gets told about it. adapters: those that are on it."""
+@dataclass(frozen=True, kw_only=True)
+class LoadedEngine:
+    """A model that is ready to compute. device: cpu or cuda; kv_type: of the key-value cache, such as f16; adapters:
+    those that are on it."""
 
     file: ModelFile
     engine: Engine
-    tokenizer: Tokenizer
     load_s: float
+    device: str
+    kv_type: str
+    adapters: list[tuple[Adapter, float]] = field(default_factory=list)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loaded(LoadedEngine):
+    """A model that is ready to generate, and what the user gets told about it."""
+
+    tokenizer: Tokenizer
     is_llama2c: bool
-    adapters: list[tuple[Adapter, float]]
 
 
 def load(
@@ -44,18 +53,19 @@ def load(
     rope_theta: float | None = None,
     chat: bool = False,
     chat_template: str | None = None,
+    silent: bool = False,
 ) -> Loaded:
     """Read the vocabulary, the adapters and the model, cheapest first, so that a mistake shows early.
 
-    chat: there must be a chat template; chat_template: the one to use instead of the model's own.
+    chat: there must be a chat template; chat_template: the one to use instead of the model's own. silent: do not say
+    that it takes a while.
     """
-    from llamakit.formats.adapter import check_adapter, read_adapter
     from llamakit.formats.llama2c import Llama2cFile
     from llamakit.formats.llama2c_checkpoint import Llama2cCheckpoint
     from llamakit.formats.open import check_is_model, open_model
     from llamakit.tokenizer.chat_templates import use_chat_template
 
-    started = time.perf_counter()  # imports are not the model's fault
+    started = time.perf_counter()
     file = open_model(path, n_ctx=n_ctx, rope_theta=rope_theta)
     is_llama2c = isinstance(file, (Llama2cFile, Llama2cCheckpoint))
     check_is_model(file)
@@ -63,14 +73,55 @@ def load(
     tokenizer = _tokenizer(file, vocabulary)
     if chat:
         use_chat_template(tokenizer, chat_template)
+    opened_s = time.perf_counter() - started
+    ready = _ready(
+        file, adapters, force=force, threads=threads, device=device, dtype=dtype, rope_theta=rope_theta, silent=silent
+    )
+    ready = replace(ready, load_s=opened_s + ready.load_s)
+    return Loaded(**vars(ready), tokenizer=tokenizer, is_llama2c=is_llama2c)
+
+
+def load_engine(
+    path: Path,
+    *,
+    adapters: Sequence[tuple[Path, float]] = (),
+    force: bool = False,
+    threads: int | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+) -> LoadedEngine:
+    """The same for what needs no vocabulary: the model may have none."""
+    from llamakit.formats.open import check_is_model, open_model
+
+    file = open_model(path, n_ctx=0)
+    check_is_model(file)
+    return _ready(file, adapters, force=force, threads=threads, device=device, dtype=dtype)
+
+
+def _ready(
+    file: ModelFile,
+    adapters: Sequence[tuple[Path, float]],
+    *,
+    force: bool,
+    threads: int | None,
+    device: str,
+    dtype: str,
+    rope_theta: float | None = None,
+    silent: bool = False,
+) -> LoadedEngine:
+    """The adapters, then the model."""
+    from llamakit.formats.adapter import check_adapter, read_adapter
+
+    started = time.perf_counter()  # imports are not the model's fault
     read = [(read_adapter(adapter, file), scale) for adapter, scale in adapters]
     for adapter, _ in read:
         for note in check_adapter(adapter, file, force=force):
             render.note(f"{adapter.path}: {note}")
-    render.loading(path)
-    engine = _engine(file, device, dtype, threads, rope_theta)
-    engine.set_adapters(read)
-    return Loaded(file, engine, tokenizer, time.perf_counter() - started, is_llama2c, read)
+    if not silent:
+        render.loading(file.path)
+    ready = _engine(file, device, dtype, threads, rope_theta)
+    ready.engine.set_adapters(read)
+    return replace(ready, adapters=read, load_s=time.perf_counter() - started)
 
 
 def _check_vocabulary_option(file: ModelFile, vocabulary: Path | None, is_llama2c: bool) -> None:
@@ -88,13 +139,13 @@ def _tokenizer(file: ModelFile, vocabulary: Path | None) -> Tokenizer:
     return load_llama2c_tokenizer(vocabulary, n_vocab=file.tensors["token_embd.weight"].shape[0])
 
 
-def _engine(file: ModelFile, device: str, dtype: str, threads: int | None, rope_theta: float | None) -> Engine:
+def _engine(file: ModelFile, device: str, dtype: str, threads: int | None, rope_theta: float | None) -> LoadedEngine:
     """Native code where there is some for this model, and no other way to compute is asked for; else torch."""
     from llamakit.files import available_memory_bytes
     from llamakit.inference.engine import TorchEngine
     from llamakit.inference.native_engine import NativeEngine, native_library
     from llamakit.model import load_config, load_model
-    from llamakit.model.device import inference_dtype, resolve_device
+    from llamakit.model.device import dtype_name, inference_dtype, resolve_device
 
     config = load_config(file)
     config = config if rope_theta is None else replace(config, rope_base=rope_theta)
@@ -102,6 +153,8 @@ def _engine(file: ModelFile, device: str, dtype: str, threads: int | None, rope_
     where = resolve_device(device)
     code = native_library(file, config) if where.type == "cpu" and dtype == "auto" else None
     if code is not None:
-        return NativeEngine(file, config, code)
+        native = NativeEngine(file, config, code)
+        return LoadedEngine(file=file, engine=native, load_s=0, device=where.type, kv_type=native.kv_type)
     number = inference_dtype(dtype, where, n_weights=config.n_matmul, free_bytes=available_memory_bytes())
-    return TorchEngine(load_model(file, device=where, dtype=number, config=config))
+    engine = TorchEngine(load_model(file, device=where, dtype=number, config=config))
+    return LoadedEngine(file=file, engine=engine, load_s=0, device=where.type, kv_type=dtype_name(number))

@@ -81,6 +81,11 @@ class NativeEngine:
         freqs = load_vector(file, "rope_freqs.weight") if "rope_freqs.weight" in file.tensors else None
         self._rope, self._n_rotations = Rope(config, freqs), 0
 
+    @property
+    def kv_type(self) -> str:
+        """Type of the numbers in a context: f32 or f16."""
+        return "f32" if self._wide else "f16"
+
     def context(self, n_ctx: int) -> NativeContext:
         """An empty sequence."""
         if n_ctx > self._n_rotations:

@@ -109,12 +109,23 @@ def test_no_effect_is_said() -> None:
 
 
 def test_old_letters_are_warned_about() -> None:
-    assert notes("generate -t 8") == [("warning", "-t is the temperature: 8 is very high; threads is --threads 8")]
+    (note,) = notes("generate -t 8")
+    assert note == ("warning", "-t is the temperature, 8 a high one; llama.cpp's -t is --threads 8")
     assert notes("generate -t 2") and not notes("generate -t 1") and not notes("generate -t 2.0")
     assert not notes("generate --temp 8") and not notes("finetune -t 8")
     assert notes("chat -t 8") and notes("chat -p 0.9")
-    assert notes("generate -p 0.9") == [("warning", "-p is the prompt; did you mean --top-p 0.9?")]
+    (note,) = notes("generate -p 0.9")
+    assert note == ("warning", "-p is the prompt; llama2.c's -p is --top-p 0.9, or llamakit run")
     assert not notes("generate -p 7") and not notes("generate -p hello") and not notes("generate -p")
+    for mode in ("chat", "generate"):
+        (note,) = notes(f"generate -m {mode}")
+        assert note == ("warning", f"-m is the model; llama2.c's -m is: llamakit run MODEL -m {mode}")
+    assert not notes("generate -m chat.gguf") and not notes("generate -m")
+
+
+def test_run_keeps_its_own_dialect() -> None:
+    line = ["run", "m.bin", "-t", "8", "-p", "0.9", "-i", "--a_b=c", "-m", "chat", "-y", "--"]
+    assert compat.rewrite(line) == (line, [])
 
 
 @pytest.mark.parametrize("line", ["generate -ngl", "generate --numa", "generate --lora-scaled"])

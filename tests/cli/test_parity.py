@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from llamakit.cli.bench import bench
 from llamakit.cli.convert import convert
 from llamakit.cli.finetune import finetune
 from llamakit.cli.generate import generate
@@ -12,6 +13,7 @@ from llamakit.cli.quantize import quantize
 from llamakit.conversion.convert_config import ConvertConfig
 from llamakit.conversion.merge_config import MergeConfig
 from llamakit.conversion.quantize_config import QuantizeConfig
+from llamakit.inference.bench_config import BenchConfig
 from llamakit.inference.config import GenerateConfig, PerplexityConfig
 from llamakit.inference.imatrix_config import ImatrixConfig
 from llamakit.training.config import FinetuneConfig
@@ -87,3 +89,10 @@ def test_perplexity() -> None:
 def test_imatrix() -> None:
     others = ("show_statistics", "threads", "device", "dtype", "offline", "json", "config")
     assert_parity(imatrix, ImatrixConfig, cli_only=("in_files", *others), config_only=("in_files",))
+
+
+def test_bench() -> None:
+    lists = ("n_prompt", "n_gen", "n_pg", "n_depth", "n_batch", "n_ubatch")  # texts such as 1-8*2 there
+    files = ("models", "lora", "lora_scaled", "force", "offline", "config")
+    others = ("no_warmup", "threads", "device", "dtype", "output", "output_err", "progress", "verbose")
+    assert_parity(bench, BenchConfig, cli_only=(*lists, *files, *others), config_only=(*lists, "warmup"))
