@@ -19,7 +19,7 @@ from pathlib import Path
 
 from llamakit.errors import UsageError
 
-_ABI = 1
+_ABI = 2
 _VARIABLE = "LLAMAKIT_NATIVE"
 _PACKAGE = Path(__file__).resolve().parent
 #: sources beside the package: this is a checkout, and the library must be made of them
@@ -38,6 +38,11 @@ _SIGNATURES = {
     "llamakit_decode": (None, [_int, _int, _int, _pointer, _pointer, _i64, _i64, _i64, _pointer, _int]),
     "llamakit_set_grid": (None, [_int, _pointer]),
     "llamakit_first_non_finite": (_i64, [_pointer, _i64]),
+    "llamakit_tile_bytes": (_i64, [_int, _i64]),
+    "llamakit_pack": (None, [_int, _pointer, _i64, _i64, _i64, _pointer, _pointer, _int]),
+    "llamakit_decoder": (_pointer, [_int, _int]),
+    "llamakit_scratch_bytes": (_i64, [_int, _pointer, _pointer, _int]),
+    "llamakit_forward": (None, [_int, _pointer, _pointer, _pointer, _pointer, _pointer, _int]),
 }
 
 
@@ -109,6 +114,32 @@ class Library:
     def set_grid(self, which: int, rows: int) -> None:
         """Where the int8 rows of a grid of the IQ types are, from now on; numbers as in native/codec.h."""
         self._functions.llamakit_set_grid(which, rows)
+
+    def tile_bytes(self, ggml_type: int, n_in: int) -> int:
+        """Bytes of 16 rows of n_in weights in the engine's layout; 0 for a type that it does not have."""
+        return self._functions.llamakit_tile_bytes(ggml_type, n_in)
+
+    def pack(
+        self, ggml_type: int, rows: int, row_bytes: int, shape: tuple[int, int], tiles: int, n_threads: int
+    ) -> None:
+        """Packed rows at `rows`, shape (n_rows, n_in), -> tiles."""
+        parallel = _gomp_parallel() if n_threads > 1 else None
+        self._functions.llamakit_pack(ggml_type, rows, row_bytes, *shape, tiles, parallel, n_threads)
+
+    def decoder(self, ggml_type: int) -> int | None:
+        """The address of the decoder of a type to float32."""
+        return self._functions.llamakit_decoder(self._number, ggml_type)
+
+    def scratch_bytes(self, model: int, batch: int, n_threads: int) -> int:
+        """Bytes that `forward` needs for this batch; addresses of the structures of native/engine.h."""
+        return self._functions.llamakit_scratch_bytes(self._number, model, batch, n_threads)
+
+    def forward(self, model: int, batch: int, scratch: int, n_threads: int) -> None:
+        """A batch of tokens through a model: caches and logits are written."""
+        parallel, thread_count = (_gomp_parallel(), _thread_count()) if n_threads > 1 else (None, None)
+        self._functions.llamakit_forward(
+            self._number, model, batch, scratch, parallel if thread_count else None, thread_count, n_threads
+        )
 
     def first_non_finite(self, x: int, n: int) -> int:
         """The index of the first NaN or infinity of n float32 at x, or n."""
@@ -215,15 +246,24 @@ def shares_threads() -> bool:
     return _gomp_parallel() is not None
 
 
-@cache
 def _gomp_parallel() -> int | None:
     """The address of GOMP_parallel among the libraries that torch has loaded: libgomp's, or that of LLVM's libomp."""
+    return _loaded_function("GOMP_parallel")
+
+
+def _thread_count() -> int | None:
+    """The address of omp_get_num_threads."""
+    return _loaded_function("omp_get_num_threads")
+
+
+@cache
+def _loaded_function(name: str) -> int | None:
     import torch
 
-    for name in ("libtorch_cpu.so", "libtorch_cpu.dylib"):
-        path = Path(torch.__file__).parent / "lib" / name
+    for library_name in ("libtorch_cpu.so", "libtorch_cpu.dylib"):
+        path = Path(torch.__file__).parent / "lib" / library_name
         if path.exists():
             loaded = ctypes.CDLL(str(path))  # a handle finds the symbols of what its library depends on
-            function = getattr(loaded, "GOMP_parallel", None)
+            function = getattr(loaded, name, None)
             return ctypes.cast(function, ctypes.c_void_p).value if function else None
     return None

@@ -6,11 +6,13 @@
 
 #define EXPORT __attribute__((visibility("default")))
 /* Raised whenever a signature below changes; native.py has the same number. */
-#define ABI 1
+#define ABI 2
 
 #define ISA baseline
 #include "codec.h"
 #undef ISA
+#include "engine.h"
+#include "half.h"
 #if defined(__x86_64__)
 #define X86 1
 #endif
@@ -78,9 +80,6 @@ EXPORT int llamakit_has_encoder(int isa, int type) {
 EXPORT int llamakit_has_decoder(int isa, int type, int bf16) {
     return type >= 0 && type < N_TYPES && codecs[isa].decoders[bf16][type] != NULL;
 }
-
-/* OpenMP's way to run a function on a team of threads (GOMP_parallel of libgomp, which libomp has too). */
-typedef void (*parallel_fn)(void (*work)(void *), void *data, unsigned n_threads, unsigned flags);
 
 /* Pieces of work, taken by whichever thread is free. */
 typedef struct {
@@ -163,4 +162,89 @@ EXPORT int64_t llamakit_first_non_finite(const float *x, int64_t n) {
                 if ((bits[i] & 0x7F800000) == 0x7F800000) return i;
     }
     return n;
+}
+
+#define DECLARE_ENGINE(isa)                                                                                     \
+    int64_t llamakit_scratch_bytes_##isa(const llama *model, const batch *tokens, int n_threads);               \
+    void llamakit_forward_##isa(const llama *model, const batch *tokens, uint8_t *scratch, parallel_fn parallel, \
+                                int (*thread_count)(void), int n_threads);
+#define ENGINE(isa) {llamakit_scratch_bytes_##isa, llamakit_forward_##isa}
+DECLARE_ENGINE(baseline)
+static const engine plain_engine = ENGINE(baseline);
+#ifdef X86
+DECLARE_ENGINE(avx2)
+DECLARE_ENGINE(avx512vnni)
+DECLARE_ENGINE(avx512bf16)
+static const engine avx2_engine = ENGINE(avx2), vnni_engine = ENGINE(avx512vnni), bf16_engine = ENGINE(avx512bf16);
+#endif
+
+/* The best for an instruction set of the codecs: AVX-512 serves with VNNI, better still with BF16. */
+static const engine *engine_of(int isa) {
+#ifdef X86
+    __builtin_cpu_init();
+    if (isa == 2 && __builtin_cpu_supports("avx512vnni"))
+        return __builtin_cpu_supports("avx512bf16") ? &bf16_engine : &vnni_engine;
+    if (isa > 0) return &avx2_engine;
+#endif
+    (void)isa;
+    return &plain_engine;
+}
+
+/* Bytes of 16 rows of n_in weights in the engine's layout, 0 for a type that it does not have. */
+EXPORT int64_t llamakit_tile_bytes(int type, int64_t n_in) { return llamakit_bytes_of_tile(type, n_in); }
+
+typedef struct {
+    const uint8_t *rows;
+    uint8_t *tiles;
+    int64_t row_bytes, tile_bytes, n_rows, n_in;
+    int type;
+} pack_job;
+
+static void pack_tiles(const void *data, int64_t start, int64_t stop) {
+    const pack_job *job = data;
+    for (int64_t tile = start; tile < stop; tile++) {
+        const int64_t left = job->n_rows - 16 * tile;
+        llamakit_pack_tile(job->type, job->rows + 16 * tile * job->row_bytes, job->row_bytes, left < 16 ? (int)left : 16,
+                           job->n_in, job->tiles + tile * job->tile_bytes);
+    }
+}
+
+/* Packed rows -> tiles, as many bytes as llamakit_tile_bytes says for each 16 rows. */
+EXPORT void llamakit_pack(
+    int type, const uint8_t *rows, int64_t row_bytes, int64_t n_rows, int64_t n_in, uint8_t *tiles, parallel_fn parallel,
+    int n_threads
+) {
+    const pack_job job = {rows, tiles, row_bytes, llamakit_bytes_of_tile(type, n_in), n_rows, n_in, type};
+    pieces all = {pack_tiles, &job, (n_rows + 15) / 16, 4, 0};
+    run(&all, parallel, n_threads);
+}
+
+static void copy_f32(const uint8_t *packed, void *out, int64_t n) { memcpy(out, packed, 4 * (size_t)n); }
+
+static void widen_f16(const uint8_t *packed, void *out, int64_t n) {
+    for (int64_t i = 0; i < n; i++) ((float *)out)[i] = get_half(packed + 2 * i);
+}
+
+static void widen_bf16(const uint8_t *packed, void *out, int64_t n) {
+    for (int64_t i = 0; i < n; i++) ((float *)out)[i] = bits_float((uint32_t)(packed[2 * i] | packed[2 * i + 1] << 8) << 16);
+}
+
+/* A decoder of rows to float32, for the embedding; NULL where there is none. */
+EXPORT decode_fn llamakit_decoder(int isa, int type) {
+    if (type == TYPE_F32) return copy_f32;
+    if (type == TYPE_F16) return widen_f16;
+    if (type == TYPE_BF16) return widen_bf16;
+    return type >= 0 && type < N_TYPES ? codecs[isa].decoders[OUTPUT_F32][type] : NULL;
+}
+
+EXPORT int64_t llamakit_scratch_bytes(int isa, const llama *model, const batch *tokens, int n_threads) {
+    return engine_of(isa)->scratch_bytes(model, tokens, n_threads);
+}
+
+/* A batch through a model; scratch: as many bytes as llamakit_scratch_bytes says, at a multiple of 64. */
+EXPORT void llamakit_forward(
+    int isa, const llama *model, const batch *tokens, uint8_t *scratch, parallel_fn parallel, int (*thread_count)(void),
+    int n_threads
+) {
+    engine_of(isa)->forward(model, tokens, scratch, parallel, thread_count, n_threads);
 }

@@ -13,8 +13,6 @@ from llamakit.cli.options import set_threads
 from llamakit.errors import UsageError
 
 if TYPE_CHECKING:
-    import torch
-
     from llamakit.formats.base import ModelFile
     from llamakit.inference.engine import Engine
     from llamakit.tokenizer import Tokenizer
@@ -48,8 +46,6 @@ def load(
     from llamakit.formats.llama2c import Llama2cFile
     from llamakit.formats.llama2c_checkpoint import Llama2cCheckpoint
     from llamakit.formats.open import check_is_model, open_model
-    from llamakit.inference.engine import TorchEngine
-    from llamakit.model import load_config, load_model
 
     started = time.perf_counter()  # imports are not the model's fault
     file = open_model(path, n_ctx=n_ctx, rope_theta=rope_theta)
@@ -62,11 +58,7 @@ def load(
         for note in check_adapter(adapter, file, force=force):
             render.note(f"{adapter.path}: {note}")
     render.loading(path)
-    shape = load_config(file)
-    where, number = _device_and_dtype(shape.n_matmul, device, dtype, threads)
-    shape = shape if rope_theta is None else replace(shape, rope_base=rope_theta)
-    model = load_model(file, device=where, dtype=number, config=shape)
-    engine = TorchEngine(model)
+    engine = _engine(file, device, dtype, threads, rope_theta)
     engine.set_adapters(read)
     return Loaded(file, engine, tokenizer, time.perf_counter() - started, is_llama2c)
 
@@ -86,10 +78,20 @@ def _tokenizer(file: ModelFile, vocabulary: Path | None) -> Tokenizer:
     return load_llama2c_tokenizer(vocabulary, n_vocab=file.tensors["token_embd.weight"].shape[0])
 
 
-def _device_and_dtype(n_weights: int, device: str, dtype: str, threads: int | None) -> tuple[torch.device, torch.dtype]:
+def _engine(file: ModelFile, device: str, dtype: str, threads: int | None, rope_theta: float | None) -> Engine:
+    """Native code where there is some for this model, and no other way to compute is asked for; else torch."""
     from llamakit.files import available_memory_bytes
+    from llamakit.inference.engine import TorchEngine
+    from llamakit.inference.native_engine import NativeEngine, native_library
+    from llamakit.model import load_config, load_model
     from llamakit.model.device import inference_dtype, resolve_device
 
+    config = load_config(file)
+    config = config if rope_theta is None else replace(config, rope_base=rope_theta)
     set_threads(threads)
     where = resolve_device(device)
-    return where, inference_dtype(dtype, where, n_weights=n_weights, free_bytes=available_memory_bytes())
+    code = native_library(file, config) if where.type == "cpu" and dtype == "auto" else None
+    if code is not None:
+        return NativeEngine(file, config, code)
+    number = inference_dtype(dtype, where, n_weights=config.n_matmul, free_bytes=available_memory_bytes())
+    return TorchEngine(load_model(file, device=where, dtype=number, config=config))

@@ -1,0 +1,250 @@
+"""A Llama whose matrices lie in tiles, and its forward pass in native code: the structures of native/engine.h.
+
+Shapes: V n_vocab, C n_embd, R rank.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from llamakit.ggml import BLOCK_SIZES, GGMLType
+from llamakit.native import Library
+
+_i32, _i64, _float, _pointer = ctypes.c_int32, ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
+_TILE, _PAD = 16, 64
+#: what the C code keeps on its stack for one head
+MAX_HEAD_DIM = 512
+
+
+class _Matrix(ctypes.Structure):
+    _fields_ = [
+        ("tiles", _pointer), ("bias", _pointer), ("lora_a", _pointer), ("lora_b", _pointer),
+        ("tile_bytes", _i64), ("type", _i32), ("n_out", _i32), ("n_in", _i32), ("rank", _i32),
+    ]  # fmt: skip
+
+
+_NORMS = ("attn_norm", "ffn_norm")
+_MATRICES = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = [(name, _pointer) for name in _NORMS] + [(name, _Matrix) for name in _MATRICES]
+
+
+class _Llama(ctypes.Structure):
+    _fields_ = [
+        *((name, _i32) for name in ("n_layer", "n_embd", "n_head", "n_head_kv", "head_dim", "n_ff", "n_vocab")),
+        ("embedding_rank", _i32), ("rms_eps", _float), ("attention_scale", _float), ("embedding", _pointer),
+        ("embedding_row_bytes", _i64), ("embedding_row_blocks", _i64), ("embedding_decode", _pointer),
+        ("embedding_lora_a", _pointer), ("embedding_lora_b", _pointer), ("output_norm", _pointer),
+        ("rotations", _pointer), ("layers", _pointer), ("output", _Matrix),
+    ]  # fmt: skip
+
+
+class _Cache(ctypes.Structure):
+    _fields_ = [("keys", _pointer), ("values", _pointer), ("n_ctx", _i64), ("wide", _i32)]
+
+
+class _Batch(ctypes.Structure):
+    _fields_ = [
+        ("n_tokens", _i32), ("n_outputs", _i32), ("tokens", _pointer), ("positions", _pointer),
+        ("outputs", _pointer), ("caches", _pointer), ("logits", _pointer),
+    ]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The hyper-parameters that the forward pass needs, under the field's names."""
+
+    n_layer: int
+    n_embd: int
+    n_head: int
+    n_head_kv: int
+    head_dim: int
+    n_ff: int
+    n_vocab: int
+    rms_eps: float
+
+
+@dataclass(frozen=True)
+class PackedRows:
+    """A tensor as a file holds it: data (n_rows, row_bytes) uint8."""
+
+    data: np.ndarray
+    type: GGMLType
+    shape: tuple[int, int]
+
+
+class Cache:
+    """Keys and values of one sequence, float16 or (wide) float32; n_ctx is rounded up to 16."""
+
+    def __init__(self, shape: Shape, n_ctx: int, *, wide: bool) -> None:
+        n_ctx, stride = _rounded(n_ctx, _TILE), _rounded(shape.head_dim, _TILE)
+        size = shape.n_layer * shape.n_head_kv * n_ctx
+        dtype = torch.float32 if wide else torch.float16
+        self.keys, self.values = (
+            torch.zeros(size * shape.head_dim, dtype=dtype),
+            torch.zeros(size * stride, dtype=dtype),
+        )
+        self._structure = _Cache(self.keys.data_ptr(), self.values.data_ptr(), n_ctx, wide)
+        self.address = ctypes.addressof(self._structure)
+
+
+class PackedLlama:
+    """Weights in tiles, and what C sees of them. read: a tensor of the file by its name, with `.weight`.
+
+    vectors: norms and biases by name, float32. Memory stays alive with this object.
+    """
+
+    def __init__(
+        self,
+        library: Library,
+        shape: Shape,
+        read: Callable[[str], PackedRows],
+        vectors: Mapping[str, Tensor],
+        *,
+        tied_output: bool,
+        n_threads: int,
+    ) -> None:
+        self._library, self.shape, self.n_threads = library, shape, n_threads
+        self._vectors, self._kept, self._loras = dict(vectors), list[object](), list[Tensor]()
+        self.n_bytes = 0
+        self._layers = (_Layer * shape.n_layer)()
+        self._embedding = read("token_embd.weight")
+        embedding = self._embedding
+        self._model = _Llama(
+            **{name: getattr(shape, name) for name in _SHARED}, rms_eps=shape.rms_eps,
+            attention_scale=shape.head_dim**-0.5, embedding=embedding.data.ctypes.data,
+            embedding_row_bytes=embedding.data.strides[0],
+            embedding_row_blocks=shape.n_embd // BLOCK_SIZES[embedding.type][0],
+            embedding_decode=library.decoder(embedding.type), layers=ctypes.addressof(self._layers),
+            output=self._pack("output", embedding if tied_output else read("output.weight")),
+        )  # fmt: skip
+        for i, layer in enumerate(self._layers):
+            for name in _MATRICES:
+                setattr(layer, name, self._pack(f"blk.{i}.{name}", read(f"blk.{i}.{name}.weight")))
+        self._scratch = torch.empty(0, dtype=torch.uint8)
+        self.set_loras({})
+
+    def _pack(self, name: str, rows: PackedRows) -> _Matrix:
+        n_out, n_in = rows.shape
+        tile_bytes = self._library.tile_bytes(rows.type, n_in)
+        tiles = torch.empty(_rounded(n_out, _TILE) // _TILE * tile_bytes, dtype=torch.uint8)
+        data = np.ascontiguousarray(rows.data)
+        self._library.pack(rows.type, data.ctypes.data, data.strides[0], rows.shape, tiles.data_ptr(), self.n_threads)
+        self._kept.append(tiles)
+        self.n_bytes += tiles.numel()
+        bias = self._vectors.get(f"{name}.bias")
+        if bias is not None:
+            self._kept.append(bias := _padded(bias, _TILE))
+        address = None if bias is None else bias.data_ptr()
+        return _Matrix(tiles.data_ptr(), address, None, None, tile_bytes, rows.type, n_out, n_in, 0)
+
+    def set_loras(self, loras: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+        """Put on A (R, n_in) and B (n_out, R), scales multiplied in, by tensor name without `.weight`, instead of what
+        there was; a norm's delta is a matrix of one row."""
+        self._loras = []
+        for name, pair in {"output": None, **dict.fromkeys(self._matrix_names()), **loras}.items():
+            if not name.endswith("norm") and name != "token_embd":
+                self._set_lora(self._matrix(name), pair)
+        for i, layer in enumerate(self._layers):
+            for name in _NORMS:
+                setattr(layer, name, self._norm(f"blk.{i}.{name}", loras))
+        self._model.output_norm = self._norm("output_norm", loras)
+        a, b = loras.get("token_embd", (torch.empty(0, self.shape.n_embd), torch.empty(self.shape.n_vocab, 0)))
+        a, b = _padded(a.float(), _PAD), b.float().contiguous()
+        self._loras += [a, b]
+        self._model.embedding_rank = len(a)
+        self._model.embedding_lora_a, self._model.embedding_lora_b = a.data_ptr(), b.data_ptr()
+
+    def _matrix_names(self) -> list[str]:
+        return [f"blk.{i}.{name}" for i in range(self.shape.n_layer) for name in _MATRICES]
+
+    def _matrix(self, name: str) -> _Matrix:
+        if name == "output":
+            return self._model.output
+        _, index, short = name.split(".")
+        return getattr(self._layers[int(index)], short)
+
+    def _set_lora(self, matrix: _Matrix, pair: tuple[Tensor, Tensor] | None) -> None:
+        matrix.rank = 0
+        if pair is None:
+            return
+        a, b = _padded(pair[0].float(), _PAD), pair[1].float()
+        b = (
+            torch.nn.functional.pad(b, (0, 0, 0, -len(b) % _TILE))
+            .view(-1, _TILE, b.shape[1])
+            .transpose(1, 2)
+            .contiguous()
+        )
+        self._loras += [a, b]
+        matrix.lora_a, matrix.lora_b, matrix.rank = a.data_ptr(), b.data_ptr(), len(a)
+
+    def _norm(self, name: str, loras: Mapping[str, tuple[Tensor, Tensor]]) -> int:
+        weight = self._vectors[f"{name}.weight"].float()
+        if name in loras:
+            a, b = loras[name]
+            weight = weight + (b.float() @ a.float())[0]
+        self._loras.append(weight := weight.contiguous())
+        return weight.data_ptr()
+
+    def set_rotations(self, rotations: Tensor) -> None:
+        """Cosine and sine of every position that will be asked for, (n_ctx, head_dim / 2, 2) float32, contiguous."""
+        self._rotations = rotations
+        self._model.rotations = rotations.data_ptr()
+
+    def forward(
+        self,
+        tokens: np.ndarray,
+        positions: np.ndarray,
+        caches: np.ndarray,
+        outputs: np.ndarray,
+        n_threads: int | None = None,
+    ) -> np.ndarray:
+        """Logits (n_outputs, V) float32 after the tokens that `outputs` names.
+
+        tokens, positions (M,) int32; caches (M,) uint64 addresses, tokens of one cache together and in their order;
+        outputs (n_outputs,) int32 indices. The memory of the result is the caller's own.
+        """
+        n_vocab = _rounded(self.shape.n_vocab, _TILE)
+        logits = np.empty((len(outputs), n_vocab), dtype=np.float32)
+        batch = _Batch(
+            len(tokens), len(outputs), tokens.ctypes.data, positions.ctypes.data, outputs.ctypes.data,
+            caches.ctypes.data, logits.ctypes.data,
+        )  # fmt: skip
+        n_threads = n_threads or self.n_threads
+        model, address = ctypes.addressof(self._model), ctypes.addressof(batch)
+        n_bytes = self._library.scratch_bytes(model, address, n_threads)
+        if n_bytes > self._scratch.numel():
+            self._scratch = torch.empty(n_bytes + n_bytes // 8, dtype=torch.uint8)
+        self._library.forward(model, address, self._scratch.data_ptr(), n_threads)
+        return logits[:, : self.shape.n_vocab]
+
+
+_SHARED = ("n_layer", "n_embd", "n_head", "n_head_kv", "head_dim", "n_ff", "n_vocab")
+
+
+def can_pack(library: Library, types: Mapping[str, tuple[GGMLType, Sequence[int]]]) -> bool:
+    """Whether native code has tiles for every matrix (name -> type, shape) and a decoder for the embedding."""
+    for name, (ggml_type, shape) in types.items():
+        if name == "token_embd.weight" and library.decoder(ggml_type) is None:
+            return False
+        if len(shape) == 2 and not library.tile_bytes(ggml_type, shape[1]):
+            return False
+    return True
+
+
+def _rounded(n: int, to: int) -> int:
+    return -(-n // to) * to
+
+
+def _padded(x: Tensor, to: int) -> Tensor:
+    """With zeros at the end of the last axis, up to a multiple."""
+    return functional.pad(x.float(), (0, -x.shape[-1] % to)).contiguous()

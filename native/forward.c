@@ -1,0 +1,469 @@
+/* A batch of tokens through a whole Llama in one call: embedding, layers, the logits that are asked for.
+
+   One token takes the short way: every thread normalizes and quantizes it for itself, and the threads meet four times a
+   layer. More tokens are shared out in groups of 8. Shapes: see engine.h; M tokens, rows padded to 64 numbers that are
+   zero. */
+#include <stddef.h>
+
+#include "attention.h"
+#include "engine.h"
+#include "matmul.h"
+#include "team.h"
+
+/* Keys that one piece of a single token's attention covers: a whole number of tiles, whatever the threads. */
+enum { CHUNK = 128, PHASES = 10 };
+
+typedef struct {
+    const llama *model;
+    const batch *tokens;
+    int (*thread_count)(void);
+    team team;
+    int64_t *counters; /* one for each phase */
+    float *x, *q, *k, *v, *mixed, *hidden, *low;
+    float *partial; /* [n_head][chunks][value_stride + 2]: of a single token's attention */
+    uint8_t *shared, *own; /* activations of all groups; what each thread has for itself */
+    int64_t own_bytes, ld_embd, ld_q, ld_kv, ld_ff, ld_low, group_bytes, n_chunks;
+    int32_t n_groups, value_stride, longest;
+} job;
+
+/* What a thread has for itself. */
+typedef struct {
+    activations one;
+    float *normed, *low, *scores, *out;
+    uint8_t *panel;
+} desk;
+
+static int64_t longest_input(const llama *m) {
+    const int64_t heads = (int64_t)m->n_head * m->head_dim, a = m->n_embd > m->n_ff ? m->n_embd : m->n_ff;
+    return padded(a > heads ? a : heads);
+}
+
+static int64_t most_rank(const llama *m) {
+    int64_t most = m->output.rank;
+    for (int i = 0; i < m->n_layer; i++) {
+        const layer *l = m->layers + i;
+        const int64_t inputs[] = {l->q.rank + l->k.rank + l->v.rank, l->attn_output.rank, l->gate.rank + l->up.rank,
+                                  l->down.rank};
+        for (int j = 0; j < 4; j++) most = inputs[j] > most ? inputs[j] : most;
+    }
+    return padded(most);
+}
+
+static uint8_t *place(uint8_t **at, int64_t bytes) {
+    uint8_t *here = *at;
+    *at += padded(bytes);
+    return here;
+}
+
+/* Divides the scratch memory; with base NULL only its size is found. */
+static int64_t lay_out(job *j, uint8_t *base, int n_threads) {
+    const llama *m = j->model;
+    const int64_t n = j->tokens->n_tokens, n_in = longest_input(m);
+    j->ld_embd = padded(m->n_embd);
+    j->ld_q = padded((int64_t)m->n_head * m->head_dim);
+    j->ld_kv = padded((int64_t)m->n_head_kv * m->head_dim);
+    j->ld_ff = padded(m->n_ff);
+    j->ld_low = most_rank(m);
+    j->n_groups = (int32_t)((n + GROUP - 1) / GROUP);
+    j->value_stride = (m->head_dim + 15) / 16 * 16;
+    j->longest = 0;
+    for (int i = 0; i < n; i++)
+        if (j->tokens->positions[i] >= j->longest) j->longest = j->tokens->positions[i] + 1;
+    j->n_chunks = (j->longest + CHUNK - 1) / CHUNK;
+    j->group_bytes = activation_bytes(n_in, GROUP);
+    uint8_t *at = base;
+    j->counters = (int64_t *)place(&at, 8 * ((int64_t)PHASES * m->n_layer + 8));
+    j->x = (float *)place(&at, 4 * n * j->ld_embd);
+    j->q = (float *)place(&at, 4 * n * j->ld_q);
+    j->k = (float *)place(&at, 4 * n * j->ld_kv);
+    j->v = (float *)place(&at, 4 * n * j->ld_kv);
+    j->mixed = (float *)place(&at, 4 * n * j->ld_q);
+    j->hidden = (float *)place(&at, 4 * n * j->ld_ff);
+    j->low = (float *)place(&at, 4 * n * j->ld_low);
+    j->partial = (float *)place(&at, 4 * m->n_head * j->n_chunks * (j->value_stride + 16));
+    j->shared = place(&at, n > 1 ? j->n_groups * j->group_bytes : 0);
+    const int64_t keys = n > 1 ? (j->longest + 15) / 16 * 16 : CHUNK;
+    j->own_bytes = padded(activation_bytes(n_in, 1)) + padded(4 * n_in) + padded(4 * j->ld_low) +
+                   padded(4 * MAX_QUERIES * keys) + padded(4 * MAX_QUERIES * j->value_stride) +
+                   (n > 1 ? padded(panel_bytes(n_in)) : 0);
+    j->own = place(&at, n_threads * j->own_bytes);
+    return at - base;
+}
+
+static desk desk_of(const job *j, int thread) {
+    const int64_t n_in = longest_input(j->model), n = j->tokens->n_tokens;
+    const int64_t keys = n > 1 ? (j->longest + 15) / 16 * 16 : CHUNK;
+    uint8_t *at = j->own + thread * j->own_bytes;
+    desk d;
+    d.one = activations_at(place(&at, activation_bytes(n_in, 1)), n_in, 1);
+    d.normed = (float *)place(&at, 4 * n_in);
+    d.low = (float *)place(&at, 4 * j->ld_low);
+    d.scores = (float *)place(&at, 4 * MAX_QUERIES * keys);
+    d.out = (float *)place(&at, 4 * MAX_QUERIES * j->value_stride);
+    d.panel = at;
+    return d;
+}
+
+/* Root mean square norm (arXiv 1910.07467): x / sqrt(mean(x^2) + eps) * weight; out is zero up to a multiple of 64. */
+static void normalize(const float *x, const float *weight, int n, float eps, float *out) {
+    vf squares[2] = {{0}, {0}};
+    int i = 0;
+    for (; i + 32 <= n; i += 32) {
+        const vf a = load(x + i), b = load(x + i + 16);
+        squares[0] += a * a;
+        squares[1] += b * b;
+    }
+    float total = sum(squares[0] + squares[1]);
+    for (; i < n; i++) total += x[i] * x[i];
+    const float scale = 1.0f / sqrtf(total / (float)n + eps);
+    for (i = 0; i < n; i++) out[i] = x[i] * scale * weight[i];
+    for (; i < padded(n); i++) out[i] = 0;
+}
+
+static void embed(const job *j, int token, float *x) {
+    const llama *m = j->model;
+    m->embedding_decode(m->embedding + token * m->embedding_row_bytes, x, m->embedding_row_blocks);
+    for (int r = 0; r < m->embedding_rank; r++) {
+        const float b = m->embedding_lora_b[(int64_t)token * m->embedding_rank + r];
+        for (int i = 0; i < m->n_embd; i++) x[i] += b * m->embedding_lora_a[r * padded(m->n_embd) + i];
+    }
+    for (int i = m->n_embd; i < j->ld_embd; i++) x[i] = 0;
+}
+
+/* Products that share their input: out = x W^T, or what it adds to where `accumulate` is set. With `gated`, the first is
+   silu(first) * second (Shazeer 2020, arXiv 2002.05202). */
+typedef struct {
+    const matrix *w[3];
+    float *out[3];
+    int64_t ld[3];
+    int n, accumulate, gated;
+} products;
+
+static int need_of_all(const products *p) {
+    int need = 0;
+    for (int i = 0; i < p->n; i++) need |= need_of(p->w[i]->type);
+    return need;
+}
+
+static void lower_all(const products *p, const float *x, float *low) {
+    for (int i = 0; i < p->n; i++) {
+        lower(p->w[i], x, low);
+        low += p->w[i]->rank;
+    }
+}
+
+INLINE vf gate(vf g, vf up) { return g / (1.0f + exponential(-g)) * up; }
+
+INLINE int64_t tiles_of(const matrix *w) { return (w->n_out + TILE - 1) / TILE; }
+
+/* Which product and tile a number among all of them means, and where its LoRA's low products begin. */
+INLINE int find_tile(const products *p, int64_t *tile, int *low) {
+    int i = 0;
+    *low = 0;
+    while (*tile >= tiles_of(p->w[i])) {
+        *tile -= tiles_of(p->w[i]);
+        *low += p->w[i++]->rank;
+    }
+    return i;
+}
+
+static int64_t all_tiles(const products *p) {
+    int64_t n = 0;
+    for (int i = 0; i < (p->gated ? 1 : p->n); i++) n += tiles_of(p->w[i]);
+    return n;
+}
+
+/* Tiles taken at a time: small enough that the threads end together. */
+static int64_t step_of(const job *j, int64_t n_tiles) {
+    const int64_t step = n_tiles / (j->team.n_threads * 8);
+    return j->team.n_threads == 1 ? n_tiles : step < 1 ? 1 : step > 16 ? 16 : step;
+}
+
+static void multiply_token(const job *j, const products *p, const float *x, const desk *d, int64_t *counter) {
+    const int64_t n = all_tiles(p), step = step_of(j, n);
+    put_activations(x, p->w[0]->n_in, need_of_all(p), &d->one, 0, 1);
+    lower_all(p, x, d->low);
+    for (int64_t start, stop; take(counter, n, step, &start, &stop);)
+        for (int64_t t = start; t < stop; t++) {
+            int64_t tile = t;
+            int low;
+            const int i = find_tile(p, &tile, &low);
+            vf y = multiply_tile(p->w[i], tile, &d->one) + added(p->w[i], tile, d->low + low);
+            float *out = p->out[i] + TILE * tile;
+            if (p->gated) {
+                const matrix *up = p->w[1];
+                y = gate(y, multiply_tile(up, tile, &d->one) + added(up, tile, d->low + p->w[0]->rank));
+            }
+            store(out, p->accumulate ? load(out) + y : y);
+        }
+}
+
+static void finish_group(const job *j, const products *p, int i, int64_t tile, int low, int group, vf y[GROUP]) {
+    const int first = group * GROUP;
+    for (int t = 0; t < GROUP && first + t < j->tokens->n_tokens; t++)
+        y[t] += added(p->w[i], tile, j->low + (first + t) * j->ld_low + low);
+}
+
+static void multiply_groups(const job *j, const products *p, const desk *d, int64_t *counter) {
+    const int64_t n = all_tiles(p), n_in = longest_input(j->model);
+    for (int64_t start, stop; take(counter, n, 1, &start, &stop);) {
+        int64_t tile = start;
+        int low;
+        const int i = find_tile(p, &tile, &low);
+        for (int side = 0; side <= p->gated; side++) {
+            const matrix *w = p->w[i + side];
+            const panel packed = unpack(w, tile, d->panel);
+            if (side) low += p->w[0]->rank;
+            for (int group = 0; group < j->n_groups; group++) {
+                const activations a = activations_at(j->shared + group * j->group_bytes, n_in, GROUP);
+                vf y[GROUP];
+                multiply_panel(w, &packed, &a, y);
+                finish_group(j, p, i + side, tile, low, group, y);
+                for (int t = 0; t < GROUP && group * GROUP + t < j->tokens->n_tokens; t++) {
+                    float *out = p->out[i] + (group * GROUP + t) * p->ld[i] + TILE * tile;
+                    if (side) y[t] = gate(load(out), y[t]);
+                    store(out, p->accumulate ? load(out) + y[t] : y[t]);
+                }
+            }
+        }
+    }
+}
+
+/* The input of some products, for all tokens: x (rows of ld) as it is, or normalized. */
+static void prepare_groups(const job *j, const products *p, const float *x, int64_t ld, const float *norm,
+                           const desk *d, int64_t *counter) {
+    const int need = need_of_all(p), n_in = p->w[0]->n_in;
+    for (int64_t start, stop; take(counter, j->n_groups, 1, &start, &stop);) {
+        const activations a = activations_at(j->shared + start * j->group_bytes, longest_input(j->model), GROUP);
+        for (int t = 0; t < GROUP; t++) {
+            const int64_t token = start * GROUP + t;
+            const int64_t row = token < j->tokens->n_tokens ? token : j->tokens->n_tokens - 1;
+            const float *from = x + row * ld;
+            if (norm) {
+                normalize(from, norm, n_in, j->model->rms_eps, d->normed);
+                from = d->normed;
+            }
+            put_activations(from, n_in, need, &a, t, GROUP);
+            if (token == row) lower_all(p, from, j->low + token * j->ld_low);
+        }
+    }
+}
+
+static head head_of(const job *j, const kv_cache *cache, int layer, int kv) {
+    const llama *m = j->model;
+    const int64_t which = (int64_t)layer * m->n_head_kv + kv;
+    const int64_t start = which * cache->n_ctx * (cache->wide ? 4 : 2);
+    return (head){cache->keys + start * m->head_dim, cache->values + start * j->value_stride, m->head_dim,
+                  j->value_stride, cache->wide, m->attention_scale};
+}
+
+/* Keys turned, and values, of a token into its cache. */
+static void remember(const job *j, int layer, int token, int kv) {
+    const llama *m = j->model;
+    const int position = j->tokens->positions[token], d = m->head_dim;
+    float *key = j->k + token * j->ld_kv + kv * d;
+    const float *value = j->v + token * j->ld_kv + kv * d;
+    const head h = head_of(j, j->tokens->caches[token], layer, kv);
+    rotate(key, m->rotations + (int64_t)position * d, d);
+    const int64_t keys = (int64_t)(position / 16) * d * 16 + position % 16, values = (int64_t)position * j->value_stride;
+    for (int i = 0; i < d; i++) store_number(h.wide, h.keys, keys + 16 * i, key[i]);
+    for (int i = 0; i < d; i++) store_number(h.wide, h.values, values + i, value[i]);
+}
+
+/* A single token: pieces are a key/value head and a chunk of positions; the last chunk's first stores the new key. */
+static void attend_token(const job *j, int layer, const desk *d, int64_t *counter) {
+    const llama *m = j->model;
+    const int position = j->tokens->positions[0], queries = m->n_head / m->n_head_kv, stride = j->value_stride + 16;
+    for (int64_t start, stop; take(counter, m->n_head_kv * j->n_chunks, 1, &start, &stop);) {
+        const int kv = (int)(start / j->n_chunks), chunk = (int)(start % j->n_chunks);
+        const head h = head_of(j, j->tokens->caches[0], layer, kv);
+        const int last = (chunk + 1) * (CHUNK / 16), n_tiles = position / 16 + 1;
+        if (chunk == j->n_chunks - 1) remember(j, layer, 0, kv);
+        for (int first = 0; first < queries; first += MAX_QUERIES) {
+            const int n = queries - first < MAX_QUERIES ? queries - first : MAX_QUERIES;
+            float turned[MAX_QUERIES][512], most[MAX_QUERIES], total[MAX_QUERIES], *out[MAX_QUERIES];
+            const float *q[MAX_QUERIES];
+            int visible[MAX_QUERIES];
+            for (int i = 0; i < n; i++) {
+                const int which = kv * queries + first + i;
+                memcpy(turned[i], j->q + which * m->head_dim, sizeof(float) * (size_t)m->head_dim);
+                rotate(turned[i], m->rotations + (int64_t)position * m->head_dim, m->head_dim);
+                q[i] = turned[i];
+                visible[i] = position + 1;
+                out[i] = j->partial + (which * j->n_chunks + chunk) * stride;
+            }
+            attend(n, &h, q, visible, chunk * (CHUNK / 16), last < n_tiles ? last : n_tiles, d->scores, out, most, total);
+            for (int i = 0; i < n; i++) {
+                out[i][j->value_stride] = most[i];
+                out[i][j->value_stride + 1] = total[i];
+            }
+        }
+    }
+}
+
+/* The chunks of every head put together, in `mixed` (n_head * head_dim). */
+static void join_chunks(const job *j, float *mixed) {
+    const llama *m = j->model;
+    const int stride = j->value_stride + 16;
+    for (int i = 0; i < m->n_head; i++) {
+        const float *parts = j->partial + i * j->n_chunks * stride;
+        float most = -INFINITY, total = 0;
+        for (int c = 0; c < j->n_chunks; c++)
+            most = parts[c * stride + j->value_stride] > most ? parts[c * stride + j->value_stride] : most;
+        float *out = mixed + i * m->head_dim;
+        memset(out, 0, sizeof(float) * (size_t)m->head_dim);
+        for (int c = 0; c < j->n_chunks; c++) {
+            const float weight = expf(parts[c * stride + j->value_stride] - most);
+            total += weight * parts[c * stride + j->value_stride + 1];
+            for (int d = 0; d < m->head_dim; d++) out[d] += weight * parts[c * stride + d];
+        }
+        for (int d = 0; d < m->head_dim; d++) out[d] /= total;
+    }
+    for (int64_t i = (int64_t)m->n_head * m->head_dim; i < j->ld_q; i++) mixed[i] = 0;
+}
+
+/* How many tokens from `token` on, at most 8, are of one cache. */
+static int run_of(const batch *b, int token) {
+    int n = 1;
+    while (n < MAX_QUERIES && token + n < b->n_tokens && b->caches[token + n] == b->caches[token]) n++;
+    return n;
+}
+
+static void turn_tokens(const job *j, int layer, int64_t *counter) {
+    const llama *m = j->model;
+    for (int64_t start, stop; take(counter, j->tokens->n_tokens, 4, &start, &stop);)
+        for (int64_t t = start; t < stop; t++) {
+            const float *rotations = m->rotations + (int64_t)j->tokens->positions[t] * m->head_dim;
+            for (int kv = 0; kv < m->n_head_kv; kv++) remember(j, layer, (int)t, kv);
+            for (int i = 0; i < m->n_head; i++) rotate(j->q + t * j->ld_q + i * m->head_dim, rotations, m->head_dim);
+        }
+}
+
+/* Pieces are a head and the tokens of a group, long contexts first. */
+static void attend_groups(const job *j, int layer, const desk *d, int64_t *counter) {
+    const llama *m = j->model;
+    const batch *b = j->tokens;
+    for (int64_t start, stop; take(counter, (int64_t)j->n_groups * m->n_head, 1, &start, &stop);) {
+        const int group = j->n_groups - 1 - (int)(start / m->n_head), which = (int)(start % m->n_head);
+        const int end = (group + 1) * GROUP < b->n_tokens ? (group + 1) * GROUP : b->n_tokens;
+        for (int token = group * GROUP, n; token < end; token += n) {
+            n = run_of(b, token);
+            n = n < end - token ? n : end - token;
+            const head h = head_of(j, b->caches[token], layer, which / (m->n_head / m->n_head_kv));
+            const float *q[MAX_QUERIES];
+            float most[MAX_QUERIES], total[MAX_QUERIES], *out[MAX_QUERIES];
+            int visible[MAX_QUERIES];
+            for (int i = 0; i < n; i++) {
+                q[i] = j->q + (token + i) * j->ld_q + which * m->head_dim;
+                visible[i] = b->positions[token + i] + 1;
+                out[i] = d->out + i * j->value_stride;
+            }
+            attend(n, &h, q, visible, 0, visible[n - 1] / 16 + (visible[n - 1] % 16 != 0), d->scores, out, most, total);
+            for (int i = 0; i < n; i++)
+                for (int k = 0; k < m->head_dim; k++)
+                    j->mixed[(token + i) * j->ld_q + which * m->head_dim + k] = out[i][k] / total[i];
+        }
+    }
+}
+
+static products of_qkv(const job *j, const layer *l) {
+    return (products){{&l->q, &l->k, &l->v}, {j->q, j->k, j->v}, {j->ld_q, j->ld_kv, j->ld_kv}, 3, 0, 0};
+}
+
+static products of_hidden(const job *j, const layer *l) {
+    return (products){{&l->gate, &l->up}, {j->hidden, j->hidden}, {j->ld_ff, j->ld_ff}, 2, 0, 1};
+}
+
+static products onto_x(const job *j, const matrix *w) { return (products){{w}, {j->x}, {j->ld_embd}, 1, 1, 0}; }
+
+static void token_layer(job *j, int index, const desk *d, int64_t *counters) {
+    const llama *m = j->model;
+    const layer *l = m->layers + index;
+    const products qkv = of_qkv(j, l), attention = onto_x(j, &l->attn_output);
+    const products hidden = of_hidden(j, l), down = onto_x(j, &l->down);
+    normalize(j->x, l->attn_norm, m->n_embd, m->rms_eps, d->normed);
+    multiply_token(j, &qkv, d->normed, d, counters);
+    wait_for_all(&j->team);
+    attend_token(j, index, d, counters + 1);
+    wait_for_all(&j->team);
+    join_chunks(j, d->normed);
+    multiply_token(j, &attention, d->normed, d, counters + 2);
+    wait_for_all(&j->team);
+    normalize(j->x, l->ffn_norm, m->n_embd, m->rms_eps, d->normed);
+    multiply_token(j, &hidden, d->normed, d, counters + 3);
+    wait_for_all(&j->team);
+    multiply_token(j, &down, j->hidden, d, counters + 4);
+    wait_for_all(&j->team);
+}
+
+static void group_products(job *j, const products *p, const float *x, int64_t ld, const float *norm, const desk *d,
+                           int64_t *counters) {
+    prepare_groups(j, p, x, ld, norm, d, counters);
+    wait_for_all(&j->team);
+    multiply_groups(j, p, d, counters + 1);
+    wait_for_all(&j->team);
+}
+
+static void group_layer(job *j, int index, const desk *d, int64_t *counters) {
+    const layer *l = j->model->layers + index;
+    const products qkv = of_qkv(j, l), attention = onto_x(j, &l->attn_output);
+    const products hidden = of_hidden(j, l), down = onto_x(j, &l->down);
+    group_products(j, &qkv, j->x, j->ld_embd, l->attn_norm, d, counters);
+    turn_tokens(j, index, counters + 2);
+    wait_for_all(&j->team);
+    attend_groups(j, index, d, counters + 3);
+    wait_for_all(&j->team);
+    group_products(j, &attention, j->mixed, j->ld_q, NULL, d, counters + 4);
+    group_products(j, &hidden, j->x, j->ld_embd, l->ffn_norm, d, counters + 6);
+    group_products(j, &down, j->hidden, j->ld_ff, NULL, d, counters + 8);
+}
+
+/* Logits, token by token: few of a batch have them. */
+static void finish(job *j, const desk *d, int64_t *counter) {
+    const llama *m = j->model;
+    const int64_t n_tiles = tiles_of(&m->output);
+    for (int o = 0; o < j->tokens->n_outputs; o++) {
+        const float *x = j->x + j->tokens->outputs[o] * j->ld_embd;
+        const products logits = {{&m->output}, {j->tokens->logits + o * n_tiles * TILE}, {0}, 1, 0, 0};
+        normalize(x, m->output_norm, m->n_embd, m->rms_eps, d->normed);
+        multiply_token(j, &logits, d->normed, d, counter);
+        wait_for_all(&j->team);
+        if (o + 1 < j->tokens->n_outputs) { /* the counter serves the next one */
+            __atomic_store_n(counter, 0, __ATOMIC_RELAXED);
+            wait_for_all(&j->team);
+        }
+    }
+}
+
+static void work(void *data) {
+    job *j = data;
+    const int thread = __atomic_fetch_add(&j->team.joined, 1, __ATOMIC_ACQ_REL), n = j->tokens->n_tokens;
+    if (j->thread_count) j->team.n_threads = j->thread_count(); /* all write the same number */
+    const desk d = desk_of(j, thread);
+    for (int64_t t = thread; t < n; t += j->team.n_threads) {
+        embed(j, j->tokens->tokens[t], j->x + t * j->ld_embd);
+        memset(j->mixed + t * j->ld_q, 0, sizeof(float) * (size_t)j->ld_q);
+    }
+    wait_for_all(&j->team);
+    for (int i = 0; i < j->model->n_layer; i++)
+        (n == 1 ? token_layer : group_layer)(j, i, &d, j->counters + (int64_t)PHASES * i);
+    finish(j, &d, j->counters + (int64_t)PHASES * j->model->n_layer);
+}
+
+/* The bytes of scratch memory that `forward` needs for a batch, at an address that is a multiple of 64. */
+int64_t ISA_NAME(scratch_bytes)(const llama *model, const batch *tokens, int n_threads) {
+    job j = {.model = model, .tokens = tokens};
+    return lay_out(&j, NULL, n_threads);
+}
+
+void ISA_NAME(forward)(const llama *model, const batch *tokens, uint8_t *scratch, parallel_fn parallel,
+                       int (*thread_count)(void), int n_threads) {
+    job j = {.model = model, .tokens = tokens, .thread_count = parallel ? thread_count : NULL};
+    j.team.n_threads = 1;
+    lay_out(&j, scratch, n_threads);
+    memset(j.counters, 0, 8 * ((size_t)PHASES * (size_t)model->n_layer + 8));
+    if (parallel && n_threads > 1)
+        parallel(work, &j, (unsigned)n_threads, 0);
+    else
+        work(&j);
+}

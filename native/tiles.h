@@ -1,0 +1,160 @@
+/* Matrices in tiles of 16 rows, so that one broadcast activation feeds 16 outputs. A tile holds its rows' blocks of 32
+   columns one after the other (for the K-quants 256), each block's bytes for all rows side by side:
+
+     four columns of 16 rows make one vector of 64 bytes, row r at byte 4 r; with 4 bits, a vector holds eight columns.
+
+   What a block means, for every quantized type: weight = scale * w + min, w unsigned. Float matrices are stored column by
+   column, 16 rows each; bfloat16 by pairs of columns. */
+#ifndef LLAMAKIT_TILES_H
+#define LLAMAKIT_TILES_H
+
+#include "codec.h"
+#include "vector.h"
+
+enum { TILE = 16, BLOCK = 32 };
+
+/* Bytes of one tile with n_in columns, or 0 for a type that has no tiles. */
+static inline int64_t tile_bytes(int type, int64_t n_in) {
+    switch (type) {
+        case TYPE_F32: return n_in * 64;
+        case TYPE_F16: return n_in * 32;
+        case TYPE_BF16: return (n_in + 1) / 2 * 64;
+        case TYPE_Q8_0: return n_in / 32 * (512 + 32);
+        case TYPE_Q4_0: case TYPE_IQ4_NL: return n_in / 32 * (256 + 32);
+        case TYPE_Q4_1: return n_in / 32 * (256 + 64);
+        case TYPE_Q5_0: return n_in / 32 * (256 + 64 + 32);
+        case TYPE_Q5_1: return n_in / 32 * (256 + 64 + 64);
+        case TYPE_IQ4_XS: return n_in / 256 * (8 * (256 + 16) + 32);
+        case TYPE_Q4_K: return n_in / 256 * (8 * (256 + 32) + 64);
+        case TYPE_Q5_K: return n_in / 256 * (8 * (256 + 64 + 32) + 64);
+        case TYPE_Q6_K: return n_in / 256 * (2048 + 1024 + 256 + 32);
+        default: return 0;
+    }
+}
+
+static inline int is_float_type(int type) { return type == TYPE_F32 || type == TYPE_F16 || type == TYPE_BF16; }
+
+/* Columns that share a scale. */
+static inline int group_of(int type) { return type == TYPE_Q6_K ? 16 : 32; }
+
+/* The levels of IQ4_NL and IQ4_XS, plus 128. */
+static const uint8_t iq4_levels[16] = {1,   24,  45,  63,  79,  93,  106, 118,
+                                       129, 141, 153, 166, 181, 197, 217, 241};
+
+/* What 32 columns of a tile are: w[j] holds the columns 4 j to 4 j + 3; the scales of one or (Q6_K) two groups. */
+typedef struct {
+    vb w[8];
+    vf scale[2], min[2];
+} block;
+
+/* Four vectors of nibbles: the low ones are the columns 0 to 15, the high ones 16 to 31. */
+INLINE void read_nibbles(const uint8_t *at, vb w[8]) {
+    for (int j = 0; j < 4; j++) {
+        const vb both = load_bytes(at + 64 * j);
+        w[j] = both & 15;
+        w[j + 4] = (vb)((vu)both >> 4) & 15;
+    }
+}
+
+/* Eight vectors of nibbles of 64 columns: the low ones the first 32, the high ones the others. */
+INLINE void read_half_nibbles(const uint8_t *at, int high, vb w[8]) {
+    for (int j = 0; j < 8; j++) w[j] = (vb)((vu)load_bytes(at + 64 * j) >> (high ? 4 : 0)) & 15;
+}
+
+/* Eight masks, one for each vector: the fifth bits. */
+INLINE void read_fifth_bits(const uint8_t *at, vb w[8]) {
+    for (int j = 0; j < 8; j++) {
+        uint64_t bits;
+        memcpy(&bits, at + 8 * j, 8);
+        w[j] = or_where(w[j], bits, 16);
+    }
+}
+
+INLINE void set_scale(block *b, vf scale, float zero) {
+    b->scale[0] = scale;
+    b->min[0] = scale * -zero;
+}
+
+INLINE block read_k_quant(const uint8_t *tile, int index, int fifth) {
+    const uint8_t *at = tile + (int64_t)(index / 8) * (8 * (256 + (fifth ? 64 : 0) + 32) + 64);
+    const int sub = index % 8;
+    block b;
+    read_half_nibbles(at + sub / 2 * 512, sub & 1, b.w);
+    at += 2048;
+    if (fifth) {
+        read_fifth_bits(at + sub * 64, b.w);
+        at += 512;
+    }
+    b.scale[0] = load_half(at + 256) * to_float(load_u8(at + sub * 32));
+    b.min[0] = -load_half(at + 288) * to_float(load_u8(at + sub * 32 + 16));
+    return b;
+}
+
+INLINE block read_q6_k(const uint8_t *tile, int index) {
+    const uint8_t *at = tile + (int64_t)(index / 8) * (2048 + 1024 + 256 + 32);
+    const int half = index / 4 % 2, strip = index % 4;
+    const uint8_t *low = at + half * 1024 + (strip & 1) * 512, *high = at + 2048 + half * 512;
+    block b;
+    for (int j = 0; j < 8; j++) {
+        const vu four = (vu)load_bytes(low + 64 * j) >> (strip & 2 ? 4 : 0);
+        const vu two = (vu)load_bytes(high + 64 * j) >> 2 * strip << 4;
+        b.w[j] = ((vb)four & 15) | ((vb)two & 48);
+    }
+    const vf d = load_half(at + 2048 + 1024 + 256);
+    for (int g = 0; g < 2; g++) {
+        b.scale[g] = d * to_float(load_i8(at + 2048 + 1024 + 16 * (8 * half + 2 * strip + g)));
+        b.min[g] = b.scale[g] * -32.0f;
+    }
+    return b;
+}
+
+INLINE block read_iq4(const uint8_t *at, vf scale) {
+    block b;
+    read_nibbles(at, b.w);
+    for (int j = 0; j < 8; j++) b.w[j] = look_up(b.w[j], iq4_levels);
+    set_scale(&b, scale, 128);
+    return b;
+}
+
+/* 32 columns of a tile of a quantized type; `type` is a constant where this is inlined. */
+INLINE block read_block(int type, const uint8_t *tile, int index) {
+    const uint8_t *at = tile + (int64_t)index * tile_bytes(type, 32);
+    block b;
+    switch (type) {
+        case TYPE_Q8_0:
+            for (int j = 0; j < 8; j++) b.w[j] = load_bytes(at + 64 * j);
+            set_scale(&b, load_half(at + 512), 128);
+            return b;
+        case TYPE_Q4_0:
+            read_nibbles(at, b.w);
+            set_scale(&b, load_half(at + 256), 8);
+            return b;
+        case TYPE_Q4_1:
+            read_nibbles(at, b.w);
+            b.scale[0] = load_half(at + 256);
+            b.min[0] = load_half(at + 288);
+            return b;
+        case TYPE_Q5_0:
+            read_nibbles(at, b.w);
+            read_fifth_bits(at + 256, b.w);
+            set_scale(&b, load_half(at + 320), 16);
+            return b;
+        case TYPE_Q5_1:
+            read_nibbles(at, b.w);
+            read_fifth_bits(at + 256, b.w);
+            b.scale[0] = load_half(at + 320);
+            b.min[0] = load_half(at + 352);
+            return b;
+        case TYPE_IQ4_NL: return read_iq4(at, load_half(at + 256));
+        case TYPE_IQ4_XS: {
+            at = tile + (int64_t)(index / 8) * (8 * (256 + 16) + 32);
+            const vf scale = load_half(at + 2176) * to_float(load_i8(at + 2048 + index % 8 * 16));
+            return read_iq4(at + index % 8 * 256, scale);
+        }
+        case TYPE_Q4_K: return read_k_quant(tile, index, 0);
+        case TYPE_Q5_K: return read_k_quant(tile, index, 1);
+        default: return read_q6_k(tile, index);
+    }
+}
+
+#endif

@@ -1,0 +1,162 @@
+"""The native engine beside the torch model in float32, for every type, shape and instruction set."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from llamakit import native
+from llamakit.errors import MismatchError
+from llamakit.formats.adapter import Adapter
+from llamakit.formats.gguf import GGUFFile
+from llamakit.inference.engine import Logits, TorchEngine
+from llamakit.inference.native_engine import NativeEngine, native_library
+from llamakit.model import load_config, load_model
+from tests.tiny import cached_tiny_gguf
+
+TILED = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS", "F16", "BF16", "F32")
+#: the largest error of a logit, of the largest logit: float32 sums in another order; int8 or bfloat16 activations
+EXACT, ROUNDED = 1e-5, 0.06
+IDS = np.random.default_rng(3).integers(3, 260, size=61).tolist()
+
+pytestmark = pytest.mark.skipif(not native.status().isas, reason="the native library is not built")
+
+
+@pytest.fixture(params=["baseline", "avx2", "avx512"])
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    if request.param not in native.status().isas:
+        pytest.skip(f"this processor has no {request.param}")
+    with native.using(request.param):
+        yield request.param
+
+
+def engine(path: Path, n_threads: int = 2) -> NativeEngine:
+    file = GGUFFile(path)
+    config = load_config(file)
+    code = native_library(file, config)
+    assert code is not None
+    return NativeEngine(file, config, code, n_threads=n_threads)
+
+
+def reference(path: Path) -> TorchEngine:
+    return TorchEngine(load_model(GGUFFile(path)))
+
+
+def last_logits(runner: Any, parts: list[list[int]], n_ctx: int = 128) -> Logits:
+    context = runner.context(n_ctx)
+    logits = np.empty(0)
+    for part in parts:
+        logits = runner.feed(context, part)
+    assert context.n_past == sum(map(len, parts))
+    return logits.copy()
+
+
+def error(logits: Logits, expected: Logits) -> float:
+    return float(np.abs(logits - expected).max() / np.abs(expected).max())
+
+
+def one_by_one(ids: list[int]) -> list[list[int]]:
+    return [[id_] for id_ in ids]
+
+
+@pytest.mark.parametrize("type", TILED)
+def test_every_type_gives_the_logits_of_the_torch_model(type, isa):
+    path = cached_tiny_gguf(type=type, n_embd=256, n_ff=512, n_head=4, n_head_kv=2)
+    expected = last_logits(reference(path), [IDS])
+    runner, limit = engine(path), EXACT if type in ("F32", "F16") else ROUNDED
+    limit = 3e-3 if type == "F16" else limit  # the cache is float16
+    assert error(last_logits(runner, [IDS]), expected) < limit
+    assert error(last_logits(runner, one_by_one(IDS)), expected) < limit
+    assert error(last_logits(runner, [IDS[:20], IDS[20:21], IDS[21:]]), expected) < limit
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"n_embd": 64, "n_head": 8, "n_head_kv": 4, "n_ff": 172},  # stories260K: heads of 8, a width of no 32
+        {"n_embd": 72, "n_head": 3, "n_head_kv": 1, "n_ff": 100},
+        {"n_embd": 64, "n_head": 4, "n_head_kv": 4, "head_dim": 20},
+        {"n_embd": 96, "n_head": 12, "n_head_kv": 1},  # more queries of a head than are computed at once
+        {"tied": True},
+        {"biases": True},
+        {"rope": "llama3"},
+        {"rope": "linear"},
+        {"rope": "yarn"},
+    ],
+    ids=str,
+)
+def test_every_shape_gives_the_logits_of_the_torch_model(options, isa):
+    path = cached_tiny_gguf(**options)
+    expected = last_logits(reference(path), [IDS])
+    for n_threads in (1, 2):
+        runner = engine(path, n_threads)
+        runner._llama.n_threads = n_threads  # a tiny model takes one by itself
+        assert error(last_logits(runner, [IDS]), expected) < EXACT
+        assert error(last_logits(runner, one_by_one(IDS)), expected) < EXACT
+
+
+def test_a_long_context_is_read_in_chunks():
+    path = cached_tiny_gguf(n_ctx=1024)
+    ids = (IDS * 12)[:700]
+    expected = last_logits(reference(path), [ids], 1024)
+    runner = engine(path)
+    assert error(last_logits(runner, [ids], 1024), expected) < EXACT
+    assert error(last_logits(runner, [ids[:300], *one_by_one(ids[300:])], 1024), expected) < EXACT
+
+
+def test_a_sequence_can_be_cut_and_another_begun():
+    runner = engine(cached_tiny_gguf())
+    whole = last_logits(runner, [IDS])
+    context = runner.context(128)
+    runner.feed(context, [*IDS[:30], 5, 6, 7])
+    other = runner.context(64)
+    runner.feed(other, IDS[:9])
+    context.truncate(30)
+    assert error(runner.feed(context, IDS[30:]), whole) < EXACT
+    assert (context.n_past, other.n_past) == (len(IDS), 9)
+
+
+def random_adapter(path: Path, rank: int, seed: int) -> Adapter:
+    rng, tensors = np.random.default_rng(seed), {}
+    config = load_config(GGUFFile(path))
+    for name, shape in config.tensor_shapes().items():
+        n_out, n_in = shape if len(shape) == 2 else (1, *shape)
+        a, b = rng.normal(size=(rank, n_in)), rng.normal(size=(n_out, rank))
+        tensors[name] = a.astype(np.float32) * 0.1, b.astype(np.float32) * 0.1
+    return Adapter(alpha=2.0 * rank, tensors=tensors)
+
+
+@pytest.mark.parametrize("biases", [False, True])
+def test_adapters_change_what_they_change_in_torch(biases, isa):
+    path = cached_tiny_gguf(biases=biases)
+    adapters = [(random_adapter(path, 3, 1), 0.7), (random_adapter(path, 5, 2), -0.4)]
+    torch_engine, runner = reference(path), engine(path)
+    plain = last_logits(runner, [IDS])
+    for put_on in (adapters[:1], adapters, []):
+        torch_engine.set_adapters(put_on)
+        runner.set_adapters(put_on)
+        expected = last_logits(torch_engine, [IDS])
+        assert error(last_logits(runner, [IDS]), expected) < EXACT
+        assert error(last_logits(runner, one_by_one(IDS)), expected) < EXACT
+    assert error(last_logits(runner, [IDS]), plain) == 0
+
+
+def test_an_adapter_of_another_model_is_refused_and_leaves_none_on():
+    path = cached_tiny_gguf()
+    runner, good = engine(path), random_adapter(path, 2, 1)
+    plain = last_logits(runner, [IDS])
+    pair = good.tensors["blk.0.ffn_down.weight"]
+    for name, reason in (("blk.0.attn_q.weight", "is for"), ("blk.9.ffn_down.weight", "does not have")):
+        with pytest.raises(MismatchError, match=reason):
+            runner.set_adapters([(good, 1.0), (Adapter(alpha=1, tensors={name: pair}), 1.0)])
+    assert error(last_logits(runner, [IDS]), plain) == 0
+
+
+def test_what_has_no_tiles_is_left_to_torch():
+    for type in ("Q2_K", "Q3_K", "TQ2_0", "MXFP4"):
+        file = GGUFFile(cached_tiny_gguf(type=type, n_embd=256, n_ff=256))
+        assert native_library(file, load_config(file)) is None
