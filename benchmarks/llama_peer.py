@@ -75,8 +75,10 @@ def ik_llama_cpp(
 
 def main() -> None:
     module, model, threads = sys.argv[1:4]
-    out = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what the library prints goes to stderr
+    # The libraries print pages; Python's own errors still go where stderr went.
+    out, sys.stderr = os.fdopen(os.dup(1), "w"), os.fdopen(os.dup(2), "w")
+    for stream in (1, 2):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
     open_model = {"llama_cpp": llama_cpp, "ik_llama_cpp": ik_llama_cpp}[module]
     clear, decode = open_model(model, int(threads), "--repack" in sys.argv)
 
