@@ -150,18 +150,20 @@ def show(figures: dict[str, Any]) -> None:
 def measure_lora(arguments: argparse.Namespace, name: str, model: Path) -> dict[str, Any]:
     """Seconds with an adapter over seconds without, for each rank, in one process and in turn."""
     sizes = {"pp": arguments.prompt, "tg": arguments.gen}
+    costs: dict[str, dict[int, list[float]]] = {do: {rank: [] for rank in arguments.lora} for do in sizes}
     with sides.closing({"llamakit": worker(arguments, "ours", model)}) as started:
-        ask = started["llamakit"].ask
-        seconds: dict[str, dict[int, list[float]]] = {do: {rank: [] for rank in arguments.lora} for do in sizes}
-        for _ in range(arguments.rounds + 1):
-            for do, n in sizes.items():
-                for rank in (0, *arguments.lora):
-                    ask({"do": "adapter", "rank": rank})
-                    taken = statistics.median(ask({"do": do, "n": n, "runs": arguments.runs})["seconds"])
-                    if rank:
-                        seconds[do][rank].append(taken / plain - 1)
-                    plain = plain if rank else taken  # noqa: F821
-    return {"model": name, "lora": {do: {r: s[1:] for r, s in per.items()} for do, per in seconds.items()}}
+
+        def seconds(do: str, rank: int) -> float:
+            started["llamakit"].ask({"do": "adapter", "rank": rank})
+            taken = started["llamakit"].ask({"do": do, "n": sizes[do], "runs": arguments.runs})["seconds"]
+            return statistics.median(taken)
+
+        for number in range(arguments.rounds + 1):
+            for do in sizes:
+                plain = seconds(do, 0)
+                for rank in arguments.lora if number else ():  # the first round warms up
+                    costs[do][rank].append(seconds(do, rank) / plain - 1)
+    return {"model": name, "lora": costs}
 
 
 def show_lora(figures: dict[str, Any]) -> None:

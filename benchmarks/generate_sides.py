@@ -178,9 +178,9 @@ def hf_model(path: Path, dtype: Any) -> Any:
         rms_norm_eps=shape.rms_eps,
         rope_parameters={"rope_type": "default", "rope_theta": shape.rope_base},
         tie_word_embeddings=shape.tied_output,
-        attn_implementation="sdpa",
         dtype=dtype,
     )
+    config._attn_implementation = "sdpa"
     model = LlamaForCausalLM(config).to(dtype).eval()
     missing, _ = model.load_state_dict(weights, strict=False)
     assert set(missing) <= {"lm_head.weight"}, missing

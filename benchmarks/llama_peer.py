@@ -3,8 +3,8 @@
     PYTHON benchmarks/llama_peer.py (llama_cpp | ik_llama_cpp) MODEL THREADS [--repack]
 
 Run by generate.py in the Python where the binding is installed; it needs nothing of llamakit. Requests are JSON lines
-{"do": "pp" | "tg", "n": tokens, "runs": how often}, answers {"seconds": [...]}. As in llama-bench each run starts with an
-empty context; "pp" decodes n tokens at once, "tg" one after the other, and the logits of the last are waited for.
+{"do": "pp" | "tg", "n": tokens, "runs": how often}, answers {"seconds": [...]}. As in llama-bench each run starts with
+an empty context; "pp" decodes n tokens at once, "tg" one after the other, and the logits of the last are waited for.
 """
 
 from __future__ import annotations
@@ -18,10 +18,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 N_CTX = 1024
+Peer = tuple[Callable[[], None], Callable[[Sequence[int], int], None]]
+"""`clear()`, and `decode(tokens, n_past)`, which returns when the logits are there."""
 
 
-def llama_cpp(model: str, threads: int, repack: bool) -> tuple[Callable[[], None], Callable[[Sequence[int], int], None]]:
-    """`clear()` and `decode(tokens, n_past)` of llama-cpp-python's low-level API."""
+def llama_cpp(model: str, threads: int, repack: bool) -> Peer:
+    """llama-cpp-python's low-level API."""
     del repack  # llama.cpp always does
     import llama_cpp as api  # pyright: ignore[reportMissingImports]
 
@@ -44,10 +46,8 @@ def llama_cpp(model: str, threads: int, repack: bool) -> tuple[Callable[[], None
     return clear, decode
 
 
-def ik_llama_cpp(
-    model: str, threads: int, repack: bool
-) -> tuple[Callable[[], None], Callable[[Sequence[int], int], None]]:
-    """The same of ik-llama-cpp-python's."""
+def ik_llama_cpp(model: str, threads: int, repack: bool) -> Peer:
+    """ik-llama-cpp-python's."""
     from ik_llama_cpp import _ctypes_api as api  # pyright: ignore[reportMissingImports]
     from ik_llama_cpp._internals import make_batch_range  # pyright: ignore[reportMissingImports]
 

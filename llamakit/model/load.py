@@ -106,7 +106,8 @@ def linear_layers(model: Llama) -> list[QuantizedLinear]:
 
 
 def _keep_decoded(model: Llama, dtype: torch.dtype, weight_cache: WeightCache, for_training: bool) -> None:
-    layers, device = linear_layers(model), model.output_norm.weight.device
+    layers = linear_layers(model)
+    device = layers[0].weight.device
     if weight_cache == "none":
         return
     n_bytes = sum(layer.shape[0] * layer.shape[-1] * dtype.itemsize for layer in layers)
@@ -115,8 +116,8 @@ def _keep_decoded(model: Llama, dtype: torch.dtype, weight_cache: WeightCache, f
     # Training in float32 is for machines that have nothing better: two layouts of 4 bytes a weight are too much.
     prepacks = can_prepack(device, dtype) and (dtype == torch.bfloat16 or not for_training)
     if weight_cache == "auto" and prepacks and (1 + for_training) * n_bytes <= room:
-        return _prepack(layers, dtype, for_training)
-    if weight_cache == "bf16" or sum(layer.dense_bytes(dtype) for layer in layers) <= room:
+        _prepack(layers, dtype, for_training)
+    elif weight_cache == "bf16" or sum(layer.dense_bytes(dtype) for layer in layers) <= room:
         for layer in layers:
             layer.keep_dense(dtype)
 
