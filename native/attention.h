@@ -51,8 +51,7 @@ INLINE void exponentiate(float *scores, int n_keys, float *most, float *total) {
         const vf x = load(scores + i);
         top = choose(x > top, x, top);
     }
-    float largest = top[0];
-    for (int lane = 1; lane < 16; lane++) largest = top[lane] > largest ? top[lane] : largest;
+    float largest = most_of_floats(top);
     *most = largest;
     if (largest == -INFINITY) largest = 0;
     for (int i = 0; i < n_keys; i += 16) {

@@ -31,6 +31,7 @@ typedef struct {
     activations one;
     float *normed, *low, *scores, *out;
     uint8_t *panel;
+    int thread;
 } desk;
 
 static int64_t longest_input(const llama *m) {
@@ -101,6 +102,7 @@ static desk desk_of(const job *j, int thread) {
     d.scores = (float *)place(&at, 4 * MAX_QUERIES * keys);
     d.out = (float *)place(&at, 4 * MAX_QUERIES * j->value_stride);
     d.panel = at;
+    d.thread = thread;
     return d;
 }
 
@@ -173,29 +175,40 @@ static int64_t all_tiles(const products *p) {
     return n;
 }
 
-/* Tiles taken at a time: small enough that the threads end together. */
-static int64_t step_of(const job *j, int64_t n_tiles) {
-    const int64_t step = n_tiles / (j->team.n_threads * 8);
-    return j->team.n_threads == 1 ? n_tiles : step < 1 ? 1 : step > 16 ? 16 : step;
+/* The tiles of one token's products are divided once and for all: every thread reads a stretch of memory. */
+INLINE int64_t share(const job *j, const products *p, int thread) { return all_tiles(p) * thread / j->team.n_threads; }
+
+static const uint8_t *tile_at(const products *p, int64_t number) {
+    int low;
+    const int i = find_tile(p, &number, &low);
+    return p->w[i]->tiles + number * p->w[i]->tile_bytes;
 }
 
-static void multiply_token(const job *j, const products *p, const float *x, const desk *d, int64_t *counter) {
-    const int64_t n = all_tiles(p), step = step_of(j, n);
+/* Where a thread begins in a set of products. */
+static const uint8_t *first_of(const job *j, const products *p, int thread) {
+    const int64_t start = share(j, p, thread);
+    return start < all_tiles(p) ? tile_at(p, start) : NULL;
+}
+
+/* next: where this thread goes on after these products. */
+static void multiply_token(const job *j, const products *p, const float *x, const desk *d, const uint8_t *next) {
+    const int64_t start = share(j, p, d->thread), stop = share(j, p, d->thread + 1);
     put_activations(x, p->w[0]->n_in, need_of_all(p), &d->one, 0, 1);
     lower_all(p, x, d->low);
-    for (int64_t start, stop; take(counter, n, step, &start, &stop);)
-        for (int64_t t = start; t < stop; t++) {
-            int64_t tile = t;
-            int low;
-            const int i = find_tile(p, &tile, &low);
-            vf y = multiply_tile(p->w[i], tile, &d->one) + added(p->w[i], tile, d->low + low);
-            float *out = p->out[i] + TILE * tile;
-            if (p->gated) {
-                const matrix *up = p->w[1];
-                y = gate(y, multiply_tile(up, tile, &d->one) + added(up, tile, d->low + p->w[0]->rank));
-            }
-            store(out, p->accumulate ? load(out) + y : y);
+    for (int64_t t = start; t < stop; t++) {
+        int64_t tile = t;
+        int low;
+        const int i = find_tile(p, &tile, &low);
+        const matrix *up = p->w[1];
+        const uint8_t *ahead = t + 1 < stop ? tile_at(p, t + 1) : next;
+        vf y = multiply_tile(p->w[i], tile, &d->one, ahead) + added(p->w[i], tile, d->low + low);
+        if (p->gated) {
+            ahead = up->tiles + (tile + 1) * up->tile_bytes;
+            y = gate(y, multiply_tile(up, tile, &d->one, ahead) + added(up, tile, d->low + p->w[0]->rank));
         }
+        float *out = p->out[i] + TILE * tile;
+        store(out, p->accumulate ? load(out) + y : y);
+    }
 }
 
 static void finish_group(const job *j, const products *p, int i, int64_t tile, int low, int group, vf y[GROUP]) {
@@ -376,32 +389,40 @@ static products of_hidden(const job *j, const layer *l) {
 
 static products onto_x(const job *j, const matrix *w) { return (products){{w}, {j->x}, {j->ld_embd}, 1, 1, 0}; }
 
+static products of_logits(const job *j, int output) {
+    const matrix *w = &j->model->output;
+    return (products){{w}, {j->tokens->logits + output * tiles_of(w) * TILE}, {0}, 1, 0, 0};
+}
+
 static void token_layer(job *j, int index, const desk *d, int64_t *counters) {
     const llama *m = j->model;
     const layer *l = m->layers + index;
     const products qkv = of_qkv(j, l), attention = onto_x(j, &l->attn_output);
     const products hidden = of_hidden(j, l), down = onto_x(j, &l->down);
+    const products after = index + 1 < m->n_layer ? of_qkv(j, l + 1) : of_logits(j, 0);
+    const uint8_t *next[] = {first_of(j, &attention, d->thread), first_of(j, &hidden, d->thread),
+                             first_of(j, &down, d->thread), first_of(j, &after, d->thread)};
     normalize(j->x, l->attn_norm, m->n_embd, m->rms_eps, d->normed);
-    multiply_token(j, &qkv, d->normed, d, counters);
-    wait_for_all(&j->team);
-    attend_token(j, index, d, counters + 1);
-    wait_for_all(&j->team);
+    multiply_token(j, &qkv, d->normed, d, next[0]);
+    wait_for_all(&j->team, NULL);
+    attend_token(j, index, d, counters);
+    wait_for_all(&j->team, next[0]);
     join_chunks(j, d->normed);
-    multiply_token(j, &attention, d->normed, d, counters + 2);
-    wait_for_all(&j->team);
+    multiply_token(j, &attention, d->normed, d, next[1]);
+    wait_for_all(&j->team, next[1]);
     normalize(j->x, l->ffn_norm, m->n_embd, m->rms_eps, d->normed);
-    multiply_token(j, &hidden, d->normed, d, counters + 3);
-    wait_for_all(&j->team);
-    multiply_token(j, &down, j->hidden, d, counters + 4);
-    wait_for_all(&j->team);
+    multiply_token(j, &hidden, d->normed, d, next[2]);
+    wait_for_all(&j->team, next[2]);
+    multiply_token(j, &down, j->hidden, d, next[3]);
+    wait_for_all(&j->team, next[3]);
 }
 
 static void group_products(job *j, const products *p, const float *x, int64_t ld, const float *norm, const desk *d,
                            int64_t *counters) {
     prepare_groups(j, p, x, ld, norm, d, counters);
-    wait_for_all(&j->team);
+    wait_for_all(&j->team, NULL);
     multiply_groups(j, p, d, counters + 1);
-    wait_for_all(&j->team);
+    wait_for_all(&j->team, NULL);
 }
 
 static void group_layer(job *j, int index, const desk *d, int64_t *counters) {
@@ -410,28 +431,23 @@ static void group_layer(job *j, int index, const desk *d, int64_t *counters) {
     const products hidden = of_hidden(j, l), down = onto_x(j, &l->down);
     group_products(j, &qkv, j->x, j->ld_embd, l->attn_norm, d, counters);
     turn_tokens(j, index, counters + 2);
-    wait_for_all(&j->team);
+    wait_for_all(&j->team, NULL);
     attend_groups(j, index, d, counters + 3);
-    wait_for_all(&j->team);
+    wait_for_all(&j->team, NULL);
     group_products(j, &attention, j->mixed, j->ld_q, NULL, d, counters + 4);
     group_products(j, &hidden, j->x, j->ld_embd, l->ffn_norm, d, counters + 6);
     group_products(j, &down, j->hidden, j->ld_ff, NULL, d, counters + 8);
 }
 
 /* Logits, token by token: few of a batch have them. */
-static void finish(job *j, const desk *d, int64_t *counter) {
+static void finish(job *j, const desk *d) {
     const llama *m = j->model;
-    const int64_t n_tiles = tiles_of(&m->output);
     for (int o = 0; o < j->tokens->n_outputs; o++) {
         const float *x = j->x + j->tokens->outputs[o] * j->ld_embd;
-        const products logits = {{&m->output}, {j->tokens->logits + o * n_tiles * TILE}, {0}, 1, 0, 0};
+        const products logits = of_logits(j, o), first = of_qkv(j, m->layers);
+        const uint8_t *next = first_of(j, o + 1 < j->tokens->n_outputs ? &logits : &first, d->thread);
         normalize(x, m->output_norm, m->n_embd, m->rms_eps, d->normed);
-        multiply_token(j, &logits, d->normed, d, counter);
-        wait_for_all(&j->team);
-        if (o + 1 < j->tokens->n_outputs) { /* the counter serves the next one */
-            __atomic_store_n(counter, 0, __ATOMIC_RELAXED);
-            wait_for_all(&j->team);
-        }
+        multiply_token(j, &logits, d->normed, d, next);
     }
 }
 
@@ -444,10 +460,10 @@ static void work(void *data) {
         embed(j, j->tokens->tokens[t], j->x + t * j->ld_embd);
         memset(j->mixed + t * j->ld_q, 0, sizeof(float) * (size_t)j->ld_q);
     }
-    wait_for_all(&j->team);
+    wait_for_all(&j->team, NULL);
     for (int i = 0; i < j->model->n_layer; i++)
         (n == 1 ? token_layer : group_layer)(j, i, &d, j->counters + (int64_t)PHASES * i);
-    finish(j, &d, j->counters + (int64_t)PHASES * j->model->n_layer);
+    finish(j, &d);
 }
 
 /* The bytes of scratch memory that `forward` needs for a batch, at an address that is a multiple of 64. */

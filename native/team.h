@@ -26,7 +26,9 @@ static inline int take(int64_t *counter, int64_t n, int64_t step, int64_t *start
     return *start < n;
 }
 
-static inline void wait_for_all(team *t) {
+/* Waits until all have come here; meanwhile the lines from `ahead` on, where the next phase begins, are fetched. */
+static inline void wait_for_all(team *t, const uint8_t *ahead) {
+    enum { MOST_LINES = 512 };
     if (t->n_threads == 1) return;
     const int32_t generation = __atomic_load_n(&t->generation, __ATOMIC_ACQUIRE);
     if (__atomic_add_fetch(&t->arrived, 1, __ATOMIC_ACQ_REL) == t->n_threads) {
@@ -35,8 +37,11 @@ static inline void wait_for_all(team *t) {
         return;
     }
     for (int spins = 0; __atomic_load_n(&t->generation, __ATOMIC_ACQUIRE) == generation; spins++) {
+        if (ahead && spins < MOST_LINES)
+            __builtin_prefetch(ahead + 64 * spins, 0, 2);
 #if defined(__x86_64__)
-        _mm_pause();
+        else
+            _mm_pause();
 #endif
         if (spins > 1000) sched_yield(); /* somebody else has the other one's core */
     }

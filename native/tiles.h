@@ -3,7 +3,7 @@
 
      four columns of 16 rows make one vector of 64 bytes, row r at byte 4 r; with 4 bits, a vector holds eight columns.
 
-   What a block means, for every quantized type: weight = scale * w + min, w unsigned. Float matrices are stored column by
+   What a block means, w unsigned: weight = scale * (w - zero), or scale * w + min. Float matrices are stored column by
    column, 16 rows each; bfloat16 by pairs of columns. */
 #ifndef LLAMAKIT_TILES_H
 #define LLAMAKIT_TILES_H
@@ -34,6 +34,17 @@ static inline int64_t tile_bytes(int type, int64_t n_in) {
 
 static inline int is_float_type(int type) { return type == TYPE_F32 || type == TYPE_F16 || type == TYPE_BF16; }
 
+/* What an unsigned weight w stands for: scale * (w - zero); 0 for the types with a minimum of their own. */
+static inline int zero_of(int type) {
+    switch (type) {
+        case TYPE_Q8_0: case TYPE_IQ4_NL: case TYPE_IQ4_XS: return 128;
+        case TYPE_Q4_0: return 8;
+        case TYPE_Q5_0: return 16;
+        case TYPE_Q6_K: return 32;
+        default: return 0;
+    }
+}
+
 /* Columns that share a scale. */
 static inline int group_of(int type) { return type == TYPE_Q6_K ? 16 : 32; }
 
@@ -41,10 +52,11 @@ static inline int group_of(int type) { return type == TYPE_Q6_K ? 16 : 32; }
 static const uint8_t iq4_levels[16] = {1,   24,  45,  63,  79,  93,  106, 118,
                                        129, 141, 153, 166, 181, 197, 217, 241};
 
-/* What 32 columns of a tile are: w[j] holds the columns 4 j to 4 j + 3; the scales of one or (Q6_K) two groups. */
+/* What 32 columns of a tile are: w[j] holds the columns 4 j to 4 j + 3; the scales of one or (Q6_K) two groups; the
+   minimum where the type has no zero. */
 typedef struct {
     vb w[8];
-    vf scale[2], min[2];
+    vf scale[2], min;
 } block;
 
 /* Four vectors of nibbles: the low ones are the columns 0 to 15, the high ones 16 to 31. */
@@ -70,11 +82,6 @@ INLINE void read_fifth_bits(const uint8_t *at, vb w[8]) {
     }
 }
 
-INLINE void set_scale(block *b, vf scale, float zero) {
-    b->scale[0] = scale;
-    b->min[0] = scale * -zero;
-}
-
 INLINE block read_k_quant(const uint8_t *tile, int index, int fifth) {
     const uint8_t *at = tile + (int64_t)(index / 8) * (8 * (256 + (fifth ? 64 : 0) + 32) + 64);
     const int sub = index % 8;
@@ -86,7 +93,7 @@ INLINE block read_k_quant(const uint8_t *tile, int index, int fifth) {
         at += 512;
     }
     b.scale[0] = load_half(at + 256) * to_float(load_u8(at + sub * 32));
-    b.min[0] = -load_half(at + 288) * to_float(load_u8(at + sub * 32 + 16));
+    b.min = -load_half(at + 288) * to_float(load_u8(at + sub * 32 + 16));
     return b;
 }
 
@@ -101,10 +108,8 @@ INLINE block read_q6_k(const uint8_t *tile, int index) {
         b.w[j] = ((vb)four & 15) | ((vb)two & 48);
     }
     const vf d = load_half(at + 2048 + 1024 + 256);
-    for (int g = 0; g < 2; g++) {
+    for (int g = 0; g < 2; g++)
         b.scale[g] = d * to_float(load_i8(at + 2048 + 1024 + 16 * (8 * half + 2 * strip + g)));
-        b.min[g] = b.scale[g] * -32.0f;
-    }
     return b;
 }
 
@@ -112,7 +117,7 @@ INLINE block read_iq4(const uint8_t *at, vf scale) {
     block b;
     read_nibbles(at, b.w);
     for (int j = 0; j < 8; j++) b.w[j] = look_up(b.w[j], iq4_levels);
-    set_scale(&b, scale, 128);
+    b.scale[0] = scale;
     return b;
 }
 
@@ -123,27 +128,27 @@ INLINE block read_block(int type, const uint8_t *tile, int index) {
     switch (type) {
         case TYPE_Q8_0:
             for (int j = 0; j < 8; j++) b.w[j] = load_bytes(at + 64 * j);
-            set_scale(&b, load_half(at + 512), 128);
+            b.scale[0] = load_half(at + 512);
             return b;
         case TYPE_Q4_0:
             read_nibbles(at, b.w);
-            set_scale(&b, load_half(at + 256), 8);
+            b.scale[0] = load_half(at + 256);
             return b;
         case TYPE_Q4_1:
             read_nibbles(at, b.w);
             b.scale[0] = load_half(at + 256);
-            b.min[0] = load_half(at + 288);
+            b.min = load_half(at + 288);
             return b;
         case TYPE_Q5_0:
             read_nibbles(at, b.w);
             read_fifth_bits(at + 256, b.w);
-            set_scale(&b, load_half(at + 320), 16);
+            b.scale[0] = load_half(at + 320);
             return b;
         case TYPE_Q5_1:
             read_nibbles(at, b.w);
             read_fifth_bits(at + 256, b.w);
             b.scale[0] = load_half(at + 320);
-            b.min[0] = load_half(at + 352);
+            b.min = load_half(at + 352);
             return b;
         case TYPE_IQ4_NL: return read_iq4(at, load_half(at + 256));
         case TYPE_IQ4_XS: {

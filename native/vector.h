@@ -26,13 +26,39 @@ INLINE void store(void *at, vf x) { memcpy(at, &x, 64); }
 INLINE void store_bytes(void *at, vb x) { memcpy(at, &x, 64); }
 INLINE vf to_float(vi x) { return __builtin_convertvector(x, vf); }
 INLINE vf choose(vi mask, vf yes, vf no) { return (vf)((mask & (vi)yes) | (~mask & (vi)no)); }
-INLINE void prefetch(const void *at) { __builtin_prefetch(at, 0, 3); }
 
+#if defined(__AVX512F__)
+INLINE float sum(vf x) { return _mm512_reduce_add_ps((__m512)x); }
+INLINE int32_t sum_int(vi x) { return _mm512_reduce_add_epi32((__m512i)x); }
+INLINE int32_t most_of(vi x) { return _mm512_reduce_max_epi32((__m512i)x); }
+INLINE float most_of_floats(vf x) { return _mm512_reduce_max_ps((__m512)x); }
+INLINE vi greater(vi a, vi b) { return (vi)_mm512_max_epi32((__m512i)a, (__m512i)b); }
+#else
 INLINE float sum(vf x) {
     float total = 0;
     for (int lane = 0; lane < 16; lane++) total += x[lane];
     return total;
 }
+INLINE int32_t sum_int(vi x) {
+    int32_t total = 0;
+    for (int lane = 0; lane < 16; lane++) total += x[lane];
+    return total;
+}
+INLINE int32_t most_of(vi x) {
+    int32_t most = x[0];
+    for (int lane = 1; lane < 16; lane++) most = x[lane] > most ? x[lane] : most;
+    return most;
+}
+INLINE float most_of_floats(vf x) {
+    float most = x[0];
+    for (int lane = 1; lane < 16; lane++) most = x[lane] > most ? x[lane] : most;
+    return most;
+}
+INLINE vi greater(vi a, vi b) {
+    const vi above = a > b;
+    return (above & a) | (~above & b);
+}
+#endif
 
 /* 16 float16 at any address. */
 INLINE vf load_half(const void *at) {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import inspect
+import json
 import os
 import subprocess
 import sys
@@ -55,6 +56,17 @@ def called(capfd: Any, *args: str | os.PathLike[str]) -> subprocess.CompletedPro
     code = run([os.fspath(arg) for arg in args])
     output = capfd.readouterr()
     return subprocess.CompletedProcess(args, code, output.out, output.err)
+
+
+def render_in_this_process(monkeypatch: Any) -> None:
+    """Have chat templates rendered by the same code, without the process of their own that costs 0.1 s."""
+    from llamakit.tokenizer import chat, render_template
+
+    def run(request: str) -> list[dict[str, str]]:
+        asked = json.loads(request)
+        return [render_template._answer(asked["template"], variables) for variables in asked["variables"]]
+
+    monkeypatch.setattr(chat, "_run", run)
 
 
 def assert_error(result: subprocess.CompletedProcess[Any], code: int, *fragments: str) -> None:

@@ -14,7 +14,7 @@ import llamakit
 from tests.helpers import ROOT
 
 HEAVY = {"torch", "numpy", "gguf", "tokenizers", "sentencepiece", "safetensors", "jinja2", "rich"}
-COMMANDS = ("finetune", "generate", "convert", "merge", "tokenize", "inspect", "verify", "doctor", "perplexity")
+COMMANDS = ("finetune", "generate", "chat", "convert", "merge", "tokenize", "inspect", "verify", "doctor", "perplexity")
 CONFIGS = (
     "llamakit.training.config",
     "llamakit.inference.config",

@@ -19,6 +19,7 @@ from typer.main import get_command
 
 import llamakit
 from llamakit.cli import (
+    chat,
     compat,
     convert,
     doctor,
@@ -55,6 +56,7 @@ _EPILOGS = {"quantize": quantize.EPILOG}
 _COMMANDS = {
     "finetune": (finetune.finetune, MAIN),
     "generate": (generate.generate, MAIN),
+    "chat": (chat.chat, MAIN),
     "convert": (convert.convert, MAIN),
     "quantize": (quantize.quantize, MAIN),
     "merge": (merge.merge, MAIN),

@@ -15,6 +15,15 @@ from llamakit.errors import UnsupportedError, UsageError
 
 Note = tuple[Literal["note", "warning"], str]
 
+_CHAT = {
+    "-sys": "--system",
+    "--system-prompt": "--system",
+    "-sysf": "--system-file",
+    "--system-prompt-file": "--system-file",
+    "-y": "--system",
+    "-st": "--single-turn",
+    "--chat-template-file": "--chat-template",
+}
 #: command -> old spelling -> ours. A spelling that is ours already is absent.
 ALIASES: dict[str, dict[str, str]] = {
     "finetune": {
@@ -52,9 +61,12 @@ ALIASES: dict[str, dict[str, str]] = {
         "-no-display-prompt": "--no-display-prompt",
         "-l": "--logit-bias",
         "--sampler-seq": "--sampling-seq",
+        "--log-verbose": "--verbose",
         "--top-n-sigma": "--top-nsigma",
         "--typical-p": "--typical",
+        **_CHAT,
     },
+    "chat": {},  # as generate, see below
     "merge": {
         "--model": "-m",
         "--model-base": "-m",
@@ -100,10 +112,13 @@ ALIASES: dict[str, dict[str, str]] = {
     "doctor": {},
 }
 
+_COMPLETION_ONLY = ("--conversation", "-no-display-prompt")
+ALIASES["chat"] = {old: new for old, new in ALIASES["generate"].items() if old not in _COMPLETION_ONLY}
+
 #: llama.cpp's -hf user/repo[:QUANT] and -hff FILE -> the option that names the model, as hf:...
 _HUB_MODEL = {
-    "finetune": "--model-base", "generate": "-m", "imatrix": "-m", "merge": "-m", "convert": "-m", "quantize": "-m",
-    "tokenize": "-m", "inspect": "-m", "perplexity": "-m",
+    "finetune": "--model-base", "generate": "-m", "chat": "-m", "imatrix": "-m", "merge": "-m", "convert": "-m",
+    "quantize": "-m", "tokenize": "-m", "inspect": "-m", "perplexity": "-m",
 }  # fmt: skip
 _HUB_REPO, _HUB_FILE = ("-hf", "-hfr", "--hf-repo"), ("-hff", "--hf-file")
 
@@ -161,7 +176,6 @@ NO_OPS: dict[str, dict[str, tuple[int, str]]] = {
         "--perf": (0, "timings are always on stderr"),
         "--warmup": (0, _CPU),
         "--no-warmup": (0, _CPU),
-        "--no-context-shift": (0, "generation always ends when the context is full"),
         "-nkvo": (0, _CPU),
         "--no-kv-offload": (0, _CPU),
     },
@@ -183,6 +197,17 @@ NO_OPS: dict[str, dict[str, tuple[int, str]]] = {
     "doctor": {},
 }
 
+NO_OPS["chat"] = {
+    **{old: said for old, said in NO_OPS["generate"].items() if old not in ("-no-cnv", "--no-conversation")},
+    "-cnv": (0, "this is a chat"),
+    "--conversation": (0, "this is a chat"),
+    "--jinja": (0, "the template is always a Jinja template"),
+    "--context-shift": (0, "a chat forgets its oldest messages as a whole"),
+    "--no-context-shift": (0, "a chat forgets its oldest messages as a whole"),
+    "--keep": (1, "a chat keeps its system message"),
+}
+NO_OPS["generate"]["--jinja"] = NO_OPS["chat"]["--jinja"]
+
 #: command -> option of its namesake that llamakit has not -> what to do instead
 _REFUSED: dict[str, dict[str, str]] = {
     "perplexity": {
@@ -200,7 +225,10 @@ _TEXT_VALUES = frozenset(
     {
         "-p", "-f", "-m", "-z", "-i", "-o", "--prompt", "--file", "--model", "--tokenizer", "--config", "--lora",
         "--log-file", "--train-data", "--sample-start", "--model-base", "--checkpoint-in", "--checkpoint-out",
-        "--lora-out", "--pattern-fn-it", "--fn-latest", "--kl-divergence-base", "--dry-sequence-breaker",
+        "-sys", "-sysf", "-y", "--system", "--system-file", "--system-prompt", "--system-prompt-file",
+        "--chat-template", "--chat-template-file", "--lora-out", "--pattern-fn-it", "--fn-latest",
+        "--kl-divergence-base", "--dry-sequence-breaker",
+        "-r", "--reverse-prompt", "--stop", "--in-prefix", "--in-suffix", "--prompts",
     }
 )  # fmt: skip
 _FLASH_WORDS = frozenset({"on", "off", "auto", "0", "1"})
@@ -226,7 +254,7 @@ def rewrite(argv: list[str]) -> tuple[list[str], list[Note]]:
     words = argv[at + 1 :]
     notes: list[Note] = []
     words, rest = _split_at_double_dash(words)
-    if argv[at] == "generate":
+    if argv[at] in ("generate", "chat"):
         words = _positional_model(words)
     if argv[at] in _HUB_MODEL:
         words = _hub_model(_HUB_MODEL[argv[at]], words)
@@ -267,9 +295,9 @@ def _rewrite_option(
         _take(name, n_values, queue)
         notes.append(("note", f"{name} has no effect: {reason}"))
         return
-    if command == "generate" and name in ("-t", "-p"):
+    if command in ("generate", "chat") and name in ("-t", "-p"):
         _warn_about_letter(name, queue, notes)
-    if command in ("generate", "perplexity", "imatrix") and _rewrite_compute(name, queue, out, notes):
+    if command in ("generate", "chat", "perplexity", "imatrix") and _rewrite_compute(name, queue, out, notes):
         return
     canonical = ALIASES[command].get(name, name)
     if canonical == "--lora-scaled":
@@ -372,7 +400,7 @@ def _positional_model(words: list[str]) -> list[str]:
         mode = queue[0] if word == "-m" and queue else None
         if mode in ("generate", "chat"):
             queue.pop(0)
-            rest += ["-cnv"] if mode == "chat" else []
+            rest += ["-cnv", "--chat-template", "llama2-sys-bos"] if mode == "chat" else []  # run.c's own
         elif word in ("-m", "--model") and mode is not None:
             return words
         else:

@@ -3,15 +3,29 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from llamakit.cli import completion_options as completion
+from llamakit.cli import completion_view as view
 from llamakit.cli import render
 from llamakit.cli import sampling_options as sampling
+from llamakit.cli.chat_options import (
+    ChatSetup,
+    ChatTemplateOption,
+    SingleTurnOption,
+    SystemFileOption,
+    SystemOption,
+    refuse_without_chat,
+    system_text,
+)
+from llamakit.cli.converse import converse
 from llamakit.cli.loading import Loaded, load
 from llamakit.cli.options import (
+    CHAT,
     FILES,
     LORA,
     MODEL,
@@ -25,16 +39,17 @@ from llamakit.cli.options import (
     ThreadsOption,
     scaled_adapter,
 )
-from llamakit.cli.prompt import read_prompt
+from llamakit.cli.prompt import framed_ids, read_prompt
+from llamakit.cli.prompts import read_prompts, run_prompts
 from llamakit.cli.sources import local
 from llamakit.conversion.convert_config import check_stated
 from llamakit.errors import EXIT_INTERRUPTED, EXIT_OK, UsageError
 from llamakit.inference.config import GenerateConfig
 
 if TYPE_CHECKING:
-    from llamakit.inference.completion import Done, Token
+    from llamakit.inference.continuation import Done, Token
 
-_PROMPT = "Prompt"
+_PROMPT = completion.PROMPT
 
 
 def generate(
@@ -71,16 +86,29 @@ def generate(
             "--no-escape", help=r"Leave \n, \t, \xNN ... in PROMPT and -p as they are.", rich_help_panel=_PROMPT
         ),
     ] = False,
+    in_prefix: completion.InPrefixOption = "",
+    in_suffix: completion.InSuffixOption = "",
+    prompts: completion.PromptsOption = None,
     conversation: Annotated[
         bool,
         typer.Option(
-            "-cnv", help="Answer the prompt as a chat, in the model's own template.", rich_help_panel=SAMPLING
+            "-cnv", help="Chat, as llamakit chat does; the prompt is the first message.", rich_help_panel=CHAT
         ),
     ] = False,
+    system: SystemOption = None,
+    system_file: SystemFileOption = None,
+    chat_template: ChatTemplateOption = None,
+    single_turn: SingleTurnOption = False,
     n_predict: Annotated[
         int,
-        typer.Option("-n", help="Tokens to generate at most; -1: until an end token.", rich_help_panel=SAMPLING),
+        typer.Option(
+            "-n", help="Tokens at most; -1: until an end token, -2: or the context is full.", rich_help_panel=SAMPLING
+        ),
     ] = GenerateConfig.n_predict,
+    reverse_prompt: completion.ReversePromptOption = None,
+    stop: completion.StopOption = None,
+    keep: completion.KeepOption = GenerateConfig.keep,
+    context_shift: completion.ContextShiftOption = GenerateConfig.context_shift,
     temperature: Annotated[
         float, typer.Option("-t", help="Temperature; 0 takes the likeliest token.", rich_help_panel=SAMPLING)
     ] = GenerateConfig.temperature,
@@ -152,15 +180,20 @@ def generate(
     ] = False,
     offline: OfflineOption = False,
     threads: ThreadsOption = None,
+    parallel: completion.ParallelOption = GenerateConfig.parallel,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     no_display_prompt: Annotated[
         bool, typer.Option("--no-display-prompt", help="Print the continuation alone.", rich_help_panel=OUTPUT)
     ] = False,
+    logprobs: completion.LogprobsOption = None,
+    verbose: completion.VerboseOption = False,
     json: JsonOption = False,
     config: ConfigOption = None,
 ) -> int:
     """Continue a prompt, from the command line, a file or standard input; without one, from the start of a text."""
+    from llamakit.tokenizer.chat_templates import find_chat_template
+
     check_stated(None, rope_freq_base)
     wanted = GenerateConfig(
         n_predict=n_predict, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
@@ -174,20 +207,52 @@ def generate(
         dynatemp_range=dynatemp_range, dynatemp_exp=dynatemp_exp, mirostat=mirostat, mirostat_lr=mirostat_lr,
         mirostat_ent=mirostat_ent, adaptive_target=adaptive_target, adaptive_decay=adaptive_decay,
         samplers=sampling.sampler_order(samplers, sampling_seq), logit_bias=sampling.logit_biases(logit_bias),
-        ignore_eos=ignore_eos, rng=rng, seed=seed, ctx=ctx,
+        ignore_eos=ignore_eos, rng=rng, seed=seed, ctx=ctx, keep=keep, context_shift=context_shift,
+        stop=completion.texts(stop, escape=not no_escape), parallel=parallel, logprobs=logprobs,
+        reverse_prompt=completion.texts(reverse_prompt, escape=not no_escape),
     )  # fmt: skip
+    frame = completion.texts([in_prefix, in_suffix], escape=not no_escape)
+    _check_prompt_options(prompts, (prompt, prompt_option, prompt_file), frame, conversation)
+    many = read_prompts(prompts) if prompts else None
     named = [(path, 1.0) for path in lora or ()] + [scaled_adapter(item) for item in lora_scaled or ()]
-    text = read_prompt(prompt, prompt_option, prompt_file, escape=not no_escape, use_stdin=vocabulary is None) or ""
+    if not conversation:
+        refuse_without_chat(
+            system=system, system_file=system_file, chat_template=chat_template, single_turn=single_turn
+        )
+    instructions = system_text(system, system_file, escape=not no_escape)
+    template = find_chat_template(chat_template) if chat_template else None
+    use_stdin = not prompts and (single_turn if conversation else vocabulary is None)  # a chat reads line by line
+    text = read_prompt(prompt, prompt_option, prompt_file, escape=not no_escape, use_stdin=use_stdin) or ""
     adapters = [(local(name, offline=offline), scale) for name, scale in named]
     files = local(model, offline=offline), local(vocabulary, offline=offline)
     loaded = load(
         files[0], vocabulary=files[1], adapters=adapters, force=force, threads=threads, device=device, dtype=dtype,
-        n_ctx=ctx or None, rope_theta=rope_freq_base,
+        n_ctx=ctx or None, rope_theta=rope_freq_base, chat=conversation, chat_template=template,
     )  # fmt: skip
     wanted = _with_file_settings(loaded, wanted, sampling.given(context))
-    shown = "" if no_display_prompt or conversation else text
-    ids = _prompt_ids(loaded, text, conversation)
-    return _run(loaded, ids, wanted, shown=shown, prompt=text, json=json)
+    if verbose:
+        view.log_chain(wanted, loaded.tokenizer)
+    if prompts and many is not None:
+        _remarks(loaded, wanted)
+        encode = partial(_chat_ids, loaded, instructions) if conversation else partial(_prompt_ids, loaded, frame)
+        return run_prompts(loaded, many, prompts, wanted, encode)
+    if conversation:
+        _remarks(loaded, wanted)
+        setup = ChatSetup(text, instructions, single_turn, json, force, offline)
+        return converse(loaded, wanted, setup, as_json=partial(_as_json, logprobs=logprobs is not None))
+    ids = _prompt_ids(loaded, frame, text)
+    text = frame[0] + text + frame[1]
+    return _run(loaded, ids, wanted, shown="" if no_display_prompt else text, prompt=text, json=json)
+
+
+def _check_prompt_options(
+    prompts: Path | None, others: tuple[object, ...], frame: tuple[str, ...], conversation: bool
+) -> None:
+    """Raise UsageError for sources of a prompt, and for what stands around it, that do not go together."""
+    if prompts and any(other is not None for other in others):
+        raise UsageError("the prompt is given more than once (--prompts and another)", hint="give only one of them")
+    if conversation and any(frame):
+        raise UsageError("--in-prefix and --in-suffix do not go with -cnv", hint="the model's template stands there")
 
 
 def _with_file_settings(loaded: Loaded, config: GenerateConfig, given: set[str]) -> GenerateConfig:
@@ -205,24 +270,29 @@ def _with_file_settings(loaded: Loaded, config: GenerateConfig, given: set[str])
     return config
 
 
-def _prompt_ids(loaded: Loaded, text: str, conversation: bool) -> list[int]:
-    """The prompt as it is, or (-cnv) as the first message of a user, in the model's own chat template."""
+def _prompt_ids(loaded: Loaded, frame: tuple[str, ...], text: str) -> list[int]:
+    """The prompt as it is, or in its frame (--in-prefix and --in-suffix), and a hint where a chat may be meant."""
     from llamakit.inference.completion import encode_prompt
+
+    if loaded.tokenizer.chat_template:
+        render.hint("this model has a chat template; a plain completion does not apply it, llamakit chat does")
+    if any(frame):
+        return framed_ids(loaded.tokenizer, frame[0], text, frame[1])
+    return encode_prompt(loaded.tokenizer, text)
+
+
+def _chat_ids(loaded: Loaded, system: str, text: str) -> list[int]:
+    """A prompt of --prompts as the first message of a chat of its own."""
     from llamakit.tokenizer.chat import encode_chat
 
-    if not conversation:
-        if loaded.tokenizer.chat_template:
-            render.hint("this model has a chat template; a plain completion does not apply it, -cnv answers as a chat")
-        return encode_prompt(loaded.tokenizer, text)
-    if not text:
-        raise UsageError("-cnv needs a prompt: the first message of the chat", hint="give it with -p")
-    return encode_chat(loaded.tokenizer, [{"role": "user", "content": text}])
+    head = [{"role": "system", "content": system}] if system else []
+    return encode_chat(loaded.tokenizer, [*head, {"role": "user", "content": text}])
 
 
 def _run(loaded: Loaded, ids: list[int], config: GenerateConfig, *, shown: str, prompt: str, json: bool) -> int:
     """Generate and render; shown: what stands on stdout before the continuation."""
-    from llamakit.inference.completion import Done
     from llamakit.inference.completion import generate as continue_prompt
+    from llamakit.inference.continuation import Done
 
     config = _for_file(loaded, ids, config)
     _remarks(loaded, config)
@@ -244,9 +314,12 @@ def _run(loaded: Loaded, ids: list[int], config: GenerateConfig, *, shown: str, 
     except KeyboardInterrupt:
         pass  # what there is so far counts
     if json:
-        render.print_json(_as_json(loaded, prompt, ids, tokens, "".join(pieces), done))
+        logprobs = config.logprobs is not None
+        render.print_json(_as_json(loaded, prompt, ids, tokens, "".join(pieces), done, logprobs=logprobs))
     else:
         render.stream("\n")
+        if config.logprobs is not None:
+            view.log_logprobs(loaded.tokenizer, tokens)
         _timings(loaded, done, sampled=config.temperature > 0)
     return EXIT_INTERRUPTED if done is None else EXIT_OK
 
@@ -273,26 +346,18 @@ def _timings(loaded: Loaded, done: Done | None, *, sampled: bool) -> None:
         return
     render.log(f"prompt: {done.n_prompt} tokens in {done.prefill_s:.2f} s, {done.prefill_tok_per_s:.1f} tok/s")
     render.log(f"generation: {done.n_generated} tokens in {done.decode_s:.2f} s, {done.decode_tok_per_s:.1f} tok/s")
-    endings = {"end": "an end token", "length": "-n", "context": "a full context"}
-    render.log(f"ended by {endings[done.reason]}" + (f", seed {done.seed}" if sampled else ""))
+    render.log(f"ended by {view.ending(done)}" + (f", seed {done.seed}" if sampled else ""))
 
 
 def _as_json(
-    loaded: Loaded, prompt: str, ids: list[int], tokens: list[Token], text: str, done: Done | None
+    loaded: Loaded, prompt: str, ids: list[int], tokens: list[Token], text: str, done: Done | None, *, logprobs: bool
 ) -> dict[str, Any]:
     """What `--json` prints; an interrupted generation has no timings."""
-    value: dict[str, Any] = {
-        "model": str(loaded.file.path),
-        "prompt": prompt,
-        "text": text,
-        "prompt_tokens": ids,
-        "tokens": [token.id for token in tokens],
-        "stop_reason": done.reason if done else "interrupted",
-        "load_s": loaded.load_s,
-    }
+    value: dict[str, Any] = {"model": str(loaded.file.path), "prompt": prompt, "prompt_tokens": ids}
+    value |= view.continuation_json(loaded.tokenizer, tokens, text, done, logprobs=logprobs)
+    value["load_s"] = loaded.load_s
     if done:
         value |= {
-            "seed": done.seed,
             "prefill_s": done.prefill_s,
             "decode_s": done.decode_s,
             "prefill_tok_per_s": done.prefill_tok_per_s,

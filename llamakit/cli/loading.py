@@ -13,6 +13,7 @@ from llamakit.cli.options import set_threads
 from llamakit.errors import UsageError
 
 if TYPE_CHECKING:
+    from llamakit.formats.adapter import Adapter
     from llamakit.formats.base import ModelFile
     from llamakit.inference.engine import Engine
     from llamakit.tokenizer import Tokenizer
@@ -20,13 +21,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model that is ready to generate, and what the user gets told about it."""
+    """A model that is ready to generate, and what the user gets told about it. adapters: those that are on it."""
 
     file: ModelFile
     engine: Engine
     tokenizer: Tokenizer
     load_s: float
     is_llama2c: bool
+    adapters: list[tuple[Adapter, float]]
 
 
 def load(
@@ -40,12 +42,18 @@ def load(
     dtype: str = "auto",
     n_ctx: int | None = None,
     rope_theta: float | None = None,
+    chat: bool = False,
+    chat_template: str | None = None,
 ) -> Loaded:
-    """Read the vocabulary, the adapters and the model, cheapest first, so that a mistake shows early."""
+    """Read the vocabulary, the adapters and the model, cheapest first, so that a mistake shows early.
+
+    chat: there must be a chat template; chat_template: the one to use instead of the model's own.
+    """
     from llamakit.formats.adapter import check_adapter, read_adapter
     from llamakit.formats.llama2c import Llama2cFile
     from llamakit.formats.llama2c_checkpoint import Llama2cCheckpoint
     from llamakit.formats.open import check_is_model, open_model
+    from llamakit.tokenizer.chat_templates import use_chat_template
 
     started = time.perf_counter()  # imports are not the model's fault
     file = open_model(path, n_ctx=n_ctx, rope_theta=rope_theta)
@@ -53,6 +61,8 @@ def load(
     check_is_model(file)
     _check_vocabulary_option(file, vocabulary, is_llama2c)
     tokenizer = _tokenizer(file, vocabulary)
+    if chat:
+        use_chat_template(tokenizer, chat_template)
     read = [(read_adapter(adapter, file), scale) for adapter, scale in adapters]
     for adapter, _ in read:
         for note in check_adapter(adapter, file, force=force):
@@ -60,7 +70,7 @@ def load(
     render.loading(path)
     engine = _engine(file, device, dtype, threads, rope_theta)
     engine.set_adapters(read)
-    return Loaded(file, engine, tokenizer, time.perf_counter() - started, is_llama2c)
+    return Loaded(file, engine, tokenizer, time.perf_counter() - started, is_llama2c, read)
 
 
 def _check_vocabulary_option(file: ModelFile, vocabulary: Path | None, is_llama2c: bool) -> None:

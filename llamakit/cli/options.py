@@ -19,9 +19,10 @@ from llamakit.errors import UsageError
 from llamakit.files import read_text
 
 #: Help groups, shared so that every command names them alike.
-FILES, MODEL, SAMPLING, TRAINING, LORA, DATA, OUTPUT, COMPUTE = (
+FILES, MODEL, CHAT, SAMPLING, TRAINING, LORA, DATA, OUTPUT, COMPUTE = (
     "Files",
     "Model",
+    "Chat",
     "Sampling",
     "Training",
     "LoRA",

@@ -1,4 +1,5 @@
-"""Where a prompt comes from: the command line, a file, or standard input when something was piped in."""
+"""Where a prompt comes from: the command line, a file, or standard input when something was piped in; and what stands
+around it."""
 
 from __future__ import annotations
 
@@ -6,9 +7,13 @@ import os
 import stat
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from llamakit.errors import UsageError
 from llamakit.files import process_escapes, read_text
+
+if TYPE_CHECKING:
+    from llamakit.tokenizer import Tokenizer
 
 
 def read_prompt(
@@ -29,10 +34,10 @@ def read_prompt(
         return process_escapes(text) if escape else text
     if file is not None:
         return read_text(file).removesuffix("\n")
-    return (_read_stdin() or None) if use_stdin else None
+    return (read_stdin() or None) if use_stdin else None
 
 
-def _read_stdin() -> str:
+def read_stdin() -> str:
     """What was redirected or piped in; nothing from a terminal, a device or a closed stream."""
     try:
         mode = os.fstat(0).st_mode
@@ -44,3 +49,13 @@ def _read_stdin() -> str:
         return sys.stdin.buffer.read().decode().removesuffix("\n")
     except UnicodeDecodeError as error:
         raise UsageError(f"is not UTF-8 text (at byte {error.start})", path="<stdin>") from error
+
+
+def framed_ids(tokenizer: Tokenizer, prefix: str, text: str, suffix: str) -> list[int]:
+    """Ids of a prompt between --in-prefix and --in-suffix: BOS where the vocabulary wants it, then each of the three by
+    itself, as llama.cpp encodes what a user types. Control tokens written out count in the prefix and the suffix alone.
+    """
+    ids = [tokenizer.bos_id] if tokenizer.add_bos and tokenizer.bos_id is not None else []
+    ids += tokenizer.encode(prefix, add_special=False)
+    ids += tokenizer.encode(text, add_special=False, parse_special=False)
+    return ids + tokenizer.encode(suffix, add_special=False)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
     from rich.progress import TaskID
 
-_RED, _YELLOW, _CYAN, _DIM, _BOLD = "31;1", "33;1", "36", "2", "1"
+_RED, _YELLOW, _GREEN, _CYAN, _DIM, _BOLD = "31;1", "33;1", "32;1", "36", "2", "1"
 # Text that a model wrote may hold newlines and tabs, and nothing else that moves a terminal's cursor.
 _NOT_ON_TERMINAL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
@@ -43,6 +43,14 @@ def _paint(text: str, code: str, stream: IO[str]) -> str:
 def bold(text: str) -> str:
     """Text for a heading on stdout."""
     return _paint(text, _BOLD, sys.stdout)
+
+
+def prompt(text: str, *, for_readline: bool) -> str:
+    """What asks a person for a line on stdout; readline is told that colours take no place."""
+    if not has_color(sys.stdout):
+        return text
+    start, end = ("\x01", "\x02") if for_readline else ("", "")
+    return f"{start}\x1b[{_GREEN}m{end}{text}{start}\x1b[0m{end}"
 
 
 def _line(label: str, code: str, text: str) -> None:
@@ -104,10 +112,10 @@ def stream(text: str) -> None:
     sys.stdout.flush()
 
 
-def print_json(value: Any) -> None:
-    """One JSON value on one line of stdout; numbers that JSON has no word for become null."""
+def print_json(value: Any, *, flush: bool = False) -> None:
+    """One JSON value on one line of stdout; numbers that JSON has no word for become null. flush: at once."""
     # ASCII: no character of a file's metadata can then move a terminal's cursor or break a pipe's encoding.
-    print(json.dumps(_plain(value), ensure_ascii=True, allow_nan=False))
+    print(json.dumps(_plain(value), ensure_ascii=True, allow_nan=False), flush=flush)
 
 
 def _plain(value: Any) -> Any:

@@ -22,13 +22,15 @@ def greedy(c: Candidates) -> int:
 
 def dist(c: Candidates, uniform: Uniform) -> int:
     """The id at which the running float64 sum of exp(logit - max) reaches a random share of the whole; one number is
-    drawn for a single candidate, too."""
+    drawn for a single candidate, too. The last one where the largest logit is infinite: no sum is a number then."""
     share = uniform()
     if len(c.ids) == 1:
         return int(c.ids[0])
     highest = c.logits[0] if c.is_sorted else c.logits.max()
-    sums = np.cumsum(expf(c.logits - highest), dtype=np.float64)
-    chosen = int(np.searchsorted(sums, sums[-1] * share, side="left"))
+    if not np.isfinite(highest):
+        return int(c.ids[-1])
+    sums = expf(c.logits - highest).cumsum(dtype=np.float64)
+    chosen = int(sums.searchsorted(sums[-1] * share))
     return int(c.ids[min(chosen, len(c.ids) - 1)])
 
 

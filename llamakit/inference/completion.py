@@ -1,67 +1,19 @@
-"""A prompt and its continuation: prefill in chunks, then one token at a time over a key-value cache.
-
-Shapes: V n_vocab.
-"""
+"""Prompts and their continuations: the prompt at once, then one token at a time; of one, or of several together."""
 
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Literal
 
 from llamakit.errors import MismatchError, UsageError
 from llamakit.inference.config import GenerateConfig
+from llamakit.inference.continuation import Continuation, Done, Token, n_keep
 from llamakit.inference.dry import breakers
-from llamakit.inference.engine import Engine, TorchEngine
-from llamakit.inference.sampling import Sampler, log_probability
+from llamakit.inference.engine import Context, Engine, Logits, TorchEngine
+from llamakit.inference.sampling import Sampler
 from llamakit.model import Llama
 from llamakit.tokenizer import Tokenizer
-
-StopReason = Literal["end", "length", "context"]
-
-
-@dataclass(frozen=True)
-class Token:
-    """One generated token.
-
-    text: what it adds to the text; empty while a UTF-8 character is still open.
-    logprob: its natural log-probability before any sampler, where the configuration asks for it.
-    """
-
-    id: int
-    text: str
-    logprob: float | None = None
-
-
-@dataclass(frozen=True)
-class Done:
-    """The last report of a generation.
-
-    reason: "end" for an end-of-generation token (which is not reported as a Token), "length" for n_predict,
-    "context" for a full context. text: what was still open, an unfinished UTF-8 character as U+FFFD; else empty.
-    seed: of the sampler, also where a random one was asked for. decode_s: computing and sampling after the
-    prompt; the time that the caller takes between two tokens does not count. n_decoded: tokens computed in it.
-    """
-
-    reason: StopReason
-    text: str
-    seed: int
-    n_prompt: int
-    n_generated: int
-    n_decoded: int
-    prefill_s: float
-    decode_s: float
-
-    @property
-    def prefill_tok_per_s(self) -> float:
-        """Prompt tokens per second."""
-        return self.n_prompt / self.prefill_s if self.prefill_s else 0.0
-
-    @property
-    def decode_tok_per_s(self) -> float:
-        """Tokens per second after the prompt."""
-        return self.n_decoded / self.decode_s if self.decode_s else 0.0
 
 
 def encode_prompt(tokenizer: Tokenizer, prompt: str | Sequence[int]) -> list[int]:
@@ -92,16 +44,52 @@ def generate(
     context, and MismatchError for another model's tokenizer; later, LlamakitError for logits that are not finite.
     """
     config = config or GenerateConfig()
+    ids = checked_prompt(model, tokenizer, prompt, config)
+    return _generate(_engine(model, config), tokenizer, ids, config)
+
+
+def generate_batch(
+    model: Llama | Engine,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str | Sequence[int]],
+    config: GenerateConfig | None = None,
+) -> Iterator[tuple[int, Token | Done]]:
+    """`generate` for many prompts, config.parallel of them at once: (number of the prompt from 0, its next report).
+
+    Reports of different prompts come in no certain order. Each continuation is what it would be alone with the same
+    seed, as far as rounding goes: more tokens at once are added up in another order. The time of a step counts for each
+    prompt in it. Raises as `generate` does, for all prompts before the first is computed.
+    """
+    config = config or GenerateConfig()
+    ids = [checked_prompt(model, tokenizer, prompt, config) for prompt in prompts]
+    return _generate_batch(_engine(model, config), tokenizer, ids, config)
+
+
+def checked_prompt(
+    model: Llama | Engine, tokenizer: Tokenizer, prompt: str | Sequence[int], config: GenerateConfig
+) -> list[int]:
+    """`encode_prompt`, and the refusals of `generate` for what this model cannot take."""
     ids = encode_prompt(tokenizer, prompt)
     if tokenizer.n_vocab != model.config.n_vocab:
         raise MismatchError(f"the vocabulary has {tokenizer.n_vocab} tokens, the model {model.config.n_vocab}")
-    n_ctx = config.ctx or model.config.n_ctx
+    _check_room(tokenizer, ids, config.ctx or model.config.n_ctx, config)
+    return ids
+
+
+def _engine(model: Llama | Engine, config: GenerateConfig) -> Engine:
+    return TorchEngine(model, prefill_chunk=config.prefill_chunk) if isinstance(model, Llama) else model
+
+
+def _check_room(tokenizer: Tokenizer, ids: Sequence[int], n_ctx: int, config: GenerateConfig) -> None:
+    """Raise UsageError for a prompt that a context does not hold, or that it has to keep and has no room behind."""
     if len(ids) > n_ctx:
-        raise UsageError(
-            f"the prompt has {len(ids)} tokens, the context holds {n_ctx}", hint="a larger --ctx, or less text"
-        )
-    engine = TorchEngine(model, prefill_chunk=config.prefill_chunk) if isinstance(model, Llama) else model
-    return _generate(engine, tokenizer, ids, n_ctx, config)
+        reason = f"the prompt has {len(ids)} tokens, the context holds {n_ctx}"
+        raise UsageError(reason, hint="a larger --ctx, or less text")
+    kept = n_keep(config.keep, len(ids), add_bos=tokenizer.add_bos)
+    overflows = config.n_predict == -1 or len(ids) + config.n_predict > n_ctx
+    if config.context_shift and overflows and kept > n_ctx - 4:
+        reason = f"--keep keeps {kept} tokens of a context of {n_ctx}, where nothing can be shifted"
+        raise UsageError(reason, hint="a larger --ctx, or a smaller --keep")
 
 
 def _sampler(tokenizer: Tokenizer, ids: list[int], config: GenerateConfig) -> Sampler:
@@ -110,31 +98,74 @@ def _sampler(tokenizer: Tokenizer, ids: list[int], config: GenerateConfig) -> Sa
     return Sampler(config, ids, banned=tokenizer.eog_ids if config.ignore_eos else (), breakers=known)
 
 
-def _generate(
-    engine: Engine, tokenizer: Tokenizer, ids: list[int], n_ctx: int, config: GenerateConfig
+def _generate(engine: Engine, tokenizer: Tokenizer, ids: list[int], config: GenerateConfig) -> Iterator[Token | Done]:
+    yield from continue_context(engine, _context(engine, ids, config), tokenizer, ids, config)
+
+
+def _context(engine: Engine, ids: Sequence[int], config: GenerateConfig) -> Context:
+    """With room for a prompt and its continuation."""
+    n_ctx = config.ctx or engine.config.n_ctx
+    return engine.context(n_ctx if config.n_predict < 0 else min(n_ctx, len(ids) + config.n_predict))
+
+
+def continue_context(
+    engine: Engine, context: Context, tokenizer: Tokenizer, ids: list[int], config: GenerateConfig
 ) -> Iterator[Token | Done]:
-    sampler, stream = _sampler(tokenizer, ids, config), tokenizer.stream()
-    limit = config.n_predict if config.n_predict >= 0 else n_ctx + 1
-    context = engine.context(min(n_ctx, len(ids) + limit))
-    for id_ in ids:  # so that the first piece is what follows this prompt, its leading space included
-        stream.push(id_)
-    token, started = ids[-1], time.perf_counter()
-    logits = engine.feed(context, ids)
-    prefill_s, decode_s, n_generated = time.perf_counter() - started, 0.0, 0
-    reason: StopReason = "length"
-    while n_generated < limit:
-        if n_generated and context.n_past == n_ctx:
-            reason = "context"
-            break
+    """`generate` in a context that may hold the first of these ids already: only those that it lacks are computed.
+
+    ids: the whole prompt, at least one id, at most context.n_ctx; its first context.n_past are what the context holds.
+    Afterwards the context holds the prompt and all that was generated but the last token, also where the caller
+    stopped halfway or was interrupted: what it holds is always the first context.n_past of them, unless it was shifted.
+    Raises LlamakitError for logits that are not finite.
+    """
+    continuation = Continuation(tokenizer, context, ids, config, _sampler(tokenizer, ids, config))
+    started = time.perf_counter()
+    logits = engine.feed(context, continuation.pending)
+    now = time.perf_counter()
+    continuation.prefill_s = now - started
+    while continuation.reason is None:
+        started = now
+        token = continuation.take(logits)
+        if token is not None:
+            continuation.decode_s += time.perf_counter() - started
+            yield token
+            started = time.perf_counter()
+        if continuation.reason is None:
+            logits = engine.feed(context, continuation.pending)
+        now = time.perf_counter()
+        continuation.decode_s += now - started
+    yield continuation.done()
+
+
+def _generate_batch(
+    engine: Engine, tokenizer: Tokenizer, prompts: list[list[int]], config: GenerateConfig
+) -> Iterator[tuple[int, Token | Done]]:
+    waiting = deque(enumerate(prompts))
+    running: list[tuple[int, Continuation]] = []
+    while waiting or running:
+        while waiting and len(running) < config.parallel:
+            number, ids = waiting.popleft()
+            context, sampler = _context(engine, ids, config), _sampler(tokenizer, ids, config)
+            running.append((number, Continuation(tokenizer, context, ids, config, sampler)))
         started = time.perf_counter()
-        if n_generated:
-            logits = engine.feed(context, [token])
-        token = sampler.sample(logits)
-        decode_s += time.perf_counter() - started
-        if token in tokenizer.eog_ids:
-            reason = "end"
-            break
-        n_generated += 1
-        yield Token(token, stream.push(token), log_probability(logits, token) if config.logprobs else None)
-    n_decoded = context.n_past - len(ids)
-    yield Done(reason, stream.finish(), sampler.seed, len(ids), n_generated, n_decoded, prefill_s, decode_s)
+        batch = engine.feed_batch([(c.context, c.pending) for _, c in running])
+        step_s = time.perf_counter() - started
+        for (number, continuation), logits in zip(running, batch, strict=True):
+            yield from ((number, report) for report in _reports(continuation, logits, step_s))
+        running = [(number, c) for number, c in running if c.reason is None]
+
+
+def _reports(continuation: Continuation, logits: Logits, step_s: float) -> Iterator[Token | Done]:
+    """What a step of a batch, of step_s seconds, brings one of its prompts: a token, its end, or both."""
+    if continuation.prefill_s:
+        continuation.decode_s += step_s
+    else:
+        continuation.prefill_s = step_s
+    if continuation.reason is None:
+        started = time.perf_counter()
+        token = continuation.take(logits)
+        continuation.decode_s += time.perf_counter() - started
+        if token is not None:
+            yield token
+    if continuation.reason is not None:
+        yield continuation.done()

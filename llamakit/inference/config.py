@@ -17,7 +17,8 @@ class GenerateConfig:
     """Length and sampling of one continuation; llama.cpp's meanings and defaults. Raises UsageError naming the flag."""
 
     n_predict: int = -1
-    """Tokens to generate at most; -1 goes on until an end token or a full context."""
+    """Tokens to generate at most; -1 goes on until an end token (or, without context_shift, a full context), -2 until
+    an end token or a full context, with context_shift too."""
     temperature: float = 0.8
     """Randomness: logits are divided by it; 0 or less always takes the likeliest token."""
     top_k: int = 40
@@ -80,11 +81,22 @@ class GenerateConfig:
     """Context in tokens, prompt and continuation together; 0 takes the model's."""
     prefill_chunk: int = 512
     """Prompt tokens computed at once; less needs less memory."""
-    logprobs: bool = False
-    """Report the natural log-probability of every token, before any sampler."""
+    keep: int = 0
+    """Tokens at the beginning of the prompt, besides BOS, that stay when the context is shifted; -1 is all of them."""
+    context_shift: bool = False
+    """When the context is full, forget half of what keep does not keep, and go on."""
+    stop: tuple[str, ...] = ()
+    """Texts that end the generation; they are not shown, nor is what follows them."""
+    reverse_prompt: tuple[str, ...] = ()
+    """Texts that end the generation and stay in it, as may the rest of the token that completes them."""
+    parallel: int = 4
+    """Prompts that are continued at once, where there are several."""
+    logprobs: int | None = None
+    """Report the natural log-probability of every token, before any sampler, and so many of the likeliest tokens with
+    theirs; None reports neither."""
 
     def __post_init__(self) -> None:
-        _require(self.n_predict >= -2, "-n", self.n_predict, "-1 or more")
+        _require(self.n_predict >= -2, "-n", self.n_predict, "-2 or more")
         _require(0 <= self.top_p <= 1, "--top-p", self.top_p, "0 to 1")
         _require(0 <= self.min_p <= 1, "--min-p", self.min_p, "0 to 1")
         _require(self.repeat_penalty > 0, "--repeat-penalty", self.repeat_penalty, "a number above 0")
@@ -101,6 +113,11 @@ class GenerateConfig:
         _require(0 <= self.adaptive_decay <= 0.99, "--adaptive-decay", self.adaptive_decay, "0 to 0.99")
         _require(-1 <= self.seed <= _MAX_SEED, "--seed", self.seed, f"-1, or 0 to {_MAX_SEED}")
         _require(self.prefill_chunk >= 1, "prefill_chunk", self.prefill_chunk, "1 or more")
+        _require(self.keep >= -1, "--keep", self.keep, "-1 or more")
+        _require(self.parallel >= 1, "--parallel", self.parallel, "1 or more")
+        _require(self.logprobs is None or self.logprobs >= 0, "--logprobs", self.logprobs, "0 or more")
+        for flag, texts in (("--stop", self.stop), ("--reverse-prompt", self.reverse_prompt)):
+            _require(all(texts), flag, "empty", "a text")
         for token, bias in self.logit_bias:
             sane = token >= 0 and (math.isfinite(bias) or bias == -math.inf)
             _require(sane, "--logit-bias", f"{token}{bias:+g}", "TOKEN+BIAS or TOKEN-BIAS, finite or -inf")

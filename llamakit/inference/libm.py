@@ -8,6 +8,7 @@ in the last place now and then, logf in one value of a few hundred. Algorithms a
 from __future__ import annotations
 
 import math
+from functools import cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -105,6 +106,7 @@ def log2f(x: Floats) -> Floats:
     return _logarithm(x, _LOG2, _LOG2_POLY, 1.0)
 
 
+@cache
 def log_one(x: float) -> np.float32:
     """logf of one number."""
     return logf(np.array([x], dtype=np.float32))[0]

@@ -63,7 +63,7 @@ def _descending(c: Candidates) -> Ids:
 
 def running_sum(values: Logits) -> Logits:
     """Float32 sums from the first value on: cumsum adds one after the other as a C loop does, sum() in pairs."""
-    return np.cumsum(values, dtype=np.float32)
+    return values.cumsum(dtype=np.float32)
 
 
 def softmax(c: Candidates) -> Logits:

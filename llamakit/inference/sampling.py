@@ -6,11 +6,13 @@ candidates over, `choice` draws among them.
 
 from __future__ import annotations
 
+import math
 import secrets
 from collections import Counter, deque
 from collections.abc import Collection, Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from llamakit.errors import LlamakitError, UsageError
 from llamakit.inference import choice, llama2c_rng, samplers
@@ -21,10 +23,19 @@ from llamakit.inference.sampler_names import parse_names
 from llamakit.inference.samplers import Candidates, Logits
 
 
-def log_probability(logits: Logits, token: int) -> float:
-    """Natural logarithm of the softmax of logits (V,) at token, in float64."""
+def log_probabilities(logits: Logits) -> NDArray[np.float64]:
+    """Natural logarithms of the softmax of logits (V,), in float64."""
     shifted = logits.astype(np.float64) - float(logits.max())
-    return float(shifted[token] - np.log(np.exp(shifted).sum()))
+    return shifted - np.log(np.exp(shifted).sum())
+
+
+def likeliest(logprobs: NDArray[np.float64], n: int) -> tuple[tuple[int, float], ...]:
+    """The n largest of logprobs (V,) as (token, its log-probability), in falling order; equal ones by id."""
+    n = min(n, len(logprobs))
+    least = np.partition(logprobs, len(logprobs) - n)[len(logprobs) - n] if n else np.inf
+    ids = np.flatnonzero(logprobs >= least)
+    ids = ids[np.argsort(-logprobs[ids], kind="stable")][:n]
+    return tuple((int(id), float(logprobs[id])) for id in ids)
 
 
 def resolve_seed(config: GenerateConfig) -> int:
@@ -32,6 +43,64 @@ def resolve_seed(config: GenerateConfig) -> int:
     for llama2.c, whose generator stands still at 0."""
     is_random = config.seed in (-1, 2**32 - 1) or (config.rng == "llama2c" and config.seed == 0)
     return 1 + secrets.randbelow(2**32 - 2) if is_random else config.seed
+
+
+def is_on(config: GenerateConfig, name: str) -> bool:
+    """Whether the sampler of this name can change anything with these settings; llama.cpp's rule."""
+    c = config
+    match name:
+        case "penalties":
+            return c.repeat_last_n > 0 and (c.repeat_penalty, c.frequency_penalty, c.presence_penalty) != (1, 0, 0)
+        case "dry":
+            return c.dry_multiplier != 0 and c.dry_penalty_last_n > 0
+        case "top_n_sigma":
+            return c.top_n_sigma > 0
+        case "top_k":
+            return c.top_k > 0
+        case "typ_p":
+            return c.typical < 1
+        case "top_p":
+            return c.top_p < 1
+        case "min_p":
+            return c.min_p > 0
+        case "xtc":
+            return c.xtc_probability > 0 and c.xtc_threshold <= 0.5
+        case "temperature":
+            return c.temperature != 1 or c.dynatemp_range > 0
+        case _:
+            return True
+
+
+def _keeps_the_likeliest(config: GenerateConfig, names: Sequence[str]) -> bool:
+    """Whether the chain can end at nothing but the first largest logit: temperature 0, and no sampler that is on can
+    change or drop that one."""
+    if config.rng == "llama2c" or config.mirostat or config.temperature > 0 or config.dynatemp_range > 0:
+        return False
+    harmless = {"top_n_sigma", "top_k", "top_p", "min_p", "temperature"}
+    return "temperature" in names and all(name in harmless or not is_on(config, name) for name in names)
+
+
+#: what llama.cpp calls its samplers where they differ from ours
+_SHOWN = {"typ_p": "typical", "temperature": "temp-ext"}
+
+
+def shown_chain(config: GenerateConfig, *, banned: bool = False) -> str:
+    """The chain as llama.cpp prints it, `logits -> ?penalties -> top-k -> ... -> dist`; a ? before what is off.
+
+    banned: tokens are ruled out beside the biases of the configuration.
+    """
+    if config.rng == "llama2c":
+        return "logits -> temp -> top-p -> run.c"
+    steps = ["logits"] + ["logit-bias"] * bool(config.logit_bias or banned)
+    if config.mirostat:
+        return " -> ".join(
+            [*steps, "temp" if config.temperature != 1 else "?temp", ("mirostat", "mirostat-v2")[config.mirostat - 1]]
+        )
+    names = parse_names(config.samplers)
+    for name in names:
+        if name != "adaptive_p":
+            steps.append("?" * (not is_on(config, name)) + _SHOWN.get(name, name.replace("_", "-")))
+    return " -> ".join([*steps, "adaptive-p" if "adaptive_p" in names else "dist"])
 
 
 class Sampler:
@@ -55,7 +124,13 @@ class Sampler:
         self._breakers = breakers or {}
         names = parse_names(config.samplers)
         # Each XTC has random numbers of its own.
-        self._steps = [(name, Mt19937(self.seed)) for name in names if name != "adaptive_p"]
+        self._steps = [
+            (name, Mt19937(self.seed) if name == "xtc" else None)
+            for name in names
+            if name != "adaptive_p" and is_on(config, name)
+        ]
+        self._is_greedy = not self._bias and _keeps_the_likeliest(config, names)
+        self._vocabulary = np.arange(0)
         self._random = Mt19937(self.seed)
         self._xorshift = llama2c_rng.Xorshift(self.seed)
         self._mu = np.float32(2) * np.float32(config.mirostat_ent)
@@ -76,26 +151,36 @@ class Sampler:
         Raises LlamakitError for logits that are not finite, UsageError for a bias of a token that there is not, and
         where no token is left.
         """
+        if not math.isfinite(logits.dot(logits)):  # one pass; only what overflows, too, is looked at again
+            self._refuse_infinite(logits)
+        if self._is_greedy:
+            token = int(logits.argmax())
+        elif self._config.rng == "llama2c":
+            token = llama2c_rng.sample(logits, self._config.temperature, self._config.top_p, self._xorshift)
+        else:
+            token = self._choose(self._biased(logits))
+        self.accept(token)
+        return token
+
+    def _refuse_infinite(self, logits: Logits) -> None:
         if not np.isfinite(logits).all():
             bad = int(np.flatnonzero(~np.isfinite(logits))[0])
             raise LlamakitError(
                 f"the model computed {logits[bad]} as the logit of token {bad} (expected a finite number)",
                 hint="the weights or an adapter are damaged, or the scale of an adapter is too large",
             )
-        config = self._config
-        if config.rng == "llama2c":
-            token = llama2c_rng.sample(logits, config.temperature, config.top_p, self._xorshift)
-        else:
-            token = self._choose(self._biased(logits))
-        self.accept(token)
-        return token
 
     def _biased(self, logits: Logits) -> Candidates:
+        if len(self._vocabulary) != len(logits):
+            self._vocabulary = np.arange(len(logits), dtype=np.int64)
+            self._vocabulary.flags.writeable = False  # it is used again for the next token
+        if not self._bias:
+            return Candidates(self._vocabulary, logits)
         bad = next((id for id, _ in self._bias if id >= len(logits)), None)
         if bad is not None:
             raise UsageError(f"--logit-bias has the token {bad} (expected 0 to {len(logits) - 1})")
-        candidates = samplers.logit_bias(samplers.whole_vocabulary(logits), self._bias)
-        if self._bias and not np.isfinite(candidates.logits).any():
+        candidates = samplers.logit_bias(Candidates(self._vocabulary, logits), self._bias)
+        if not np.isfinite(candidates.logits).any():
             raise UsageError("no token is left: all are ruled out", hint="fewer -inf in --logit-bias")
         return candidates
 
@@ -117,17 +202,15 @@ class Sampler:
         self._adaptive.add(share)
         return token
 
-    def _step(self, name: str, c: Candidates, random: Mt19937) -> Candidates:
+    def _step(self, name: str, c: Candidates, random: Mt19937 | None) -> Candidates:
         config = self._config
         match name:
             case "penalties":
                 strengths = config.repeat_penalty, config.frequency_penalty, config.presence_penalty
-                return samplers.penalties(c, Counter(self._recent), *strengths) if config.repeat_last_n else c
+                return samplers.penalties(c, Counter(self._recent), *strengths)
             case "dry":
-                if config.dry_multiplier == 0:
-                    return c
                 strengths = config.dry_multiplier, config.dry_base, config.dry_allowed_length
-                return dry(c, self._repeated, self._breakers, *strengths) if config.dry_penalty_last_n else c
+                return dry(c, self._repeated, self._breakers, *strengths)
             case "top_n_sigma":
                 return samplers.top_n_sigma(c, config.top_n_sigma)
             case "top_k":
@@ -139,16 +222,16 @@ class Sampler:
             case "min_p":
                 return samplers.min_p(c, config.min_p)
             case "xtc":
+                assert random is not None, "each XTC has its own"
                 return self._xtc(c, random)
             case _:
                 return samplers.dynamic_temperature(c, config.temperature, config.dynatemp_range, config.dynatemp_exp)
 
     def _xtc(self, c: Candidates, random: Mt19937) -> Candidates:
-        """A lot decides whether XTC is applied; none is drawn where it is off or one candidate is left."""
-        probability, threshold = np.float32(self._config.xtc_probability), self._config.xtc_threshold
-        if probability <= 0 or threshold > 0.5 or len(c.ids) < 2 or random.uniform_float() > probability:
+        """A lot decides whether XTC is applied; none is drawn where one candidate is left."""
+        if len(c.ids) < 2 or random.uniform_float() > np.float32(self._config.xtc_probability):
             return c
-        return samplers.xtc(c, threshold)
+        return samplers.xtc(c, self._config.xtc_threshold)
 
 
 class _Average:

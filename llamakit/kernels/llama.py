@@ -6,6 +6,7 @@ Shapes: V n_vocab, C n_embd, R rank.
 from __future__ import annotations
 
 import ctypes
+import mmap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -97,6 +98,34 @@ class Cache:
         self.address = ctypes.addressof(self._structure)
 
 
+class _Arena:
+    """Memory for matrices in large pages, where the system has them: reading it costs few address translations.
+
+    It comes in large pieces, filled one after the other; n_bytes: taken from it.
+    """
+
+    _PIECE, _PAGE = 64 << 20, 2 << 20
+
+    def __init__(self) -> None:
+        self._pieces: list[mmap.mmap] = []
+        self._at = self._end = self.n_bytes = 0
+
+    def take(self, n_bytes: int) -> int:
+        """The address of n_bytes more, a multiple of 64."""
+        n_bytes = _rounded(n_bytes, 64)
+        if self._at + n_bytes > self._end:
+            size = max(self._PIECE, _rounded(n_bytes, self._PAGE)) + self._PAGE
+            piece = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            if hasattr(mmap, "MADV_HUGEPAGE"):
+                piece.madvise(mmap.MADV_HUGEPAGE)
+            self._pieces.append(piece)
+            start = ctypes.addressof(ctypes.c_char.from_buffer(piece))
+            self._at, self._end = _rounded(start, self._PAGE), start + size
+        self._at += n_bytes
+        self.n_bytes += n_bytes
+        return self._at - n_bytes
+
+
 class PackedLlama:
     """Weights in tiles, and what C sees of them. read: a tensor of the file by its name, with `.weight`.
 
@@ -114,8 +143,8 @@ class PackedLlama:
         n_threads: int,
     ) -> None:
         self._library, self.shape, self.n_threads = library, shape, n_threads
-        self._vectors, self._kept, self._loras = dict(vectors), list[object](), list[Tensor]()
-        self.n_bytes = 0
+        self._vectors, self._biases, self._loras = dict(vectors), list[Tensor](), list[Tensor]()
+        self._tiles = _Arena()
         self._layers = (_Layer * shape.n_layer)()
         self._embedding = read("token_embd.weight")
         embedding = self._embedding
@@ -136,16 +165,19 @@ class PackedLlama:
     def _pack(self, name: str, rows: PackedRows) -> _Matrix:
         n_out, n_in = rows.shape
         tile_bytes = self._library.tile_bytes(rows.type, n_in)
-        tiles = torch.empty(_rounded(n_out, _TILE) // _TILE * tile_bytes, dtype=torch.uint8)
+        tiles = self._tiles.take(_rounded(n_out, _TILE) // _TILE * tile_bytes)
         data = np.ascontiguousarray(rows.data)
-        self._library.pack(rows.type, data.ctypes.data, data.strides[0], rows.shape, tiles.data_ptr(), self.n_threads)
-        self._kept.append(tiles)
-        self.n_bytes += tiles.numel()
+        self._library.pack(rows.type, data.ctypes.data, data.strides[0], rows.shape, tiles, self.n_threads)
         bias = self._vectors.get(f"{name}.bias")
         if bias is not None:
-            self._kept.append(bias := _padded(bias, _TILE))
+            self._biases.append(bias := _padded(bias, _TILE))
         address = None if bias is None else bias.data_ptr()
-        return _Matrix(tiles.data_ptr(), address, None, None, tile_bytes, rows.type, n_out, n_in, 0)
+        return _Matrix(tiles, address, None, None, tile_bytes, rows.type, n_out, n_in, 0)
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of all matrices, which a token reads once."""
+        return self._tiles.n_bytes
 
     def set_loras(self, loras: Mapping[str, tuple[Tensor, Tensor]]) -> None:
         """Put on A (R, n_in) and B (n_out, R), scales multiplied in, by tensor name without `.weight`, instead of what

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llamakit.model.cache import KVCache
+from llamakit.model.cache import JoinedCache, KVCache
 
 # Queries per tile: large enough for efficient products, small enough that the tile's scores stay in the L2 cache.
 _TILE = 128
@@ -94,8 +94,15 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return out.transpose(1, 2).reshape(b, t, h * d)
 
 
-def cached_attention(q: Tensor, k: Tensor, v: Tensor, cache: KVCache, layer: int) -> Tensor:
-    """Attention of the T newest tokens over everything in the cache, which k and v (B, T, K, D) join; (B, T, H*D)."""
+def cached_attention(q: Tensor, k: Tensor, v: Tensor, cache: KVCache | JoinedCache, layer: int) -> Tensor:
+    """Attention of the T newest tokens over everything in the cache, which k and v (B, T, K, D) join; (B, T, H*D).
+
+    In a joined cache the tokens of each context see that one alone.
+    """
+    if isinstance(cache, JoinedCache):
+        shares = (x.split([n for _, n in cache.parts], dim=1) for x in (q, k, v))
+        each = zip(*shares, cache.parts, strict=True)
+        return torch.cat([cached_attention(q, k, v, part, layer) for q, k, v, (part, _) in each], dim=1)
     b, t, h, d = q.shape
     keys, values = cache.extend(layer, k, v)
     mask = None

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from llamakit.model.attention import cached_attention, causal_attention
-from llamakit.model.cache import KVCache
+from llamakit.model.cache import JoinedCache, KVCache
 from llamakit.model.config import ModelConfig
 from llamakit.model.elementwise import Lazy, gated_silu
 from llamakit.model.layers import RMSNorm, project
@@ -30,7 +30,7 @@ class Block(nn.Module):
         self.attn_q, self.attn_k, self.attn_v, self.attn_output = (nn.Identity() for _ in range(4))
         self.ffn_gate, self.ffn_up, self.ffn_down = (nn.Identity() for _ in range(3))
 
-    def attention(self, x: Tensor, rotations: Tensor, cache: KVCache | None) -> Tensor:
+    def attention(self, x: Tensor, rotations: Tensor, cache: KVCache | JoinedCache | None) -> Tensor:
         """(B, T, C) -> (B, T, C), the norm included."""
         b, t, _ = x.shape
         q, k, v = project(self.attn_norm.lazily(x), self.attn_q, self.attn_k, self.attn_v)
@@ -45,7 +45,7 @@ class Block(nn.Module):
         gate, up = project(self.ffn_norm.lazily(x), self.ffn_gate, self.ffn_up)
         return project(Lazy(gated_silu, (gate, up)), self.ffn_down)[0]
 
-    def forward(self, x: Tensor, rotations: Tensor, cache: KVCache | None = None) -> Tensor:
+    def forward(self, x: Tensor, rotations: Tensor, cache: KVCache | JoinedCache | None = None) -> Tensor:
         """(B, T, C) -> (B, T, C)."""
         x = x + self.attention(x, rotations, cache)
         return x + self.feed_forward(x)
@@ -67,16 +67,17 @@ class Llama(nn.Module):
         self.output: nn.Module = nn.Identity()
         self.use_checkpointing = False
 
-    def forward(self, tokens: Tensor, positions: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
+    def forward(
+        self, tokens: Tensor, positions: Tensor | None = None, cache: KVCache | JoinedCache | None = None
+    ) -> Tensor:
         """Hidden states after output_norm, (B, T, C), of int64 tokens (B, T).
 
         positions: (T,) or (B, T) int64; by default they continue the cache, or start at 0. With a cache the tokens
-        attend to all that it holds and join it.
+        attend to all that it holds and join it. With a joined cache each context's tokens do so, B is 1.
         """
         t = tokens.shape[1]
         if positions is None:
-            n_past = cache.n_past if cache is not None else 0
-            positions = torch.arange(n_past, n_past + t, device=tokens.device)
+            positions = torch.arange(t, device=tokens.device) if cache is None else cache.positions(t)
         rotations = self.rope.rotations(positions)
         x = self.token_embd(tokens)
         for block in self.blk:

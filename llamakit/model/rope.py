@@ -65,8 +65,14 @@ class Rope:
                 self._table = table.to(torch.complex64).to(positions.device)
         return self._table[positions]
 
+    def turn(self, n: int, device: torch.device) -> Tensor:
+        """(D/2,) complex64: by n positions forwards, or back (n below 0), without the factor that YaRN has on all."""
+        angles = n * self._frequencies
+        return torch.polar(torch.ones_like(angles), angles).to(torch.complex64).to(device)
 
-def _rotate(x: Tensor, rotations: Tensor) -> Tensor:
+
+def rotate(x: Tensor, rotations: Tensor) -> Tensor:
+    """x (..., D) with its pairs turned by rotations (..., D/2) complex64, without a gradient; computed in float32."""
     pairs = torch.view_as_complex(x.float().view(*x.shape[:-1], -1, 2))
     return torch.view_as_real(pairs * rotations).view(x.shape).to(x.dtype)
 
@@ -77,12 +83,12 @@ class _ApplyRope(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, rotations: Tensor) -> Tensor:
         ctx.save_for_backward(rotations)
-        return _rotate(x, rotations)
+        return rotate(x, rotations)
 
     @staticmethod
     def backward(ctx, grad: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
         (rotations,) = ctx.saved_tensors
-        return _rotate(grad.contiguous(), rotations.conj()), None
+        return rotate(grad.contiguous(), rotations.conj()), None
 
 
 def apply_rope(x: Tensor, rotations: Tensor) -> Tensor:

@@ -60,7 +60,11 @@ def _failure(reason: str) -> FormatError:
 
 def encode_chat(tokenizer: Tokenizer, messages: Messages) -> list[int]:
     """The rendered messages as ids; a BOS that the template wrote itself is not written twice."""
-    text = render_chat(tokenizer, messages)
+    return encode_rendered(tokenizer, render_chat(tokenizer, messages))
+
+
+def encode_rendered(tokenizer: Tokenizer, text: str) -> list[int]:
+    """What a template wrote, as ids; a BOS that it wrote itself is not written twice."""
     bos = _text(tokenizer, tokenizer.bos_id)
     return tokenizer.encode(text, add_special=not (bos and text.startswith(bos)), parse_special=True)
 

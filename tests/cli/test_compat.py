@@ -48,8 +48,14 @@ def notes(line: str) -> list[compat.Note]:
     ("generate -m m --conversation", "generate -m m -cnv"),
     ("generate -m m -ngl 99 --mlock --no-mmap -fa on -fa -b 512 -p x", "generate -m m --device auto -p x"),
     ("generate -m m --gpu-layers=0", "generate -m m --device cpu"),
+    ("generate -m m -cnv -st -sys --_x -sysf a_b --jinja", "generate -m m -cnv --single-turn --system --_x --system-file a_b"),
+    ("chat m_f.gguf --temp 0 -c 64 -st -cnv -ngl 0 --system-prompt=a_b --chat-template-file t_x.jinja",
+     "chat -m m_f.gguf -t 0 --ctx 64 --single-turn --device cpu --system=a_b --chat-template t_x.jinja"),
+    ("chat -hf u/r:Q8_0 -p x", "chat -m hf:u/r:Q8_0 -p x"),
     # llama2.c's run
     ("generate stories15M.bin -z tok.bin -t 0.8 -n 256 -i 'One day' -s 5", "generate -m stories15M.bin -z tok.bin -t 0.8 -n 256 -p 'One day' --seed 5"),
+    ("generate c.bin -m chat -z tok.bin -y '-a b' -i hi",
+     "generate -m c.bin -cnv --chat-template llama2-sys-bos -z tok.bin --system '-a b' -p hi"),
     ("generate stories15M.bin -m generate", "generate -m stories15M.bin"),
     ("generate a.bin -m m.gguf", "generate a.bin -m m.gguf"),
     ("generate 'Once upon' -m m.gguf", "generate 'Once upon' -m m.gguf"),
@@ -106,6 +112,7 @@ def test_old_letters_are_warned_about() -> None:
     assert notes("generate -t 8") == [("warning", "-t is the temperature: 8 is very high; threads is --threads 8")]
     assert notes("generate -t 2") and not notes("generate -t 1") and not notes("generate -t 2.0")
     assert not notes("generate --temp 8") and not notes("finetune -t 8")
+    assert notes("chat -t 8") and notes("chat -p 0.9")
     assert notes("generate -p 0.9") == [("warning", "-p is the prompt; did you mean --top-p 0.9?")]
     assert not notes("generate -p 7") and not notes("generate -p hello") and not notes("generate -p")
 

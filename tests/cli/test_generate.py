@@ -183,6 +183,15 @@ def test_files_that_are_no_models(model, tmp_path, cli):
         (("-p", "a", "b"), "more than once"),
         (("-z", "tok.bin"), "-z is for llama2.c"),
         (("-cnv", "-p", "hello"), "no chat template"),
+        (("--stop", ""), "--stop is empty"),
+        (("-r", ""), "--reverse-prompt is empty"),
+        (("--logprobs", "-1"), "--logprobs is -1"),
+        (("-np", "0"), "--parallel is 0"),
+        (("-n", "-3"), "-n is -3"),
+        (("--keep", "-1", "--context-shift", "--ctx", "16", "x" * 12), "--keep keeps"),
+        (("--in-prefix", "a", "-cnv", "hello"), "--in-prefix and --in-suffix do not go with -cnv"),
+        (("--prompts", "none.jsonl"), "none.jsonl"),
+        (("--prompts", "none.jsonl", "hello"), "more than once"),
     ],
 )
 def test_mistakes_are_one_line(arguments, fragment, model, cli):
@@ -302,3 +311,80 @@ def test_llama2cs_random_numbers_give_the_text_of_its_documentation(cli):
     result = cli("generate", "-m", stories, "-z", vocabulary, "--rng", "llama2c", *options)
     digest = "0d33d0d617b86488c85dd171d128cd7559d789a71bc80efb254577f8dc4750aa"
     assert hashlib.sha256(result.stdout.encode()).hexdigest() == digest
+
+
+def _value(cli, *arguments):
+    result = cli("generate", *arguments, "--json")
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout)
+
+
+def test_stops_are_hidden_reverse_prompts_shown_and_both_are_named(model, continuation, cli):
+    stop = continuation[5:9]
+    before = continuation[: continuation.index(stop)]
+    result = cli("generate", "-m", model, PROMPT, *GREEDY, "--stop", stop)
+    assert result.stdout == f"{PROMPT}{before}\n"
+    assert f"ended by the text {stop!r}" in result.stderr
+    result = cli("generate", "-m", model, PROMPT, *GREEDY, "-r", stop, "--reverse-prompt", "another")
+    assert result.stdout.startswith(f"{PROMPT}{before}{stop}")
+    assert continuation.startswith(result.stdout.removeprefix(PROMPT).removesuffix("\n"))
+    value = _value(cli, "-m", model, PROMPT, *GREEDY, "--stop", "-", "--stop", stop)
+    assert (value["text"], value["stop_reason"], value["stop"]) == (before, "stop", stop)
+
+
+def test_escapes_count_in_stops_and_frames(model, cli):
+    assert cli("generate", "-m", model, PROMPT, *GREEDY, "--stop", r"\x").returncode == 0
+    framed = _value(cli, "-m", model, "b", "-n", "1", "--in-prefix", r"a\n", "--in-suffix", "</s>")
+    assert framed["prompt"] == "a\nb</s>"
+    assert framed["prompt_tokens"][-1] == 2, "control tokens count in what stands around"
+    plain = _value(cli, "-m", model, "b</s>", "-n", "1", "--in-prefix", r"a\n", "--no-escape")
+    assert plain["prompt"] == r"a\nb</s>"
+    assert 2 not in plain["prompt_tokens"], "and not in the prompt between"
+    shown = cli("generate", "-m", model, "b", "-n", "1", "--in-prefix", "a:", "--in-suffix", "?").stdout
+    assert shown.startswith("a:b?")
+
+
+def test_a_context_shift_makes_a_text_longer_than_the_context(model, cli):
+    options = ("-m", model, PROMPT, "-t", "0", "--ctx", "32", "--ignore-eos")
+    assert _value(cli, *options)["stop_reason"] == "context"
+    assert _value(cli, *options, "--context-shift", "-n", "-2")["stop_reason"] == "context"
+    assert _value(cli, *options, "--context-shift", "--no-context-shift")["stop_reason"] == "context"
+    long = _value(cli, *options, "--context-shift", "--keep", "-1", "-n", "100")
+    assert (long["stop_reason"], len(long["tokens"])) == ("length", 100)
+
+
+def test_logprobs_in_json_are_openais_and_else_lines_on_stderr(model, continuation, cli):
+    value = _value(cli, "-m", model, PROMPT, *GREEDY, "--logprobs", "2")
+    entries = value["logprobs"]["content"]
+    assert [entry["id"] for entry in entries] == value["tokens"]
+    for entry in entries:
+        assert entry["token"].encode() == bytes(entry["bytes"]) or "\ufffd" in entry["token"]
+        first, second = entry["top_logprobs"]
+        assert (first["id"], first["logprob"]) == (entry["id"], entry["logprob"]), "greedy"
+        assert second["logprob"] <= first["logprob"] <= 0
+    result = cli("generate", "-m", model, PROMPT, *GREEDY, "--logprobs", "2")
+    assert result.stdout == f"{PROMPT}{continuation}\n"
+    lines = result.stderr.split("likeliest tokens:\n")[1].splitlines()[:12]
+    assert all(f"{entry['logprob']:.4f} " in line for entry, line in zip(entries, lines, strict=True))
+    assert "logprobs" not in _value(cli, "-m", model, PROMPT, *GREEDY)
+    assert _value(cli, "-m", model, PROMPT, *GREEDY, "--logprobs", "0")["logprobs"]["content"][0]["top_logprobs"] == []
+
+
+def test_the_chain_of_samplers_is_shown_on_request_as_llama_cpp_prints_it(model, cli):
+    chain = "logits -> ?penalties -> ?dry -> ?top-n-sigma -> top-k -> ?typical -> top-p -> min-p -> ?xtc -> temp-ext -> dist"
+    assert f"sampler chain: {chain}\n" in cli("generate", "-m", model, PROMPT, "-n", "1", "-v").stderr
+    assert "sampler chain" not in cli("generate", "-m", model, PROMPT, "-n", "1").stderr
+
+
+@pytest.mark.slow
+def test_head_takes_a_line_and_nobody_complains(model):
+    """The pipe of a shell, with a text that is longer than a pipe holds."""
+    long = cached_tiny_gguf(n_ctx=100_000, seed=5)
+    for options in (f"-p '{PROMPT}\nThe'", "--prompts -"):
+        command = f"{sys.executable} -m llamakit generate -m {long} -t 0 --dtype f32 --ignore-eos -n 3000 {options}"
+        shell = f"yes a | head -200 | ({command}; echo $? >&2) | head -1"
+        result = subprocess.run(["bash", "-c", shell], capture_output=True, check=False, text=True, cwd=ROOT)
+        assert result.stdout.count("\n") == 1
+        assert "Traceback" not in result.stderr
+        assert "rror" not in result.stderr
+        assert result.stderr.rstrip().endswith("\n1"), "it noticed, and left"

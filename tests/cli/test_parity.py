@@ -34,14 +34,23 @@ def test_generate() -> None:
         "lora_scaled",
         "force",
         "rope_freq_base",
+        "in_prefix",
+        "in_suffix",
+        "prompts",
     )
-    others = ("conversation", "offline", "threads", "device", "dtype", "no_display_prompt", "json", "config")
-    texts = ("dry_sequence_breaker", "logit_bias")  # None on the command line, read into what the field has
+    chat = ("conversation", "system", "system_file", "chat_template", "single_turn")
+    others = ("offline", "threads", "device", "dtype", "no_display_prompt", "verbose", "json", "config")
+    texts = (
+        "dry_sequence_breaker",
+        "logit_bias",
+        "stop",
+        "reverse_prompt",
+    )  # None on the command line, read into what the field has
     assert_parity(
         generate,
         GenerateConfig,
-        cli_only=("context", "sampling_seq", *files, *others, *texts),
-        config_only=("logprobs", "prefill_chunk", "stop_ids", *texts),
+        cli_only=("context", "sampling_seq", *files, *chat, *others, *texts),
+        config_only=("prefill_chunk", *texts),
     )
 
 

@@ -1,8 +1,11 @@
 import pytest
 
-from llamakit.cli.prompt import read_prompt
+from llamakit.cli.prompt import framed_ids, read_prompt
 from llamakit.errors import UsageError
 from llamakit.files import process_escapes
+from llamakit.formats.open import open_model
+from llamakit.tokenizer import load_tokenizer
+from tests.tiny import cached_tiny_gguf
 
 
 @pytest.mark.parametrize(
@@ -38,3 +41,13 @@ def test_sources(tmp_path):
         read_prompt("a", None, file, escape=True, use_stdin=False)
     with pytest.raises(UsageError, match="No such file"):
         read_prompt(None, None, tmp_path / "none", escape=True, use_stdin=False)
+
+
+def test_a_framed_prompt_is_three_texts_behind_a_bos():
+    tokenizer = load_tokenizer(open_model(cached_tiny_gguf()))
+    ids = framed_ids(tokenizer, "<s>A", "b</s>", "</s>")
+    assert ids[:2] == [tokenizer.bos_id, tokenizer.bos_id]
+    assert ids.count(tokenizer.eos_id) == 1
+    assert ids[-1] == tokenizer.eos_id
+    assert tokenizer.decode(ids).replace(" ", "") == "Ab</s>"
+    assert framed_ids(tokenizer, "", "", "") == [tokenizer.bos_id]

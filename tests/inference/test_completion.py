@@ -7,7 +7,7 @@ import torch
 from llamakit.errors import LlamakitError, MismatchError, UsageError
 from llamakit.formats.adapter import Adapter
 from llamakit.formats.open import open_model
-from llamakit.inference.completion import Done, Token, encode_prompt, generate
+from llamakit.inference.completion import Done, Token, encode_prompt, generate, generate_batch
 from llamakit.inference.config import GenerateConfig
 from llamakit.model import attach, load_model
 from llamakit.tokenizer import load_tokenizer
@@ -118,7 +118,7 @@ def test_a_seed_repeats_the_text_and_the_reported_one_too():
 def test_logprobs_are_those_of_the_model():
     model, tokenizer = _load()
     prompt = encode_prompt(tokenizer, "The")
-    token = next(generate(model, tokenizer, prompt, GenerateConfig(temperature=0, logprobs=True)))
+    token = next(generate(model, tokenizer, prompt, GenerateConfig(temperature=0, logprobs=2)))
     with torch.no_grad():
         expected = model.logits(model(torch.tensor([prompt])))[0, -1].log_softmax(-1).max()
     assert isinstance(token, Token)
@@ -206,3 +206,99 @@ def test_greedy_text_of_smollm2_is_llama_cpps_for_64_tokens(smollm2_f32):
         ours = _run(model, tokenizer, ids, GenerateConfig(temperature=0, n_predict=64))
         assert ours[1] == server.greedy(prompt, 64), prompt
         assert len(ours[0]) == 64 or ours[2].reason == "end"
+
+
+def _text(model, tokenizer, **settings):
+    return _run(model, tokenizer, "The old king", GenerateConfig(temperature=0, n_predict=30, **settings))
+
+
+def test_a_stop_across_the_border_of_tokens_ends_the_text_before_it():
+    model, tokenizer = _load()
+    whole = _text(model, tokenizer)[1]
+    stop = whole[6:13]
+    ids, text, done = _text(model, tokenizer, stop=(stop, "not there"))
+    assert text == whole[: whole.index(stop)]
+    assert (done.reason, done.stop, done.n_generated) == ("stop", stop, len(ids))
+    assert len(ids) < 30
+    kept = _text(model, tokenizer, reverse_prompt=(stop,))
+    assert kept[1].startswith(text + stop)
+    assert whole.startswith(kept[1])
+    assert (kept[2].reason, kept[2].stop) == ("stop", stop)
+
+
+def test_what_is_held_back_at_the_end_is_text_after_all():
+    model, tokenizer = _load()
+    whole = _text(model, tokenizer)[1]
+    *_, _, done = generate(
+        model, tokenizer, "The old king", GenerateConfig(temperature=0, n_predict=30, stop=(whole[-3:] + "x",))
+    )
+    assert isinstance(done, Done)
+    assert (done.reason, done.stop) == ("length", None)
+    assert done.text
+    assert _text(model, tokenizer, stop=(whole[-3:] + "x",))[1] == whole
+
+
+def test_the_likeliest_tokens_come_with_their_log_probabilities():
+    model, tokenizer = _load()
+    prompt = encode_prompt(tokenizer, "The")
+    token = next(generate(model, tokenizer, prompt, GenerateConfig(seed=5, temperature=2.0, logprobs=3)))
+    assert isinstance(token, Token)
+    with torch.no_grad():
+        expected = model.logits(model(torch.tensor([prompt])))[0, -1].log_softmax(-1)
+    values, ids = expected.topk(3)
+    assert [id for id, _ in token.top] == ids.tolist()
+    assert [logprob for _, logprob in token.top] == pytest.approx(values.tolist(), abs=1e-5)
+    assert token.logprob == pytest.approx(float(expected[token.id]), abs=1e-5)
+    bare = next(generate(model, tokenizer, prompt, GenerateConfig(logprobs=0)))
+    assert isinstance(bare, Token)
+    assert (bare.logprob is None, bare.top) == (False, ())
+
+
+@pytest.mark.parametrize("parallel", [1, 2, 7])
+@pytest.mark.parametrize("settings", [{"temperature": 0}, {"seed": 9, "temperature": 1.5}], ids=str)
+def test_each_prompt_of_a_batch_gets_the_text_that_it_gets_alone(parallel, settings):
+    model, tokenizer = _load()
+    prompts = ["The old king", "", "A", tiny_text(150, 3), "The queen of the sea"]
+    config = GenerateConfig(n_predict=12, stop=("e",), parallel=parallel, **settings)
+    reports = [[] for _ in prompts]
+    for number, report in generate_batch(model, tokenizer, prompts, config):
+        reports[number].append(report)
+    for prompt, (*tokens, done) in zip(prompts, reports, strict=True):
+        ids, text, alone = _run(model, tokenizer, prompt, config)
+        assert [token.id for token in tokens] == ids
+        assert "".join(r.text for r in (*tokens, done)) == text
+        assert (done.reason, done.n_generated, done.n_decoded) == (alone.reason, alone.n_generated, alone.n_decoded)
+        assert done.prefill_s > 0
+
+
+def test_a_batch_refuses_a_prompt_before_it_computes_one():
+    model, tokenizer = _load(n_ctx=32)
+    with pytest.raises(UsageError, match="33 tokens"):
+        generate_batch(model, tokenizer, [[1], [1] * 33])
+    assert list(generate_batch(model, tokenizer, [])) == []
+    nothing = [report for _, report in generate_batch(model, tokenizer, ["a", "b"], GenerateConfig(n_predict=0))]
+    assert [report.reason for report in nothing if isinstance(report, Done)] == ["length"] * 2
+
+
+def test_a_shifted_context_goes_on_beyond_its_end():
+    model, tokenizer = _load(n_ctx=32)
+    tokenizer.eog_ids = frozenset()
+    config = GenerateConfig(temperature=0, n_predict=90, context_shift=True, keep=2)
+    ids, _, done = _run(model, tokenizer, [1, 70, 80], config)
+    assert (len(ids), done.reason, done.n_decoded) == (90, "length", 89)
+    with pytest.raises(UsageError, match="--keep keeps 30 tokens of a context of 32"):
+        generate(model, tokenizer, [1] * 30, GenerateConfig(context_shift=True, keep=-1))
+    assert _run(model, tokenizer, [1] * 30, GenerateConfig(context_shift=True, keep=-1, n_predict=2))[0]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_greedy_texts_of_smollm2_do_not_depend_on_their_neighbours(smollm2_f32):
+    file = open_model(smollm2_f32)
+    model, tokenizer = load_model(file), load_tokenizer(file)
+    config = GenerateConfig(temperature=0, n_predict=24, parallel=3)
+    together: list[list[int]] = [[] for _ in PROMPTS]
+    for number, report in generate_batch(model, tokenizer, PROMPTS, config):
+        if isinstance(report, Token):
+            together[number].append(report.id)
+    assert together == [_run(model, tokenizer, prompt, config)[0] for prompt in PROMPTS]

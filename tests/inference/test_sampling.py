@@ -2,8 +2,9 @@ import numpy as np
 import pytest
 
 from llamakit.errors import LlamakitError, UsageError
-from llamakit.inference import sampling
+from llamakit.inference import choice, sampling
 from llamakit.inference.config import GenerateConfig
+from llamakit.inference.samplers import Candidates
 from llamakit.inference.sampling import Sampler
 
 
@@ -41,9 +42,9 @@ def test_logits_that_are_not_finite_are_an_error_that_names_the_token(bad, tempe
 
 def test_log_probability_is_the_log_softmax():
     logits = np.float32([1000, 999, 998])
-    total = sum(np.exp(sampling.log_probability(logits, i)) for i in range(3))
-    assert total == pytest.approx(1)
-    assert sampling.log_probability(logits, 0) - sampling.log_probability(logits, 1) == pytest.approx(1)
+    logprobs = sampling.log_probabilities(logits)
+    assert np.exp(logprobs).sum() == pytest.approx(1)
+    assert logprobs[0] - logprobs[1] == pytest.approx(1)
 
 
 def _zigzag(n: int = 1000) -> np.ndarray:
@@ -89,3 +90,72 @@ def test_llama2c_draws_run_cs_tokens():
     sampler = Sampler(GenerateConfig(rng="llama2c", temperature=1.0, top_p=0.9, seed=133742))
     assert [sampler.sample(_zigzag(50)) for _ in range(4)] == [32, 35, 38, 38]
     assert Sampler(GenerateConfig(rng="llama2c", seed=0)).seed != 0
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"top_p": 0.0}, {"top_n_sigma": 0.5, "min_p": 1.0}, {"samplers": "temperature;top_k", "top_k": 0}],
+    ids=str,
+)
+def test_the_short_way_to_the_likeliest_token_is_the_long_one(settings):
+    short, long = (Sampler(GenerateConfig(temperature=0, **settings)) for _ in range(2))
+    assert short._is_greedy
+    long._is_greedy = False
+    rng = np.random.default_rng(1)
+    for _ in range(20):
+        logits = rng.integers(-9, 9, 300).astype(np.float32)  # many ties
+        assert short.sample(logits) == long.sample(logits)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"repeat_penalty": 1.1},
+        {"dry_multiplier": 1.0},
+        {"typical": 0.5},
+        {"xtc_probability": 1.0},
+        {"dynatemp_range": 0.5},
+        {"mirostat": 2},
+        {"logit_bias": ((1, 2.0),)},
+        {"samplers": "top_k"},
+        {"samplers": "adaptive_p;temperature"},
+    ],
+    ids=str,
+)
+def test_what_may_drop_the_likeliest_token_takes_the_long_way(settings):
+    assert not Sampler(GenerateConfig(temperature=0, **settings))._is_greedy
+
+
+@pytest.mark.parametrize("highest", [np.inf, -np.inf])
+def test_infinite_logits_in_the_chain_leave_the_last_candidate_as_in_llama_cpp(highest):
+    c = Candidates(np.array([4, 2, 9]), np.float32([highest] * 3), True)
+    assert choice.dist(c, lambda: 0.1) == 9
+
+
+@pytest.mark.parametrize(
+    ("settings", "shown"),
+    [
+        ({}, "?penalties -> ?dry -> ?top-n-sigma -> top-k -> ?typical -> top-p -> min-p -> ?xtc -> temp-ext -> dist"),
+        (
+            {"presence_penalty": 1.0, "dry_multiplier": 0.5, "top_n_sigma": 1.0, "top_k": 0, "typical": 0.5,
+             "top_p": 1.0, "min_p": 0.0, "xtc_probability": 0.5, "temperature": 1.0, "logit_bias": ((1, 1.0),)},
+            "logit-bias -> penalties -> dry -> top-n-sigma -> ?top-k -> typical -> ?top-p -> ?min-p -> xtc -> "
+            "?temp-ext -> dist",
+        ),
+        ({"samplers": "top_k;adaptive_p"}, "top-k -> adaptive-p"),
+        ({"mirostat": 1}, "temp -> mirostat"),
+        ({"mirostat": 2, "temperature": 1.0}, "?temp -> mirostat-v2"),
+        ({"rng": "llama2c"}, "temp -> top-p -> run.c"),
+    ],
+)  # fmt: skip
+def test_the_chain_is_shown_as_llama_cpp_shows_it(settings, shown):
+    assert sampling.shown_chain(GenerateConfig(**settings)) == f"logits -> {shown}"
+    if not settings:
+        assert sampling.shown_chain(GenerateConfig(), banned=True) == f"logits -> logit-bias -> {shown}"
+
+
+def test_the_likeliest_are_in_falling_order_and_equal_ones_by_id():
+    logprobs = np.log(np.array([0.1, 0.3, 0.1, 0.3, 0.2]))
+    assert [id for id, _ in sampling.likeliest(logprobs, 4)] == [1, 3, 4, 0]
+    assert len(sampling.likeliest(logprobs, 99)) == 5
+    assert sampling.likeliest(logprobs, 0) == ()

@@ -41,3 +41,9 @@ class LlamaServer:
         for entry in answer:
             found[entry["id"]] = entry["logprob"]
         return found - np.log(np.exp(found).sum())
+
+    def chat(self, messages: Sequence[dict[str, str]], n_predict: int) -> tuple[str, int]:
+        """The greedy answer to a conversation, in the model's own template, and how many tokens its prompt has."""
+        request = {"messages": list(messages), "max_tokens": n_predict, "temperature": 0, "cache_prompt": False}
+        answer = self._server.handle_chat_completions(request)
+        return answer["choices"][0]["message"]["content"], answer["usage"]["prompt_tokens"]

@@ -171,6 +171,8 @@ def test_whole_chains_in_any_order_give_llama_cpps_tokens(n_cases):
         if is_typical:  # before what rules tokens out, and where surprises do not tie: see `possible_logits`
             names = [name for name in settings.samplers.split(";") if name != "typ_p"]
             settings = replace(settings, samplers=";".join(["typ_p", *names]))
+        if settings.xtc_threshold == 0:  # it would leave one of the tokens that are ruled out before, no matter which
+            settings = replace(settings, xtc_threshold=f32(1e-30))
         _follows(rng, replace(settings, logit_bias=bias), n, 5, wide=not is_typical)
 
 
@@ -189,3 +191,11 @@ def test_dry_with_sequence_breakers_of_a_vocabulary_changes_logits_as_llama_cpps
                 sampler.accept(history)
                 _, logits = sampler.apply(llama_sampler.Candidates(c.ids, c.logits)).read()
             assert dry(c, history, known, 0.8, 1.75, 1).logits.tobytes() == logits.tobytes()
+
+
+@pytest.mark.parametrize("highest", [np.inf, -np.inf])
+def test_a_draw_among_infinite_logits_takes_llama_cpps_token(highest):
+    c = Candidates(np.array([4, 2, 9]), np.float32([highest] * 3), True)
+    with LlamaSampler(("dist", 5)) as sampler:
+        expected = sampler.apply(llama_sampler.Candidates(c.ids, c.logits, is_sorted=True)).selected
+    assert choice.dist(c, lambda: 0.5) == expected

@@ -71,7 +71,7 @@ def test_generate_applies_it_with_cnv_only(capsys):
     arguments = ["generate", "-m", path, "-p", "hello", "-n", "4", "-t", "0"]
     assert run(arguments) == 0
     plain = capsys.readouterr()
-    assert plain.out.startswith("hello") and "-cnv" in plain.err
-    assert run([*arguments, "-cnv"]) == 0
+    assert plain.out.startswith("hello") and "llamakit chat" in plain.err
+    assert run([*arguments, "-cnv", "--single-turn"]) == 0
     chat = capsys.readouterr()
     assert not chat.out.startswith("hello") and "hint" not in chat.err

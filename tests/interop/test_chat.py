@@ -1,0 +1,40 @@
+"""A chat on the real model: llama.cpp's answers to the same conversation, turn by turn."""
+
+import pytest
+import torch
+
+from llamakit.formats.open import open_model
+from llamakit.inference.config import GenerateConfig
+from llamakit.inference.conversation import Conversation
+from llamakit.inference.engine import TorchEngine
+from llamakit.model import load_model
+from llamakit.tokenizer import load_tokenizer
+from tests.interop.llama_server import LlamaServer
+from tests.smollm import f32_copy, smollm2_path
+
+pytestmark = [pytest.mark.interop, pytest.mark.slow, pytest.mark.timeout(400)]
+
+CHATS = (
+    ("", ("What is the capital of France?", "And of Italy?\nOne word.", "  Why? ")),
+    ("You are a pirate. Answer in one sentence.", ("Who are you?", "Wie heißt dein Schiff? 🏴‍☠️ <|im_end|>")),
+)
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    return f32_copy(smollm2_path(), tmp_path_factory.mktemp("smollm2") / "f32.gguf")
+
+
+def test_turn_by_turn_the_answers_are_llama_cpps(path):
+    file = open_model(path)
+    tokenizer = load_tokenizer(file)
+    engine = TorchEngine(load_model(file, dtype=torch.float32))
+    server = LlamaServer(path, n_ctx=1024)
+    for system, questions in CHATS:
+        config = GenerateConfig(temperature=0, n_predict=40, ctx=1024)
+        conversation = Conversation(engine, tokenizer, config, system=system)
+        for question in questions:
+            said = "".join(report.text for report in conversation.say(question))
+            theirs, n_prompt = server.chat(conversation.messages[:-1], 40)
+            assert len(conversation.prompt) == n_prompt, question
+            assert said == theirs, question
