@@ -103,13 +103,20 @@ def environment(threads: int) -> dict[str, str]:
 class Worker:
     """A child process that loads once, then answers one JSON line per request; idle, it takes no CPU."""
 
-    def __init__(self, arguments: Sequence[str], threads: int) -> None:
+    def __init__(
+        self,
+        arguments: Sequence[str],
+        threads: int,
+        *,
+        python: str = sys.executable,
+        env: Mapping[str, str] | None = None,
+    ) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, *arguments],
+            [python, *arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env=environment(threads),
+            env=environment(threads) if env is None else env,
         )
 
     def ask(self, request: Mapping[str, Any]) -> Any:

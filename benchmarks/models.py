@@ -63,6 +63,7 @@ class Shape:
 
 
 SHAPES = {
+    "15m": Shape(n_embd=288, n_layer=6, n_head=6, n_head_kv=6, n_ff=768, n_vocab=32000, n_ctx=256),
     "1b": Shape(n_embd=2048, n_layer=22, n_head=32, n_head_kv=4, n_ff=5632, n_vocab=32000),
     "7b": Shape(n_embd=4096, n_layer=32, n_head=32, n_head_kv=32, n_ff=11008, n_vocab=32000),
     "tiny": Shape(n_embd=64, n_layer=2, n_head=4, n_head_kv=2, n_ff=128, n_vocab=400, n_ctx=256),

@@ -1,9 +1,10 @@
-"""llama.cpp itself as the judge of tokenizers and encoders: what the xllamacpp wheel carries, through ctypes."""
+"""llama.cpp itself as the judge of tokenizers, encoders and logits: what the xllamacpp wheel carries, through ctypes."""
 
 from __future__ import annotations
 
 import ctypes
 import importlib.util
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,29 @@ import pytest
 _PARAMS_BYTES, _VOCAB_ONLY, _BOOLEANS = 512, 72, [0, 0, 1]
 
 
+# llama_context_params likewise: n_ctx, n_batch, n_ubatch, n_seq_max come first, both numbers of threads after three
+# more.
+_CONTEXT_DEFAULTS, _N_THREADS = [512, 2048, 512, 1], 7
+
+
 class _Params(ctypes.Structure):
     _fields_ = (("data", ctypes.c_uint8 * _PARAMS_BYTES),)
+
+
+class _ContextParams(ctypes.Structure):
+    _fields_ = (("words", ctypes.c_uint32 * (_PARAMS_BYTES // 4)),)
+
+
+class _Batch(ctypes.Structure):
+    _fields_ = (
+        ("n_tokens", ctypes.c_int32),
+        ("token", ctypes.POINTER(ctypes.c_int32)),
+        ("embd", ctypes.c_void_p),
+        ("pos", ctypes.POINTER(ctypes.c_int32)),
+        ("n_seq_id", ctypes.c_void_p),
+        ("seq_id", ctypes.c_void_p),
+        ("logits", ctypes.POINTER(ctypes.c_int8)),
+    )
 
 
 _LOG = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
@@ -56,6 +78,13 @@ def _library() -> Any:
         ("llama_tokenize", i32, [pointer, text, i32, ids, i32, flag, flag]),
         ("llama_token_to_piece", i32, [pointer, i32, text, i32, i32, flag]),
         ("llama_detokenize", i32, [pointer, ids, i32, text, i32, flag, flag]),
+        ("llama_context_default_params", _ContextParams, []),
+        ("llama_init_from_model", pointer, [pointer, _ContextParams]),
+        ("llama_free", None, [pointer]),
+        ("llama_decode", i32, [pointer, _Batch]),
+        ("llama_get_logits_ith", ctypes.POINTER(ctypes.c_float), [pointer, i32]),
+        ("llama_get_memory", pointer, [pointer]),
+        ("llama_memory_clear", None, [pointer, flag]),
     ):
         function = getattr(library, name)
         function.restype, function.argtypes = result, arguments
@@ -129,6 +158,51 @@ def llama_vocab(path: str | Path) -> LlamaVocab:
     """The vocabulary of a GGUF file in llama.cpp; skips the test where xllamacpp is missing. Raises ValueError where
     llama.cpp refuses the file."""
     return LlamaVocab(path)
+
+
+class LlamaLogits:
+    """A model of up to n_ctx tokens in llama.cpp, on the CPU, with its defaults (keys and values in f16)."""
+
+    def __init__(self, path: str | Path, *, n_ctx: int, threads: int) -> None:
+        self._lib = _library()
+        self._context = None
+        self._model = self._lib.llama_model_load_from_file(str(path).encode(), self._lib.llama_model_default_params())
+        if not self._model:
+            raise ValueError(f"llama.cpp refuses {path}")
+        self._n_vocab: int = self._lib.llama_vocab_n_tokens(self._lib.llama_model_get_vocab(self._model))
+        params = self._lib.llama_context_default_params()
+        if params.words[:4] != _CONTEXT_DEFAULTS or params.words[_N_THREADS] != params.words[_N_THREADS + 1]:
+            pytest.skip("this llama.cpp has another llama_context_params")
+        params.words[0:3] = [n_ctx] * 3
+        params.words[_N_THREADS : _N_THREADS + 2] = [threads] * 2
+        self._context = self._lib.llama_init_from_model(self._model, params)
+        assert self._context
+
+    def __enter__(self) -> LlamaLogits:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._context:
+            self._lib.llama_free(self._context)
+        self._lib.llama_model_free(self._model)
+
+    def at_once(self, tokens: Sequence[int]) -> np.ndarray:
+        """Logits (T, V) float32 after each of the tokens, which are one batch in an empty context."""
+        self._lib.llama_memory_clear(self._lib.llama_get_memory(self._context), True)
+        return self._decode(tokens, 0)
+
+    def one_by_one(self, tokens: Sequence[int]) -> np.ndarray:
+        """The same, each token in a batch of its own."""
+        self._lib.llama_memory_clear(self._lib.llama_get_memory(self._context), True)
+        return np.concatenate([self._decode([token], i) for i, token in enumerate(tokens)])
+
+    def _decode(self, tokens: Sequence[int], n_past: int) -> np.ndarray:
+        n = len(tokens)
+        ids, places = (ctypes.c_int32 * n)(*tokens), (ctypes.c_int32 * n)(*range(n_past, n_past + n))
+        batch = _Batch(n, ids, None, places, None, None, (ctypes.c_int8 * n)(*[1] * n))
+        assert self._lib.llama_decode(self._context, batch) == 0
+        rows = (self._lib.llama_get_logits_ith(self._context, i) for i in range(n))
+        return np.stack([np.ctypeslib.as_array(row, (self._n_vocab,)).copy() for row in rows])
 
 
 def ggml_quantize(rows: np.ndarray, ggml_type: int, n_bytes: int, imatrix: np.ndarray | None = None) -> np.ndarray:

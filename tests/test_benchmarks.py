@@ -15,7 +15,7 @@ from llamakit.formats.gguf import GGUFFile
 from tests.helpers import ROOT
 
 BENCHMARKS = ROOT / "benchmarks"
-SCRIPTS = ("models.py", "finetune.py", "convert.py", "seven_b.py", "startup.py")
+SCRIPTS = ("models.py", "finetune.py", "convert.py", "generate.py", "seven_b.py", "startup.py")
 
 
 def bench(script: str, *arguments: str | os.PathLike[str]) -> str:
@@ -65,6 +65,37 @@ def test_startup_on_a_tiny_model(tmp_path: Path) -> None:
     results = json.loads(report.read_text())["results"]
     assert results["torch_imported"] is False
     assert results["loading_peak_bytes"] > results["imports_bytes"]
+
+
+@pytest.mark.slow
+@pytest.mark.interop
+def test_generate_and_transformers_take_the_same_tokens(tmp_path: Path) -> None:
+    if importlib.util.find_spec("transformers") is None:
+        pytest.skip("transformers is not installed (pip install -e .[interop])")
+    report = tmp_path / "report.json"
+    work = (
+        "--rounds",
+        "1",
+        "--runs",
+        "1",
+        "--prompt",
+        "16",
+        "--gen",
+        "4",
+        "--threads",
+        "1",
+        "--dir",
+        tmp_path / "work",
+    )
+    arguments = ("tiny-q8_0", "--transformers", "--lora", "4", "--first-token", *work, "--json", report)
+    assert "ratio" in bench("generate.py", *arguments)
+    speed, lora, first = json.loads(report.read_text())["results"]
+    assert speed["rates"].keys() == {"llamakit", "transformers"}
+    assert all(len(rates["pp"]) == len(rates["tg"]) == 1 for rates in speed["rates"].values())
+    assert 0 < speed["bytes_per_token"] < speed["bytes"]
+    assert lora["lora"]["tg"].keys() == {"4"}
+    assert first["first_token_s"].keys() == {"generate", "import torch"}
+    assert not list((tmp_path / "work").iterdir()), "what was written is deleted without --keep"
 
 
 @pytest.mark.slow

@@ -23,13 +23,9 @@ def has_fast_bf16(device: torch.device) -> bool:
 
 
 def can_prepack(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether oneDNN can hold matrices of dtype in its own layouts here."""
-    return (
-        device.type == "cpu"
-        and dtype == torch.bfloat16
-        and has_fast_bf16(device)
-        and torch.backends.mkldnn.is_available()
-    )
+    """Whether oneDNN can hold matrices of dtype in its own layout here."""
+    has_products = dtype == torch.float32 or (dtype == torch.bfloat16 and has_fast_bf16(device))
+    return device.type == "cpu" and has_products and torch.backends.mkldnn.is_available()
 
 
 def training_dtype(requested: str, device: torch.device) -> torch.dtype:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Literal
 
@@ -56,8 +57,8 @@ def load_model(
     """Read a model; its matrices stay packed, decoded to dtype for every product, or once (weight_cache).
 
     dtype: what activations and products are computed in. weight_cache: "bf16" keeps every matrix decoded in dtype,
-    "none" decodes for each use, "auto" keeps them when they take at most 60 % of the free memory; for_training it
-    then keeps them, where they fit, in the two layouts that training multiplies fastest.
+    "none" decodes for each use, "auto" keeps them when they take at most 60 % of the free memory; on a CPU, where they
+    fit, in the layout that products are fastest with, for_training in a second one for the gradients' products.
     config: hyper-parameters to use instead of the file's own.
     Raises FormatError or UnsupportedError, naming the file and the tensor or key.
     """
@@ -106,21 +107,27 @@ def linear_layers(model: Llama) -> list[QuantizedLinear]:
 
 def _keep_decoded(model: Llama, dtype: torch.dtype, weight_cache: WeightCache, for_training: bool) -> None:
     layers = linear_layers(model)
+    device = layers[0].weight.device
     if weight_cache == "none":
         return
-    if weight_cache == "auto":
-        needed, free = sum(layer.dense_bytes(dtype) for layer in layers), _free_bytes(layers[0].weight.device)
-        if free is not None and needed > _CACHE_SHARE * free:
-            return
-        n_bytes = sum(layer.shape[0] * layer.shape[-1] * dtype.itemsize for layer in layers)
-        fits_twice = free is None or 2 * n_bytes <= _CACHE_SHARE * free
-        if for_training and fits_twice and can_prepack(layers[0].weight.device, dtype):
-            scratch = Scratch()
-            for layer in layers:
-                layer.prepack(dtype, scratch)
-            return
+    n_bytes = sum(layer.shape[0] * layer.shape[-1] * dtype.itemsize for layer in layers)
+    free = _free_bytes(device)
+    room = math.inf if free is None else _CACHE_SHARE * free
+    # Training in float32 is for machines that have nothing better: two layouts of 4 bytes a weight are too much.
+    prepacks = can_prepack(device, dtype) and (dtype == torch.bfloat16 or not for_training)
+    if weight_cache == "auto" and prepacks and (1 + for_training) * n_bytes <= room:
+        _prepack(layers, dtype, for_training)
+    elif weight_cache == "bf16" or sum(layer.dense_bytes(dtype) for layer in layers) <= room:
+        for layer in layers:
+            layer.keep_dense(dtype)
+
+
+def _prepack(layers: Sequence[QuantizedLinear], dtype: torch.dtype, for_training: bool) -> None:
+    scratch = Scratch()
     for layer in layers:
-        layer.keep_dense(dtype)
+        layer.prepack(dtype)
+        if for_training:
+            layer.prepack_back(dtype, scratch)
 
 
 def _free_bytes(device: torch.device) -> int | None:

@@ -127,7 +127,7 @@ def merged(model, adapter, scale):
         if isinstance(leaf, RMSNorm):
             leaf.weight.data += delta[0]
         else:
-            leaf._dense = leaf.dense(torch.float32) + delta
+            leaf._dense, leaf._forward = leaf.dense(torch.float32) + delta, None
             if name == "token_embd.weight":
                 dense = leaf._dense
                 leaf.forward = lambda tokens, dense=dense: F.embedding(tokens, dense)
@@ -195,7 +195,7 @@ def test_the_layouts_for_training_change_no_bit():
     with open_model(cached_tiny_gguf(type="Q4_0", biases=True)) as file:
         for for_training in (False, True):
             model = load_model(file, dtype=torch.bfloat16, for_training=for_training)
-            assert all((layer._prepacked is not None) == for_training for layer in linear_layers(model))
+            assert all((layer._backward is not None) == for_training for layer in linear_layers(model))
             x = torch.ones(2, 12, model.config.n_embd, dtype=torch.bfloat16, requires_grad=True)
             y = model.output(model.blk[0](x, model.rope.rotations(torch.arange(12)), None))
             y.float().square().sum().backward()

@@ -19,4 +19,4 @@ def test_streamed_logits_are_the_models(options):
         model = load_model(file)
         with torch.inference_mode():
             whole = model.logits(model(torch.tensor([tokens])))[0]
-        assert torch.allclose(streamed_logits(file, tokens), whole, rtol=0, atol=1e-5)
+        assert torch.allclose(streamed_logits(file, tokens), whole, rtol=0, atol=5e-5)
