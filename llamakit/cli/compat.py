@@ -243,6 +243,7 @@ _TEXT_VALUES = frozenset(
         "--chat-template", "--chat-template-file", "--lora-out", "--pattern-fn-it", "--fn-latest",
         "--kl-divergence-base", "--dry-sequence-breaker",
         "-r", "--reverse-prompt", "--stop", "--in-prefix", "--in-suffix", "--prompts",
+        "--grammar", "--grammar-file", "-j", "--json-schema", "-jf", "--json-schema-file",
     }
 )  # fmt: skip
 _FLASH_WORDS = frozenset({"on", "off", "auto", "0", "1"})

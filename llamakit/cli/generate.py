@@ -11,6 +11,7 @@ import typer
 
 from llamakit.cli import completion_options as completion
 from llamakit.cli import completion_view as view
+from llamakit.cli import grammar_options as structure
 from llamakit.cli import render
 from llamakit.cli import sampling_options as sampling
 from llamakit.cli.chat_options import (
@@ -151,6 +152,10 @@ def generate(
     sampling_seq: sampling.SamplingSeqOption = None,
     logit_bias: sampling.LogitBiasOption = None,
     ignore_eos: sampling.IgnoreEosOption = False,
+    grammar: structure.GrammarOption = GenerateConfig.grammar,
+    grammar_file: structure.GrammarFileOption = None,
+    json_schema: structure.JsonSchemaOption = GenerateConfig.json_schema,
+    json_schema_file: structure.JsonSchemaFileOption = None,
     rng: sampling.RngOption = "llama.cpp",
     seed: Annotated[
         int, typer.Option("--seed", help="Seed; -1: a random one, which is reported.", rich_help_panel=SAMPLING)
@@ -195,6 +200,7 @@ def generate(
     from llamakit.tokenizer.chat_templates import find_chat_template
 
     check_stated(None, rope_freq_base)
+    grammar, json_schema, source = structure.read_structure(grammar, grammar_file, json_schema, json_schema_file)
     wanted = GenerateConfig(
         n_predict=n_predict, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
         repeat_penalty=repeat_penalty, repeat_last_n=repeat_last_n, presence_penalty=presence_penalty,
@@ -207,10 +213,12 @@ def generate(
         dynatemp_range=dynatemp_range, dynatemp_exp=dynatemp_exp, mirostat=mirostat, mirostat_lr=mirostat_lr,
         mirostat_ent=mirostat_ent, adaptive_target=adaptive_target, adaptive_decay=adaptive_decay,
         samplers=sampling.sampler_order(samplers, sampling_seq), logit_bias=sampling.logit_biases(logit_bias),
-        ignore_eos=ignore_eos, rng=rng, seed=seed, ctx=ctx, keep=keep, context_shift=context_shift,
+        ignore_eos=ignore_eos, grammar=grammar, json_schema=json_schema, rng=rng, seed=seed, ctx=ctx,
+        keep=keep, context_shift=context_shift,
         stop=completion.texts(stop, escape=not no_escape), parallel=parallel, logprobs=logprobs,
         reverse_prompt=completion.texts(reverse_prompt, escape=not no_escape),
     )  # fmt: skip
+    structure.check(wanted, source)
     frame = completion.texts([in_prefix, in_suffix], escape=not no_escape)
     _check_prompt_options(prompts, (prompt, prompt_option, prompt_file), frame, conversation)
     many = read_prompts(prompts) if prompts else None
@@ -320,7 +328,8 @@ def _run(loaded: Loaded, ids: list[int], config: GenerateConfig, *, shown: str, 
         render.stream("\n")
         if config.logprobs is not None:
             view.log_logprobs(loaded.tokenizer, tokens)
-        _timings(loaded, done, sampled=config.temperature > 0)
+        _timings(loaded, done, config)
+    structure.note_cut(config, done)
     return EXIT_INTERRUPTED if done is None else EXIT_OK
 
 
@@ -339,14 +348,15 @@ def _remarks(loaded: Loaded, config: GenerateConfig) -> None:
         render.note(f"{loaded.file.path}: {warning}")
 
 
-def _timings(loaded: Loaded, done: Done | None, *, sampled: bool) -> None:
+def _timings(loaded: Loaded, done: Done | None, config: GenerateConfig) -> None:
     render.log(f"load: {loaded.load_s:.2f} s")
     if done is None:
         render.note("interrupted")
         return
     render.log(f"prompt: {done.n_prompt} tokens in {done.prefill_s:.2f} s, {done.prefill_tok_per_s:.1f} tok/s")
     render.log(f"generation: {done.n_generated} tokens in {done.decode_s:.2f} s, {done.decode_tok_per_s:.1f} tok/s")
-    render.log(f"ended by {view.ending(done)}" + (f", seed {done.seed}" if sampled else ""))
+    ending = structure.ending(config, done) or view.ending(done)
+    render.log(f"ended by {ending}" + (f", seed {done.seed}" if config.temperature > 0 else ""))
 
 
 def _as_json(

@@ -11,6 +11,7 @@ from llamakit.inference.config import GenerateConfig
 from llamakit.inference.continuation import Continuation, Done, Token, n_keep
 from llamakit.inference.dry import breakers
 from llamakit.inference.engine import Context, Engine, Logits, TorchEngine
+from llamakit.inference.grammar import check_grammar, open_grammar
 from llamakit.inference.sampling import Sampler
 from llamakit.model import Llama
 from llamakit.tokenizer import Tokenizer
@@ -41,10 +42,12 @@ def generate(
     model: what computes; a Llama runs in torch. prompt: text, or token ids taken as they are; an empty one starts from
     BOS. Ends at an end-of-generation token, after n_predict tokens, or when the context (config.ctx, by default the
     model's) is full. Raises at once UsageError for a prompt that cannot be (see `encode_prompt`) or is longer than the
-    context, and MismatchError for another model's tokenizer; later, LlamakitError for logits that are not finite.
+    context, MismatchError for another model's tokenizer, and what `grammar.check_grammar` raises; later, LlamakitError
+    for logits that are not finite, UnsupportedError for a grammar that leads nowhere with this vocabulary.
     """
     config = config or GenerateConfig()
     ids = checked_prompt(model, tokenizer, prompt, config)
+    check_grammar(config)
     return _generate(_engine(model, config), tokenizer, ids, config)
 
 
@@ -62,6 +65,7 @@ def generate_batch(
     """
     config = config or GenerateConfig()
     ids = [checked_prompt(model, tokenizer, prompt, config) for prompt in prompts]
+    check_grammar(config)
     return _generate_batch(_engine(model, config), tokenizer, ids, config)
 
 
@@ -93,9 +97,10 @@ def _check_room(tokenizer: Tokenizer, ids: Sequence[int], n_ctx: int, config: Ge
 
 
 def _sampler(tokenizer: Tokenizer, ids: list[int], config: GenerateConfig) -> Sampler:
-    """The chain, with what it needs of the vocabulary: end tokens to leave out, where DRY's breakers stand."""
+    """The chain, with what it needs of the vocabulary: end tokens to leave out, DRY's breakers, the grammar's start."""
     known = breakers(tokenizer, config.dry_sequence_breaker) if config.dry_multiplier else None
-    return Sampler(config, ids, banned=tokenizer.eog_ids if config.ignore_eos else (), breakers=known)
+    banned = tokenizer.eog_ids if config.ignore_eos else ()
+    return Sampler(config, ids, banned=banned, breakers=known, grammar=open_grammar(config, tokenizer))
 
 
 def _generate(engine: Engine, tokenizer: Tokenizer, ids: list[int], config: GenerateConfig) -> Iterator[Token | Done]:

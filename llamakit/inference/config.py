@@ -73,6 +73,10 @@ class GenerateConfig:
     """(token, what is added to its logit), before any sampler; -inf rules it out."""
     ignore_eos: bool = False
     """Go on after an end token: none can be drawn."""
+    grammar: str = ""
+    """A grammar in GBNF that the text must follow; empty for none."""
+    json_schema: str = ""
+    """A JSON schema that the text must satisfy, itself as JSON; empty for none."""
     rng: Literal["llama.cpp", "llama2c"] = "llama.cpp"
     """Whose random numbers and samplers; llama2c has temperature and top_p alone."""
     seed: int = -1
@@ -122,6 +126,8 @@ class GenerateConfig:
             sane = token >= 0 and (math.isfinite(bias) or bias == -math.inf)
             _require(sane, "--logit-bias", f"{token}{bias:+g}", "TOKEN+BIAS or TOKEN-BIAS, finite or -inf")
         parse_names(self.samplers)
+        if self.grammar and self.json_schema:
+            raise UsageError("--grammar and --json-schema do not go together", hint="give only one of them")
         self._check_rng()
 
     def _check_rng(self) -> None:
@@ -162,6 +168,7 @@ _NOT_IN_LLAMA2C = frozenset(
     {
         "top_k", "min_p", "repeat_penalty", "presence_penalty", "frequency_penalty", "dry_multiplier", "top_n_sigma",
         "typical", "xtc_probability", "dynatemp_range", "mirostat", "samplers", "logit_bias", "ignore_eos",
+        "grammar", "json_schema",
     }
 )  # fmt: skip
 _FLAGS = {"temperature": "-t", "top_n_sigma": "--top-nsigma"}

@@ -37,12 +37,12 @@ class Token:
 class Done:
     """The last report of a generation.
 
-    reason: "end" for an end-of-generation token (which is not reported as a Token), "stop" for a text that ends it,
-    then in `stop`, "length" for n_predict, "context" for a full context. text: what was still open, an unfinished UTF-8
-    character as U+FFFD, or the beginning of a stop; else empty. seed: of the sampler, also where a random one was asked
-    for. decode_s: computing and sampling after the prompt; the time that the caller takes between two tokens does not
-    count. n_decoded: tokens computed in it. n_prompt: prompt tokens computed, which leaves out what the context held
-    already.
+    reason: "end" for an end-of-generation token (which is not reported as a Token) and for the end of a grammar, "stop"
+    for a text that ends it, then in `stop`, "length" for n_predict, "context" for a full context. text: what was still
+    open, an unfinished UTF-8 character as U+FFFD, or the beginning of a stop; else empty. seed: of the sampler, also
+    where a random one was asked for. decode_s: computing and sampling after the prompt; the time that the caller takes
+    between two tokens does not count. n_decoded: tokens computed in it. n_prompt: prompt tokens computed, which leaves
+    out what the context held already.
     """
 
     reason: StopReason
@@ -89,6 +89,7 @@ class Continuation:
         self._shifts = config.context_shift and config.n_predict != -2
         self._n_prompt, self._n_generated = len(self.pending), 0
         self._stop: str | None = None
+        self._has_end_token = False
         self.reason: StopReason | None = None if config.n_predict else "length"
 
     def take(self, logits: Logits) -> Token | None:
@@ -98,7 +99,7 @@ class Continuation:
         """
         token = self._sampler.sample(logits)
         if token in self._tokenizer.eog_ids:
-            self.reason = "end"
+            self.reason, self._has_end_token = "end", True
             return None
         self._n_generated += 1
         text = self._stream.push(token)
@@ -107,6 +108,8 @@ class Continuation:
         self.pending = [token]
         if self._stop is not None:
             self.reason = "stop"
+        elif self._sampler.is_complete:
+            self.reason = "end"
         elif self._n_generated == self._config.n_predict:
             self.reason = "length"
         else:
@@ -122,7 +125,7 @@ class Continuation:
         rest = self._stream.finish()
         if self._stops is not None:
             rest = "" if self._stop is not None else self._stops.finish() + rest
-        n_decoded = max(0, self._n_generated + (self.reason == "end") - 1)
+        n_decoded = max(0, self._n_generated + self._has_end_token - 1)
         return Done(
             self.reason, rest, self._sampler.seed, self._n_prompt, self._n_generated, n_decoded, self.prefill_s,
             self.decode_s, self._stop,

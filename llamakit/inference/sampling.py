@@ -10,6 +10,7 @@ import math
 import secrets
 from collections import Counter, deque
 from collections.abc import Collection, Sequence
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -103,11 +104,32 @@ def shown_chain(config: GenerateConfig, *, banned: bool = False) -> str:
     return " -> ".join([*steps, "adaptive-p" if "adaptive_p" in names else "dist"])
 
 
+class Constraint(Protocol):
+    """What decides which tokens may come next, such as `grammar.Grammar`."""
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether none may."""
+        ...
+
+    def allows(self, token: int) -> bool:
+        """Whether it may."""
+        ...
+
+    def mask(self) -> NDArray[np.bool_]:
+        """All that may, (V,)."""
+        ...
+
+    def accept(self, token: int) -> None:
+        """Go on with one that may."""
+        ...
+
+
 class Sampler:
     """The whole chain: random numbers, the windows of recent tokens, what Mirostat and adaptive-p have learned.
 
     seed: the one in use, also when the configuration asked for a random one. banned: tokens never to be drawn;
-    breakers: of DRY, see `dry.breakers`.
+    breakers: of DRY, see `dry.breakers`; grammar: what every token drawn must satisfy.
     """
 
     def __init__(
@@ -117,11 +139,13 @@ class Sampler:
         *,
         banned: Collection[int] = (),
         breakers: Breakers | None = None,
+        grammar: Constraint | None = None,
     ) -> None:
         self.seed = resolve_seed(config)
         self._config = config
         self._bias = [*config.logit_bias, *((id, -np.inf) for id in sorted(banned))]
         self._breakers = breakers or {}
+        self._grammar = grammar
         names = parse_names(config.samplers)
         # Each XTC has random numbers of its own.
         self._steps = [
@@ -134,11 +158,17 @@ class Sampler:
         self._random = Mt19937(self.seed)
         self._xorshift = llama2c_rng.Xorshift(self.seed)
         self._mu = np.float32(2) * np.float32(config.mirostat_ent)
-        self._adaptive = _Average(config) if "adaptive_p" in names else None
+        self._adaptive = _Average(config) if "adaptive_p" in names and not config.mirostat else None
+        self._share = np.float32(0)
         self._recent: deque[int] = deque(maxlen=config.repeat_last_n)
         self._repeated: deque[int] = deque(maxlen=config.dry_penalty_last_n)
         for token in prompt:
             self.accept(token)
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether a grammar has come to its end, where nothing can follow."""
+        return self._grammar is not None and self._grammar.is_complete
 
     def accept(self, token: int) -> None:
         """Count a token as recent."""
@@ -153,14 +183,40 @@ class Sampler:
         """
         if not math.isfinite(logits.dot(logits)):  # one pass; only what overflows, too, is looked at again
             self._refuse_infinite(logits)
-        if self._is_greedy:
-            token = int(logits.argmax())
-        elif self._config.rng == "llama2c":
+        if self._config.rng == "llama2c":
             token = llama2c_rng.sample(logits, self._config.temperature, self._config.top_p, self._xorshift)
         else:
-            token = self._choose(self._biased(logits))
+            token = self._draw(logits)
         self.accept(token)
         return token
+
+    def _draw(self, logits: Logits) -> int:
+        """A token from the whole vocabulary and, if the grammar refuses it, one from what that allows.
+
+        As in llama.cpp: most tokens need no mask, and the second draw has random numbers of its own.
+        """
+        grammar = self._grammar
+        token = int(logits.argmax()) if self._is_greedy else self._choose(self._biased(logits))
+        if grammar is not None:
+            if not grammar.allows(token):
+                token = self._draw_allowed(logits, grammar.mask())
+            grammar.accept(token)
+        if self._adaptive is not None:
+            self._adaptive.add(self._share)
+        return token
+
+    def _draw_allowed(self, logits: Logits, allowed: NDArray[np.bool_]) -> int:
+        """A token of those allowed, (V,), whose logits alone are not -inf."""
+        possible = np.where(allowed, logits, np.float32(-np.inf))
+        if self._is_greedy:
+            return int(possible.argmax())
+        candidates = self._biased(possible)
+        token = self._choose(candidates)
+        if allowed[token]:
+            return token
+        # XTC without a threshold keeps the least likely of all: llama.cpp ends here.
+        finite = np.flatnonzero(np.isfinite(candidates.logits))
+        return self._choose(Candidates(candidates.ids[finite], candidates.logits[finite]))
 
     def _refuse_infinite(self, logits: Logits) -> None:
         if not np.isfinite(logits).all():
@@ -181,7 +237,8 @@ class Sampler:
             raise UsageError(f"--logit-bias has the token {bad} (expected 0 to {len(logits) - 1})")
         candidates = samplers.logit_bias(Candidates(self._vocabulary, logits), self._bias)
         if not np.isfinite(candidates.logits).any():
-            raise UsageError("no token is left: all are ruled out", hint="fewer -inf in --logit-bias")
+            hint = "fewer -inf in --logit-bias" + (", or another grammar" if self._grammar else "")
+            raise UsageError("no token is left: all are ruled out", hint=hint)
         return candidates
 
     def _choose(self, c: Candidates) -> int:
@@ -198,8 +255,7 @@ class Sampler:
             c = self._step(name, c, random)
         if self._adaptive is None:
             return choice.dist(c, uniform)
-        token, share = choice.adaptive_p(c, self._adaptive.target(), uniform)
-        self._adaptive.add(share)
+        token, self._share = choice.adaptive_p(c, self._adaptive.target(), uniform)
         return token
 
     def _step(self, name: str, c: Candidates, random: Mt19937 | None) -> Candidates:

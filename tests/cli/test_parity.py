@@ -51,7 +51,7 @@ def test_generate() -> None:
     assert_parity(
         generate,
         GenerateConfig,
-        cli_only=("context", "sampling_seq", *files, *chat, *others, *texts),
+        cli_only=("context", "sampling_seq", "grammar_file", "json_schema_file", *files, *chat, *others, *texts),
         config_only=("prefill_chunk", *texts),
     )
 
