@@ -6,105 +6,8 @@
 #include <stddef.h>
 
 #include "attention.h"
-#include "engine.h"
+#include "job.h"
 #include "matmul.h"
-#include "team.h"
-
-/* Keys that one piece of a single token's attention covers: a whole number of tiles, whatever the threads. */
-enum { CHUNK = 128, PHASES = 10 };
-
-typedef struct {
-    const llama *model;
-    const batch *tokens;
-    int (*thread_count)(void);
-    team team;
-    int64_t *counters; /* one for each phase */
-    float *x, *q, *k, *v, *mixed, *hidden, *low;
-    float *partial; /* [n_head][chunks][value_stride + 2]: of a single token's attention */
-    uint8_t *shared, *own; /* activations of all groups; what each thread has for itself */
-    int64_t own_bytes, ld_embd, ld_q, ld_kv, ld_ff, ld_low, group_bytes, n_chunks;
-    int32_t n_groups, value_stride, longest;
-} job;
-
-/* What a thread has for itself. */
-typedef struct {
-    activations one;
-    float *normed, *low, *scores, *out;
-    uint8_t *panel;
-    int thread;
-} desk;
-
-static int64_t longest_input(const llama *m) {
-    const int64_t heads = (int64_t)m->n_head * m->head_dim, a = m->n_embd > m->n_ff ? m->n_embd : m->n_ff;
-    return padded(a > heads ? a : heads);
-}
-
-static int64_t most_rank(const llama *m) {
-    int64_t most = m->output.rank;
-    for (int i = 0; i < m->n_layer; i++) {
-        const layer *l = m->layers + i;
-        const int64_t inputs[] = {l->q.rank + l->k.rank + l->v.rank, l->attn_output.rank, l->gate.rank + l->up.rank,
-                                  l->down.rank};
-        for (int j = 0; j < 4; j++) most = inputs[j] > most ? inputs[j] : most;
-    }
-    return padded(most);
-}
-
-static uint8_t *place(uint8_t **at, int64_t bytes) {
-    uint8_t *here = *at;
-    *at += padded(bytes);
-    return here;
-}
-
-/* Divides the scratch memory; with base NULL only its size is found. */
-static int64_t lay_out(job *j, uint8_t *base, int n_threads) {
-    const llama *m = j->model;
-    const int64_t n = j->tokens->n_tokens, n_in = longest_input(m);
-    j->ld_embd = padded(m->n_embd);
-    j->ld_q = padded((int64_t)m->n_head * m->head_dim);
-    j->ld_kv = padded((int64_t)m->n_head_kv * m->head_dim);
-    j->ld_ff = padded(m->n_ff);
-    j->ld_low = most_rank(m);
-    j->n_groups = (int32_t)((n + GROUP - 1) / GROUP);
-    j->value_stride = (m->head_dim + 15) / 16 * 16;
-    j->longest = 0;
-    for (int i = 0; i < n; i++)
-        if (j->tokens->positions[i] >= j->longest) j->longest = j->tokens->positions[i] + 1;
-    j->n_chunks = (j->longest + CHUNK - 1) / CHUNK;
-    j->group_bytes = activation_bytes(n_in, GROUP);
-    uint8_t *at = base;
-    j->counters = (int64_t *)place(&at, 8 * ((int64_t)PHASES * m->n_layer + 8));
-    j->x = (float *)place(&at, 4 * n * j->ld_embd);
-    j->q = (float *)place(&at, 4 * n * j->ld_q);
-    j->k = (float *)place(&at, 4 * n * j->ld_kv);
-    j->v = (float *)place(&at, 4 * n * j->ld_kv);
-    j->mixed = (float *)place(&at, 4 * n * j->ld_q);
-    j->hidden = (float *)place(&at, 4 * n * j->ld_ff);
-    j->low = (float *)place(&at, 4 * n * j->ld_low);
-    j->partial = (float *)place(&at, 4 * m->n_head * j->n_chunks * (j->value_stride + 16));
-    j->shared = place(&at, n > 1 ? j->n_groups * j->group_bytes : 0);
-    const int64_t keys = n > 1 ? (j->longest + 15) / 16 * 16 : CHUNK;
-    j->own_bytes = padded(activation_bytes(n_in, 1)) + padded(4 * n_in) + padded(4 * j->ld_low) +
-                   padded(4 * MAX_QUERIES * keys) + padded(4 * MAX_QUERIES * j->value_stride) +
-                   (n > 1 ? padded(panel_bytes(n_in)) : 0);
-    j->own = place(&at, n_threads * j->own_bytes);
-    return at - base;
-}
-
-static desk desk_of(const job *j, int thread) {
-    const int64_t n_in = longest_input(j->model), n = j->tokens->n_tokens;
-    const int64_t keys = n > 1 ? (j->longest + 15) / 16 * 16 : CHUNK;
-    uint8_t *at = j->own + thread * j->own_bytes;
-    desk d;
-    d.one = activations_at(place(&at, activation_bytes(n_in, 1)), n_in, 1);
-    d.normed = (float *)place(&at, 4 * n_in);
-    d.low = (float *)place(&at, 4 * j->ld_low);
-    d.scores = (float *)place(&at, 4 * MAX_QUERIES * keys);
-    d.out = (float *)place(&at, 4 * MAX_QUERIES * j->value_stride);
-    d.panel = at;
-    d.thread = thread;
-    return d;
-}
 
 /* Root mean square norm (arXiv 1910.07467): x / sqrt(mean(x^2) + eps) * weight; out is zero up to a multiple of 64. */
 static void normalize(const float *x, const float *weight, int n, float eps, float *out) {
@@ -283,18 +186,29 @@ static void remember(const job *j, int layer, int token, int kv) {
     for (int i = 0; i < d; i++) store_number(h.wide, h.values, values + i, value[i]);
 }
 
+static void attend_chunk(const job *j, int n, const head *h, const float *const *q, const int *visible, int64_t chunk,
+                         const desk *d, float *const *out) {
+    float most[MAX_QUERIES], total[MAX_QUERIES];
+    const int first = (int)chunk * (CHUNK / 16), last = first + CHUNK / 16, end = (visible[n - 1] + 15) / 16;
+    attend(n, h, q, visible, first, last < end ? last : end, d->scores, out, most, total);
+    for (int i = 0; i < n; i++) {
+        out[i][j->value_stride] = most[i];
+        out[i][j->value_stride + 1] = total[i];
+    }
+}
+
 /* A single token: pieces are a key/value head and a chunk of positions; the last chunk's first stores the new key. */
 static void attend_token(const job *j, int layer, const desk *d, int64_t *counter) {
     const llama *m = j->model;
-    const int position = j->tokens->positions[0], queries = m->n_head / m->n_head_kv, stride = j->value_stride + 16;
+    const int position = j->tokens->positions[0], queries = m->n_head / m->n_head_kv;
     for (int64_t start, stop; take(counter, m->n_head_kv * j->n_chunks, 1, &start, &stop);) {
-        const int kv = (int)(start / j->n_chunks), chunk = (int)(start % j->n_chunks);
+        const int kv = (int)(start / j->n_chunks);
+        const int64_t chunk = start % j->n_chunks;
         const head h = head_of(j, j->tokens->caches[0], layer, kv);
-        const int last = (chunk + 1) * (CHUNK / 16), n_tiles = position / 16 + 1;
         if (chunk == j->n_chunks - 1) remember(j, layer, 0, kv);
         for (int first = 0; first < queries; first += MAX_QUERIES) {
             const int n = queries - first < MAX_QUERIES ? queries - first : MAX_QUERIES;
-            float turned[MAX_QUERIES][512], most[MAX_QUERIES], total[MAX_QUERIES], *out[MAX_QUERIES];
+            float turned[MAX_QUERIES][MAX_HEAD_DIM], *out[MAX_QUERIES];
             const float *q[MAX_QUERIES];
             int visible[MAX_QUERIES];
             for (int i = 0; i < n; i++) {
@@ -303,35 +217,35 @@ static void attend_token(const job *j, int layer, const desk *d, int64_t *counte
                 rotate(turned[i], m->rotations + (int64_t)position * m->head_dim, m->head_dim);
                 q[i] = turned[i];
                 visible[i] = position + 1;
-                out[i] = j->partial + (which * j->n_chunks + chunk) * stride;
+                out[i] = j->partial + (which * j->n_chunks + chunk) * part_numbers(j);
             }
-            attend(n, &h, q, visible, chunk * (CHUNK / 16), last < n_tiles ? last : n_tiles, d->scores, out, most, total);
-            for (int i = 0; i < n; i++) {
-                out[i][j->value_stride] = most[i];
-                out[i][j->value_stride + 1] = total[i];
-            }
+            attend_chunk(j, n, &h, q, visible, chunk, d, out);
         }
     }
 }
 
-/* The chunks of every head put together, in `mixed` (n_head * head_dim). */
-static void join_chunks(const job *j, float *mixed) {
-    const llama *m = j->model;
-    const int stride = j->value_stride + 16;
-    for (int i = 0; i < m->n_head; i++) {
-        const float *parts = j->partial + i * j->n_chunks * stride;
-        float most = -INFINITY, total = 0;
-        for (int c = 0; c < j->n_chunks; c++)
-            most = parts[c * stride + j->value_stride] > most ? parts[c * stride + j->value_stride] : most;
-        float *out = mixed + i * m->head_dim;
-        memset(out, 0, sizeof(float) * (size_t)m->head_dim);
-        for (int c = 0; c < j->n_chunks; c++) {
-            const float weight = expf(parts[c * stride + j->value_stride] - most);
-            total += weight * parts[c * stride + j->value_stride + 1];
-            for (int d = 0; d < m->head_dim; d++) out[d] += weight * parts[c * stride + d];
-        }
-        for (int d = 0; d < m->head_dim; d++) out[d] /= total;
+/* The chunks of one query put together, out (head_dim): parts [n_chunks] of `stride` numbers, each the values mixed, the
+   largest score and the sum (Milakov and Gimelshein 2018, arXiv 1805.02867). */
+static void join_chunks(const job *j, const float *parts, int64_t n_chunks, int64_t stride, float *out) {
+    const int head_dim = j->model->head_dim;
+    float most = -INFINITY, total = 0;
+    for (int64_t c = 0; c < n_chunks; c++)
+        most = parts[c * stride + j->value_stride] > most ? parts[c * stride + j->value_stride] : most;
+    memset(out, 0, sizeof(float) * (size_t)head_dim);
+    for (int64_t c = 0; c < n_chunks; c++) {
+        const float weight = expf(parts[c * stride + j->value_stride] - most);
+        total += weight * parts[c * stride + j->value_stride + 1];
+        for (int d = 0; d < head_dim; d++) out[d] += weight * parts[c * stride + d];
     }
+    for (int d = 0; d < head_dim; d++) out[d] /= total;
+}
+
+/* The heads of the single token, in `mixed`. */
+static void join_heads(const job *j, float *mixed) {
+    const llama *m = j->model;
+    const int64_t stride = part_numbers(j);
+    for (int i = 0; i < m->n_head; i++)
+        join_chunks(j, j->partial + i * j->n_chunks * stride, j->n_chunks, stride, mixed + i * m->head_dim);
     for (int64_t i = (int64_t)m->n_head * m->head_dim; i < j->ld_q; i++) mixed[i] = 0;
 }
 
@@ -363,18 +277,22 @@ static void attend_groups(const job *j, int layer, const desk *d, int64_t *count
             n = run_of(b, token);
             n = n < end - token ? n : end - token;
             const head h = head_of(j, b->caches[token], layer, which / (m->n_head / m->n_head_kv));
+            const int64_t stride = part_numbers(j);
             const float *q[MAX_QUERIES];
-            float most[MAX_QUERIES], total[MAX_QUERIES], *out[MAX_QUERIES];
+            float *out[MAX_QUERIES];
             int visible[MAX_QUERIES];
             for (int i = 0; i < n; i++) {
                 q[i] = j->q + (token + i) * j->ld_q + which * m->head_dim;
                 visible[i] = b->positions[token + i] + 1;
-                out[i] = d->out + i * j->value_stride;
             }
-            attend(n, &h, q, visible, 0, visible[n - 1] / 16 + (visible[n - 1] % 16 != 0), d->scores, out, most, total);
+            const int64_t n_chunks = (visible[n - 1] + CHUNK - 1) / CHUNK;
+            for (int64_t chunk = 0; chunk < n_chunks; chunk++) {
+                for (int i = 0; i < n; i++) out[i] = d->parts + (i * n_chunks + chunk) * stride;
+                attend_chunk(j, n, &h, q, visible, chunk, d, out);
+            }
             for (int i = 0; i < n; i++)
-                for (int k = 0; k < m->head_dim; k++)
-                    j->mixed[(token + i) * j->ld_q + which * m->head_dim + k] = out[i][k] / total[i];
+                join_chunks(j, d->parts + i * n_chunks * stride, n_chunks, stride,
+                            j->mixed + (token + i) * j->ld_q + which * m->head_dim);
         }
     }
 }
@@ -407,7 +325,7 @@ static void token_layer(job *j, int index, const desk *d, int64_t *counters) {
     wait_for_all(&j->team, NULL);
     attend_token(j, index, d, counters);
     wait_for_all(&j->team, next[0]);
-    join_chunks(j, d->normed);
+    join_heads(j, d->normed);
     multiply_token(j, &attention, d->normed, d, next[1]);
     wait_for_all(&j->team, next[1]);
     normalize(j->x, l->ffn_norm, m->n_embd, m->rms_eps, d->normed);
