@@ -20,6 +20,8 @@ _LARGEST = 10**15 - 1
 _SMALLEST_STEP = 1e-6
 _MAX_MULTIPLE = 100_000
 _LONGEST_FORMATS = {"date-time": 32, "time": 21, "duration": 32}
+# What llguidance takes for a date has a 29th of February in any year.
+_NO_LEAP_DAY = "^[0-9]{4}-(02-([01][0-9]|2[0-8])|(0[13-9]|1[0-2])-)"
 _MAX_REFERENCES, _MAX_ALTERNATIVES = 16, 200
 _UPPER, _LOWER = ("maximum", "exclusiveMaximum"), ("minimum", "exclusiveMinimum")
 _ONE_SCHEMA = ("items", "additionalProperties", "additionalItems", "unevaluatedProperties", "unevaluatedItems")
@@ -48,7 +50,7 @@ def read_schema(text: str, *, name: str = "--json-schema") -> Schema:
 
 def bounded(schema: Schema) -> Schema:
     """A schema that allows less: numbers of at most 15 digits before the point and 6 after it, seconds of at most 6,
-    and no property that is not named, where the schema says nothing of these.
+    no 29th of February, and no property that is not named, where the schema says nothing of these.
 
     One with `allOf` comes back as it is: what its parts leave open is closed by others.
     """
@@ -126,6 +128,8 @@ def _bound(schema: Schema) -> None:
         longest = _LONGEST_FORMATS.get(str(schema.get("format")))
         if longest is not None and "maxLength" not in schema:
             schema["maxLength"] = longest
+        if schema.get("format") in ("date", "date-time") and "pattern" not in schema:
+            schema["pattern"] = _NO_LEAP_DAY
     _close_object(schema)
 
 

@@ -113,6 +113,12 @@ def test_space_in_json_is_bounded_and_objects_have_the_properties_named(tokenize
         assert _accepts(_grammar(tokenizer, json_schema="{}"), tokenizer, text), text
 
 
+def test_a_date_is_one_of_every_year(tokenizer):
+    schema = json.dumps({"type": "string", "format": "date"})
+    for day, there_is in (("2023-02-28", True), ("2023-12-31", True), ("2023-02-29", False), ("2023-04-31", False)):
+        assert _accepts(_grammar(tokenizer, json_schema=schema), tokenizer, f'"{day}"') == there_is
+
+
 @pytest.mark.parametrize("name", SCHEMAS)
 def test_what_follows_a_schema_parses_and_validates(name, tokenizer):
     for seed in range(4):
