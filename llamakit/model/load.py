@@ -113,9 +113,7 @@ def _keep_decoded(model: Llama, dtype: torch.dtype, weight_cache: WeightCache, f
     n_bytes = sum(layer.shape[0] * layer.shape[-1] * dtype.itemsize for layer in layers)
     free = _free_bytes(device)
     room = math.inf if free is None else _CACHE_SHARE * free
-    # Training in float32 is for machines that have nothing better: two layouts of 4 bytes a weight are too much.
-    prepacks = can_prepack(device, dtype) and (dtype == torch.bfloat16 or not for_training)
-    if weight_cache == "auto" and prepacks and (1 + for_training) * n_bytes <= room:
+    if weight_cache == "auto" and can_prepack(device, dtype) and (1 + for_training) * n_bytes <= room:
         _prepack(layers, dtype, for_training)
     elif weight_cache == "bf16" or sum(layer.dense_bytes(dtype) for layer in layers) <= room:
         for layer in layers:

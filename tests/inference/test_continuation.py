@@ -57,7 +57,8 @@ def test_without_end_means_without_end_and_minus_two_until_the_context_is_full(t
     endless, context = _run(tokenizer, GenerateConfig(temperature=0, context_shift=True), n_prompt=6, n_ctx=32)
     assert endless.reason is None
     assert len(context.shifts) > 20
-    for config in (GenerateConfig(n_predict=-2, context_shift=True), GenerateConfig(), GenerateConfig(n_predict=-2)):
+    for options in ({"n_predict": -2, "context_shift": True}, {}, {"n_predict": -2}):
+        config = GenerateConfig(temperature=0, **options)
         full, context = _run(tokenizer, config, n_prompt=6, n_ctx=32)
         assert (full.reason, full.done().n_generated, context.shifts) == ("context", 27, [])
 
