@@ -249,10 +249,10 @@ static void join_heads(const job *j, float *mixed) {
     for (int64_t i = (int64_t)m->n_head * m->head_dim; i < j->ld_q; i++) mixed[i] = 0;
 }
 
-/* How many tokens from `token` on, at most 8, are of one cache. */
-static int run_of(const batch *b, int token) {
+/* How many tokens from `token` on, before `end`, are of one cache. */
+static int run_of(const batch *b, int token, int end) {
     int n = 1;
-    while (n < MAX_QUERIES && token + n < b->n_tokens && b->caches[token + n] == b->caches[token]) n++;
+    while (token + n < end && b->caches[token + n] == b->caches[token]) n++;
     return n;
 }
 
@@ -274,8 +274,7 @@ static void attend_groups(const job *j, int layer, const desk *d, int64_t *count
         const int group = j->n_groups - 1 - (int)(start / m->n_head), which = (int)(start % m->n_head);
         const int end = (group + 1) * GROUP < b->n_tokens ? (group + 1) * GROUP : b->n_tokens;
         for (int token = group * GROUP, n; token < end; token += n) {
-            n = run_of(b, token);
-            n = n < end - token ? n : end - token;
+            n = run_of(b, token, end);
             const head h = head_of(j, b->caches[token], layer, which / (m->n_head / m->n_head_kv));
             const int64_t stride = part_numbers(j);
             const float *q[MAX_QUERIES];

@@ -22,7 +22,7 @@ typedef struct {
     float *partial; /* [n_head][chunks][part_numbers]: of a single token's attention */
     uint8_t *shared, *own; /* activations of all groups; what each thread has for itself */
     int64_t own_bytes, ld_embd, ld_q, ld_kv, ld_ff, ld_low, group_bytes, n_chunks;
-    int32_t n_groups, value_stride, longest;
+    int32_t n_groups, value_stride;
 } job;
 
 /* What a thread has for itself. */
@@ -69,10 +69,10 @@ static int64_t lay_out(job *j, uint8_t *base, int n_threads) {
     j->ld_low = most_rank(m);
     j->n_groups = (int32_t)((n + GROUP - 1) / GROUP);
     j->value_stride = (m->head_dim + 15) / 16 * 16;
-    j->longest = 0;
+    int longest = 0;
     for (int i = 0; i < n; i++)
-        if (j->tokens->positions[i] >= j->longest) j->longest = j->tokens->positions[i] + 1;
-    j->n_chunks = (j->longest + CHUNK - 1) / CHUNK;
+        if (j->tokens->positions[i] >= longest) longest = j->tokens->positions[i] + 1;
+    j->n_chunks = (longest + CHUNK - 1) / CHUNK;
     j->group_bytes = activation_bytes(n_in, GROUP);
     uint8_t *at = base;
     j->counters = (int64_t *)place(&at, 8 * ((int64_t)PHASES * m->n_layer + 8));

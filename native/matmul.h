@@ -24,9 +24,9 @@ typedef struct {
     uint16_t *halves;
 } activations;
 
-/* Bytes of the activations of m tokens; what a matrix of `type` reads of them. */
 INLINE int64_t padded(int64_t n) { return (n + 63) & ~(int64_t)63; }
 
+/* Bytes of the activations of m tokens. */
 static inline int64_t activation_bytes(int64_t n_in, int m) {
     const int64_t n = padded(n_in);
     return padded(n * m) + 4 * padded(n / 32 * m) * 3 + 4 * padded(n / 16 * m) + 4 * n * m + 2 * n * m;
@@ -51,7 +51,7 @@ INLINE activations activations_at(uint8_t *at, int64_t n_in, int m) {
     return a;
 }
 
-/* What the matrices that share an input need of it. */
+/* What of the activations a matrix reads, by its type. */
 enum { NEED_INT8 = 1, NEED_BF16 = 2, NEED_F32 = 4 };
 
 INLINE int need_of(int type) {

@@ -11,14 +11,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llamakit.errors import MismatchError
-from llamakit.formats.adapter import Adapter, refuse_replaced
+from llamakit.formats.adapter import Adapter
 from llamakit.formats.base import ModelFile
 from llamakit.ggml import GGMLType
 from llamakit.inference.engine import Context, Logits, Piece, in_chunks
 from llamakit.kernels.llama import MAX_HEAD_DIM, Cache, PackedLlama, PackedRows, Shape, can_pack
 from llamakit.model import ModelConfig
 from llamakit.model.load import load_vector
+from llamakit.model.lora import check_fits
 from llamakit.model.rope import Rope, rotate
 from llamakit.native import Library, library
 
@@ -96,20 +96,7 @@ class NativeEngine:
 
     def feed(self, context: Context, tokens: Sequence[int]) -> Logits:
         """Append tokens (at least one, within n_ctx): logits (V,) float32 after the last one."""
-        assert isinstance(context, NativeContext), "a context of this engine"
-        assert context.n_past + len(tokens) <= context.n_ctx, "the caller keeps within n_ctx"
-        ids = np.array(tokens, dtype=np.int32)
-        logits = None
-        for start in range(0, len(ids), _CHUNK):
-            part = ids[start : start + _CHUNK]
-            positions = np.arange(context.n_past, context.n_past + len(part), dtype=np.int32)
-            caches = np.full(len(part), context.cache.address, dtype=np.uint64)
-            last = start + len(part) == len(ids)
-            outputs = np.array([len(part) - 1] if last else [], dtype=np.int32)
-            logits = self._llama.forward(part, positions, caches, outputs)
-            context.n_past += len(part)
-        assert logits is not None
-        return logits[0]
+        return self.feed_batch([(context, tokens)])[0]
 
     def feed_batch(self, feeds: Sequence[tuple[Context, Sequence[int]]]) -> list[Logits]:
         """`feed` for several sequences at once, at least one, none of them twice: the logits of each, in order."""
@@ -130,26 +117,15 @@ class NativeEngine:
         return self._llama.forward(ids, *where, np.array(ends, dtype=np.int32))
 
     def set_adapters(self, adapters: Sequence[tuple[Adapter, float]]) -> None:
-        """Put these on, each times its scale, instead of those before. Raises MismatchError for a tensor that the model
-        lacks or that has another shape, UnsupportedError for an adapter that replaces whole tensors; nothing is then
-        on."""
+        """Put these on, each times its scale, instead of those before. Raises as `check_fits`; nothing is then on."""
         self._llama.set_loras({})
         loras: dict[str, tuple[Tensor, Tensor]] = {}
         for adapter, scale in adapters:
-            refuse_replaced(adapter)
+            check_fits(adapter, self.config)
             for name, (a, b) in adapter.tensors.items():
                 path = name.removesuffix(".weight")
-                self._check(name, (b.shape[0], a.shape[1]))
                 pair = torch.from_numpy(a).float(), torch.from_numpy(b).float() * adapter.scale(name, scale)
                 if path in loras:
                     pair = torch.cat([loras[path][0], pair[0]]), torch.cat([loras[path][1], pair[1]], dim=1)
                 loras[path] = pair
         self._llama.set_loras(loras)
-
-    def _check(self, name: str, shape: tuple[int, int]) -> None:
-        expected = self.config.tensor_shapes().get(name)
-        if expected is None:
-            raise MismatchError(f"the adapter changes {name}, which this model does not have")
-        expected = expected if len(expected) == 2 else (1, *expected)
-        if shape != expected:
-            raise MismatchError(f"the adapter's {name} is for {list(shape)} (the model has {list(expected)})")

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from llamakit.errors import MismatchError
 from llamakit.formats.adapter import Adapter, refuse_replaced
+from llamakit.model.config import ModelConfig
 from llamakit.model.layers import (
     Dropout,
     Embedding,
@@ -51,28 +52,32 @@ def _joined(leaf: LoraLeaf, lora_a: Tensor, lora_b: Tensor, scale: float) -> Lor
     return make_lora_leaf(leaf.base, a, b, 1.0)
 
 
+def check_fits(adapter: Adapter, config: ModelConfig) -> None:
+    """Raises MismatchError for a tensor that the model lacks or that has another shape, UnsupportedError for an adapter
+    that replaces whole tensors."""
+    refuse_replaced(adapter)
+    shapes = config.tensor_shapes()
+    for name, (a, b) in adapter.tensors.items():
+        if name not in shapes:
+            raise MismatchError(f"the adapter changes {name}, which this model does not have")
+        shape = shapes[name] if len(shapes[name]) == 2 else (1, *shapes[name])  # a norm counts as one row
+        if (b.shape[0], a.shape[1]) != shape:
+            raise MismatchError(f"the adapter's {name} is for {[b.shape[0], a.shape[1]]} (the model has {list(shape)})")
+
+
 def attach(model: Llama, adapter: Adapter, scale: float = 1.0) -> None:
     """Put an adapter on the model, in addition to those that it has; frozen, for inference.
 
-    scale multiplies the adapter's own alpha / rank. Raises MismatchError for a tensor that the model lacks or
-    that has another shape, UnsupportedError for an adapter that replaces whole tensors; the model is then unchanged.
+    scale multiplies the adapter's own alpha / rank. Raises as `check_fits`; the model is then unchanged.
     """
-    refuse_replaced(adapter)
-    leaves: dict[str, LoraLeaf] = {}
+    check_fits(adapter, model.config)
     for name, (a, b) in adapter.tensors.items():
         path = name.removesuffix(".weight")
-        leaf = _find(model, path)
-        if leaf is None or (path == "output" and model.config.tied_output):
-            raise MismatchError(f"the adapter changes {name}, which this model does not have")
-        shape = _shape(leaf)
-        if (b.shape[0], a.shape[1]) != shape:
-            raise MismatchError(f"the adapter's {name} is for {[b.shape[0], a.shape[1]]} (the model has {list(shape)})")
+        leaf = model.get_submodule(path)
         device = next(leaf.parameters()).device
-        tensor_scale = adapter.scale(name, scale)
         lora_a, lora_b = _tensor(a, device), _tensor(b, device)
-        joined = isinstance(leaf, LoraLeaf)
-        leaves[path] = (_joined if joined else make_lora_leaf)(leaf, lora_a, lora_b, tensor_scale)  # pyright: ignore[reportArgumentType]
-    for path, leaf in leaves.items():
+        put_on = _joined if isinstance(leaf, LoraLeaf) else make_lora_leaf
+        leaf = put_on(leaf, lora_a, lora_b, adapter.scale(name, scale))  # pyright: ignore[reportArgumentType]
         model.set_submodule(path, leaf.requires_grad_(False))
 
 
@@ -80,19 +85,3 @@ def detach(model: Llama) -> None:
     """Take every adapter off."""
     for path, module in [(p, m) for p, m in model.named_modules() if isinstance(m, LoraLeaf)]:
         model.set_submodule(path, module.base)
-
-
-def _find(model: Llama, path: str) -> nn.Module | None:
-    try:
-        return model.get_submodule(path)
-    except AttributeError:
-        return None
-
-
-def _shape(leaf: nn.Module) -> tuple[int, int]:
-    """(n_out, n_in) of a leaf; a norm counts as one row."""
-    base = leaf.base if isinstance(leaf, LoraLeaf) else leaf
-    if isinstance(base, RMSNorm):
-        return 1, base.weight.shape[0]
-    assert isinstance(base, (QuantizedLinear, Embedding))
-    return base.shape[0], base.shape[-1]
