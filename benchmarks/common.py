@@ -155,3 +155,23 @@ def write_json(path: str | None, results: Any) -> None:
     """Write the figures where --json says."""
     if path:
         Path(path).write_text(json.dumps({"machine": machine(), "results": results}, indent=2) + "\n")
+
+
+def huggingface_config(shape: Any, **more: Any) -> Any:
+    """The hyper-parameters of a ModelConfig as transformers has them."""
+    from transformers import LlamaConfig
+
+    return LlamaConfig(
+        vocab_size=shape.n_vocab,
+        hidden_size=shape.n_embd,
+        intermediate_size=shape.n_ff,
+        num_hidden_layers=shape.n_layer,
+        num_attention_heads=shape.n_head,
+        num_key_value_heads=shape.n_head_kv,
+        head_dim=shape.head_dim,
+        max_position_embeddings=shape.n_ctx,
+        rms_norm_eps=shape.rms_eps,
+        rope_parameters={"rope_type": "default", "rope_theta": shape.rope_base},
+        tie_word_embeddings=shape.tied_output,
+        **more,
+    )

@@ -23,7 +23,17 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from common import Worker, add_common_options, gemm_rate, load, peak_rss_bytes, serve, step_flop, write_json
+from common import (
+    Worker,
+    add_common_options,
+    gemm_rate,
+    huggingface_config,
+    load,
+    peak_rss_bytes,
+    serve,
+    step_flop,
+    write_json,
+)
 from models import add_place_options, make, make_text, workplace
 
 SEED, RANK, N_BATCHES = 7, 4, 64
@@ -219,7 +229,6 @@ def _hf_name(name: str) -> str:
 def _write_hf_model(file: Any, shape: Any, directory: Path) -> None:
     import torch
     from safetensors.torch import save_file
-    from transformers import LlamaConfig
 
     from llamakit.quant import dequantize
 
@@ -244,21 +253,8 @@ def _write_hf_model(file: Any, shape: Any, directory: Path) -> None:
             key = f"model.{_hf_name(f'blk.{i}.{name}.weight')}.weight"
             tensors[key] = halves_apart(matrix, n_head) if n_head else matrix
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
-    LlamaConfig(
-        vocab_size=shape.n_vocab,
-        hidden_size=shape.n_embd,
-        intermediate_size=shape.n_ff,
-        num_hidden_layers=shape.n_layer,
-        num_attention_heads=shape.n_head,
-        num_key_value_heads=shape.n_head_kv,
-        head_dim=shape.head_dim,
-        max_position_embeddings=shape.n_ctx,
-        rms_norm_eps=shape.rms_eps,
-        rope_parameters={"rope_type": "default", "rope_theta": shape.rope_base},
-        tie_word_embeddings=shape.tied_output,
-        architectures=["LlamaForCausalLM"],
-        dtype="bfloat16",
-    ).save_pretrained(directory)
+    config = huggingface_config(shape, architectures=["LlamaForCausalLM"], dtype="bfloat16")
+    config.save_pretrained(directory)
 
 
 def worker(role: str, job: Job) -> None:

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from common import environment, gemm_rate, serve
+from common import environment, gemm_rate, huggingface_config, serve
 
 # The programs get libgomp as they find it: how its threads wait is our command line's choice for itself.
 _OURS_ALONE = ("GOMP_SPINCOUNT", "OMP_NUM_THREADS", "PYTHONPATH")
@@ -151,7 +151,7 @@ def transformers(model: str, threads: int, dtype: str) -> None:
 def hf_model(path: Path, dtype: Any) -> Any:
     """LlamaForCausalLM with the weights of a GGUF in dtype, q and k with their rows in its order."""
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaForCausalLM
 
     from llamakit.formats.names import huggingface_name, rope_rows_back, rotary_heads
     from llamakit.formats.open import open_model
@@ -166,20 +166,7 @@ def hf_model(path: Path, dtype: Any) -> Any:
             values = dequantize(torch.from_numpy(file.read(name)), info.type, dtype).view(info.shape)
             turned = rotary_heads(name, shape.n_head, shape.n_head_kv)
             weights[theirs] = values if turned is None else values[rope_rows_back(len(values), turned)]
-    config = LlamaConfig(
-        vocab_size=shape.n_vocab,
-        hidden_size=shape.n_embd,
-        intermediate_size=shape.n_ff,
-        num_hidden_layers=shape.n_layer,
-        num_attention_heads=shape.n_head,
-        num_key_value_heads=shape.n_head_kv,
-        head_dim=shape.head_dim,
-        max_position_embeddings=shape.n_ctx,
-        rms_norm_eps=shape.rms_eps,
-        rope_parameters={"rope_type": "default", "rope_theta": shape.rope_base},
-        tie_word_embeddings=shape.tied_output,
-        dtype=dtype,
-    )
+    config = huggingface_config(shape, dtype=dtype)
     config._attn_implementation = "sdpa"
     model = LlamaForCausalLM(config).to(dtype).eval()
     missing, _ = model.load_state_dict(weights, strict=False)

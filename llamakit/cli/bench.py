@@ -19,15 +19,17 @@ from llamakit.cli.loading import LoadedEngine, load_engine
 from llamakit.cli.options import (
     COMPUTE,
     FILES,
-    LORA,
     OUTPUT,
     ConfigOption,
     DeviceOption,
     DtypeOption,
+    ForceOption,
+    LoraOption,
+    LoraScaledOption,
     OfflineOption,
     keep_freed_memory,
     listed,
-    scaled_adapter,
+    named_adapters,
 )
 from llamakit.cli.sources import local
 from llamakit.errors import UsageError
@@ -96,17 +98,9 @@ def bench(
     no_warmup: Annotated[
         bool, typer.Option("--no-warmup", help="Measure at once, without a run beforehand.", rich_help_panel=_TESTS)
     ] = False,
-    lora: Annotated[
-        list[str] | None,
-        typer.Option("--lora", metavar="FILE", help="Adapter to put on; repeatable.", rich_help_panel=LORA),
-    ] = None,
-    lora_scaled: Annotated[
-        list[str] | None,
-        typer.Option("--lora-scaled", metavar="FILE:S", help="Adapter times S; repeatable.", rich_help_panel=LORA),
-    ] = None,
-    force: Annotated[
-        bool, typer.Option("--force", help="Take an adapter of another model.", rich_help_panel=LORA)
-    ] = False,
+    lora: LoraOption = None,
+    lora_scaled: LoraScaledOption = None,
+    force: ForceOption = False,
     threads: Annotated[
         list[str] | None, _many("-t", "--threads", text="CPU threads.", default="all cores", panel=COMPUTE)
     ] = None,
@@ -134,7 +128,7 @@ def bench(
         repetitions=repetitions, delay=delay, warmup=not no_warmup,
     )  # fmt: skip
     counts = _numbers("-t", threads, ()) or (None,)
-    named = [(path, 1.0) for path in lora or ()] + [scaled_adapter(item) for item in lora_scaled or ()]
+    named = named_adapters(lora, lora_scaled)
     adapters = [(local(name, offline=offline), scale) for name, scale in named]
     paths = [local(name, offline=offline) for name in listed(models)]
     columns = tuple(name for name in ("n_batch", "n_ubatch") if getattr(wanted, name) != getattr(_D, name))

@@ -28,17 +28,19 @@ from llamakit.cli.loading import Loaded, load
 from llamakit.cli.options import (
     CHAT,
     FILES,
-    LORA,
     MODEL,
     OUTPUT,
     SAMPLING,
     ConfigOption,
     DeviceOption,
     DtypeOption,
+    ForceOption,
     JsonOption,
+    LoraOption,
+    LoraScaledOption,
     OfflineOption,
     ThreadsOption,
-    scaled_adapter,
+    named_adapters,
 )
 from llamakit.cli.prompt import framed_ids, read_prompt
 from llamakit.cli.prompts import read_prompts, run_prompts
@@ -172,17 +174,9 @@ def generate(
             rich_help_panel=MODEL,
         ),
     ] = None,
-    lora: Annotated[
-        list[str] | None,
-        typer.Option("--lora", metavar="FILE", help="Adapter to put on; repeatable.", rich_help_panel=LORA),
-    ] = None,
-    lora_scaled: Annotated[
-        list[str] | None,
-        typer.Option("--lora-scaled", metavar="FILE:S", help="Adapter times S; repeatable.", rich_help_panel=LORA),
-    ] = None,
-    force: Annotated[
-        bool, typer.Option("--force", help="Take an adapter of another model.", rich_help_panel=LORA)
-    ] = False,
+    lora: LoraOption = None,
+    lora_scaled: LoraScaledOption = None,
+    force: ForceOption = False,
     offline: OfflineOption = False,
     threads: ThreadsOption = None,
     parallel: completion.ParallelOption = GenerateConfig.parallel,
@@ -222,7 +216,7 @@ def generate(
     frame = completion.texts([in_prefix, in_suffix], escape=not no_escape)
     _check_prompt_options(prompts, (prompt, prompt_option, prompt_file), frame, conversation)
     many = read_prompts(prompts) if prompts else None
-    named = [(path, 1.0) for path in lora or ()] + [scaled_adapter(item) for item in lora_scaled or ()]
+    named = named_adapters(lora, lora_scaled)
     if not conversation:
         refuse_without_chat(
             system=system, system_file=system_file, chat_template=chat_template, single_turn=single_turn

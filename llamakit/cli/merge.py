@@ -17,6 +17,7 @@ from llamakit.cli.options import (
     MODEL,
     OUTPUT,
     ConfigOption,
+    ForceOption,
     JsonOption,
     OfflineOption,
     RopeFreqBaseOption,
@@ -61,9 +62,7 @@ def merge(
             rich_help_panel=LORA,
         ),
     ] = None,
-    force: Annotated[
-        bool, typer.Option("--force", help="Take an adapter of another model.", rich_help_panel=LORA)
-    ] = MergeConfig.force,
+    force: ForceOption = MergeConfig.force,
     out: Annotated[
         Path, typer.Option("-o", metavar="FILE", help="The merged model, GGUF.", rich_help_panel=FILES)
     ] = MergeConfig.out,

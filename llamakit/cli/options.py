@@ -47,6 +47,11 @@ def scaled_adapter(item: str) -> tuple[str, float]:
     return path or "?", number
 
 
+def named_adapters(lora: Sequence[str] | None, lora_scaled: Sequence[str] | None) -> list[tuple[str, float]]:
+    """What --lora and --lora-scaled name, with its scale. Raises UsageError as `scaled_adapter` does."""
+    return [(path, 1.0) for path in lora or ()] + [scaled_adapter(item) for item in lora_scaled or ()]
+
+
 def listed(items: Sequence[str]) -> list[str]:
     """Lists with commas, one by one; a comma in a URL or in the name of a file that is there is none of a list."""
     whole = [Path(item).exists() or item.startswith("http") for item in items]
@@ -218,3 +223,14 @@ def keep_freed_memory() -> None:
     if mallopt is not None:
         mallopt(trim_threshold, 2**31 - 1)
         mallopt(mmap_threshold, 2**30)
+
+
+LoraOption = Annotated[
+    list[str] | None,
+    typer.Option("--lora", metavar="FILE", help="Adapter to put on; repeatable.", rich_help_panel=LORA),
+]
+LoraScaledOption = Annotated[
+    list[str] | None,
+    typer.Option("--lora-scaled", metavar="FILE:S", help="Adapter times S; repeatable.", rich_help_panel=LORA),
+]
+ForceOption = Annotated[bool, typer.Option("--force", help="Take an adapter of another model.", rich_help_panel=LORA)]

@@ -20,11 +20,13 @@ from llamakit.cli.options import (
     AccurateDtypeOption,
     ConfigOption,
     DeviceOption,
+    ForceOption,
     JsonOption,
+    LoraScaledOption,
     OfflineOption,
     ThreadsOption,
     keep_freed_memory,
-    scaled_adapter,
+    named_adapters,
     set_threads,
 )
 from llamakit.cli.perplexity_view import Row, Watch
@@ -84,13 +86,8 @@ def perplexity(
             "--lora", metavar="FILE", help="Adapter to measure beside the bare model; repeatable.", rich_help_panel=LORA
         ),
     ] = None,
-    lora_scaled: Annotated[
-        list[str] | None,
-        typer.Option("--lora-scaled", metavar="FILE:S", help="Adapter times S; repeatable.", rich_help_panel=LORA),
-    ] = None,
-    force: Annotated[
-        bool, typer.Option("--force", help="Take an adapter of another model.", rich_help_panel=LORA)
-    ] = False,
+    lora_scaled: LoraScaledOption = None,
+    force: ForceOption = False,
     batch: Annotated[
         int,
         typer.Option("--batch", "-b", help="Tokens computed at once, in whole chunks.", rich_help_panel=COMPUTE),
@@ -110,7 +107,7 @@ def perplexity(
 ) -> None:
     """Measure how well a model predicts a text, or several models, or adapters on one; less is better."""
     wanted = PerplexityConfig(ctx=ctx, batch=batch, chunks=chunks, ppl_output_type=ppl_output_type)
-    named = [(path, 1.0) for path in lora or ()] + [scaled_adapter(item) for item in lora_scaled or ()]
+    named = named_adapters(lora, lora_scaled)
     _check_base(kl_divergence_base, kl_divergence, file, len(models) * (1 + len(named)))
     job = _Job(
         config=wanted,
