@@ -302,6 +302,13 @@ class Terminal:
     def type(self, text: str) -> None:
         os.write(self.fd, text.encode())
 
+    def interrupt_prompt(self) -> None:
+        """Ctrl-C, once the program waits for a key: between the prompt and the wait, Python's readline loses it."""
+        stat = Path(f"/proc/{self.pid}/stat")
+        while stat.read_text().rpartition(")")[2].split()[0] != "S":
+            os.sched_yield()
+        self.type("\x03")
+
     def ended(self) -> int:
         """The exit code."""
         code = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
@@ -325,7 +332,9 @@ def test_ctrl_c_stops_an_answer_and_not_the_chat(tmp_path):
     terminal.until("> ")
     question, answer = json.loads((tmp_path / "chat.json").read_text())
     assert question["content"] == "hello" and answer["role"] == "assistant" and answer["content"]
-    terminal.type("half a line\x03")
+    terminal.type("half a line")
+    terminal.until("half a line")
+    terminal.interrupt_prompt()
     terminal.until("Ctrl-C once more, or Ctrl-D")
     terminal.until("> ")
     terminal.type("/load none\n")
@@ -333,9 +342,9 @@ def test_ctrl_c_stops_an_answer_and_not_the_chat(tmp_path):
     terminal.until("> ")
     terminal.type('"""a\n')
     terminal.until(". ")
-    terminal.type("\x03")
+    terminal.interrupt_prompt()
     terminal.until("> ")
-    terminal.type("\x03")
+    terminal.interrupt_prompt()
     assert terminal.ended() == 0
 
 
