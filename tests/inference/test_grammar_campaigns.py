@@ -59,7 +59,7 @@ def _continuations(model: Loaded, ids: list[int], schema: str) -> list[str | Non
     return [text if seed in ended else None for seed, text in enumerate(texts)]
 
 
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("name", SCHEMAS)
 def test_two_hundred_texts_of_the_real_model_end_parse_and_validate(name, smollm2, record_property):
     schema = SCHEMAS[name]

@@ -10,7 +10,7 @@ from llamakit.inference.engine import TorchEngine
 from llamakit.model import load_model
 from llamakit.tokenizer import load_tokenizer
 from tests.interop.llama_server import LlamaServer
-from tests.smollm import f32_copy, smollm2_path
+from tests.smollm import smollm2_f32
 
 pytestmark = [pytest.mark.interop, pytest.mark.slow, pytest.mark.timeout(400)]
 
@@ -20,12 +20,8 @@ CHATS = (
 )
 
 
-@pytest.fixture(scope="module")
-def path(tmp_path_factory):
-    return f32_copy(smollm2_path(), tmp_path_factory.mktemp("smollm2") / "f32.gguf")
-
-
-def test_turn_by_turn_the_answers_are_llama_cpps(path):
+def test_turn_by_turn_the_answers_are_llama_cpps():
+    path = smollm2_f32()
     file = open_model(path)
     tokenizer = load_tokenizer(file)
     engine = TorchEngine(load_model(file, dtype=torch.float32))
