@@ -18,7 +18,7 @@ from llamakit.formats.adapter import read_adapter
 from llamakit.training.report import StepReport
 from tests.formats.files import split_gguf
 from tests.formats.torch_models import meta_model
-from tests.helpers import assert_error, cli
+from tests.helpers import assert_error, called, cli
 from tests.tiny import cached_tiny_gguf, tiny_text
 
 COMMAND = """finetune --model-base base.gguf --checkpoint-in chk-LATEST.gguf --checkpoint-out chk-ITERATION.gguf \
@@ -171,29 +171,30 @@ def test_a_signal_saves_and_ends_with_its_code(place, number, code):
     assert process.returncode == code, err
     assert "saving to chk-LATEST.gguf" in out and "Traceback" not in err
     assert (place / "chk-LATEST.gguf").exists() and (place / "lora-LATEST.bin").exists()
-    assert cli(*shlex.split(COMMAND), "--adam-iter", "1", "--ctx", "16", cwd=place).returncode == 0
+    assert run([*shlex.split(COMMAND), "--adam-iter", "1", "--ctx", "16"]) == 0
 
 
 @pytest.mark.slow
-def test_sigusr1_saves_and_goes_on_and_a_killed_run_leaves_its_lock_to_the_next(place):
+def test_sigusr1_saves_and_goes_on_and_a_killed_run_leaves_its_lock_to_the_next(place, capfd):
     process = start(place, "--save-every", "0")
     process.send_signal(signal.SIGUSR1)
     for line in process.stdout:
         if "save_as_llama_lora: saving to lora-LATEST.bin" in line:
             break
     assert process.poll() is None
-    second = cli(*shlex.split(COMMAND), "--ctx", "16", cwd=place)
+    process.send_signal(signal.SIGSTOP)  # it holds its lock, and leaves the processor to the others
+    second = called(capfd, *shlex.split(COMMAND), "--ctx", "16")
     assert_error(second, 2, "another run")
     process.kill()
     process.communicate()
-    again = cli(*shlex.split(COMMAND), "--adam-iter", "1", "--ctx", "16", cwd=place)
+    again = called(capfd, *shlex.split(COMMAND), "--adam-iter", "1", "--ctx", "16")
     assert again.returncode == 0, again.stderr
 
 
 @pytest.mark.slow
 def test_a_full_disk_ends_the_run_and_leaves_the_old_files(place):
     short = (*shlex.split(COMMAND), "--adam-iter", "2", "--ctx", "16", "--save-every", "1")
-    assert cli(*short, cwd=place).returncode == 0
+    assert run(list(short)) == 0
     before = {p.name: p.read_bytes() for p in place.iterdir() if p.suffix in (".gguf", ".bin")}
 
     def limit():

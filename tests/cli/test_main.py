@@ -35,8 +35,11 @@ def test_help_lists_main_commands_first_and_has_no_escapes() -> None:
 
 
 @pytest.mark.parametrize("name", ["finetune", "generate", "quantize", "tokenize", "inspect"])
-def test_every_command_documents_every_option(name: str) -> None:
-    result = cli(name, "--help", env={"COLUMNS": "200"})
+def test_every_command_documents_every_option(
+    name: str, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    result = called(capfd, name, "--help")
     assert result.returncode == 0 and "\x1b" not in result.stdout
     lines = result.stdout.splitlines()
     options = [i for i, line in enumerate(lines) if line.startswith("  -")]
