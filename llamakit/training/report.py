@@ -97,7 +97,8 @@ class StepReport:
 
     sample: the first sample of the step, from 1; sched: factor on --adam-alpha; step_s: seconds of this step alone;
     tok_per_s: its tokens over these; elapsed_s: since training began; skipped: the loss or gradient was not finite,
-    and nothing was changed. val_loss, val_ppl: where the held-out text was evaluated after the step.
+    and nothing was changed; grad_norm: before clipping; n_tokens: trained on since the start. val_loss, val_ppl: where
+    the held-out text was evaluated after the step.
     """
 
     step: int
@@ -111,6 +112,8 @@ class StepReport:
     elapsed_s: float
     steps_left: int
     skipped: bool
+    grad_norm: float = 0.0
+    n_tokens: int = 0
     val_loss: float | None = None
     val_ppl: float | None = None
 
@@ -130,7 +133,7 @@ class Evaluation:
 class Saving:
     """A file is about to be written."""
 
-    kind: Literal["checkpoint", "adapter"]
+    kind: Literal["checkpoint", "adapter", "model"]
     path: str
 
 
