@@ -88,7 +88,7 @@ class LoopOptions:
             ("--grad-acc", self.grad_acc, 1),
             ("--adam-iter", self.adam_iter, 0),
             ("--warmup", self.warmup, 0),
-            ("--cos-decay-steps", self.cos_decay_steps, 1),
+            ("--cos-decay-steps", self.cos_decay_steps, 0),
             ("--opt-past", self.opt_past, 0),
             ("--opt-max-no-improvement", self.opt_max_no_improvement, 0),
             ("--keep-last", self.keep_last, 0),
@@ -186,6 +186,7 @@ class FinetuneConfig(SampleOptions, LoopOptions):
         """Raises UsageError naming the flag whose value cannot be."""
         super().__post_init__()
         check_least("--ctx", self.ctx, 1)
+        check_least("--cos-decay-steps", self.cos_decay_steps, 1)
         check_least("--lora-r", self.lora_r, 1)
         for name, rank in self._ranks().items():
             if rank is not None:

@@ -36,6 +36,14 @@ def schedule(iteration: int, config: LoopOptions) -> float:
     return floor + factor * (1 - floor)
 
 
+def decay(kind: str, share: float, least: float) -> float:
+    """Factor after a share of the decay has passed (0 before, 1 behind it): cosine, linear, or constant."""
+    share = min(max(share, 0.0), 1.0)
+    if kind == "cosine":
+        return least + (1 - least) * 0.5 * (1 + math.cos(math.pi * share))
+    return least + (1 - least) * (1 - share) if kind == "linear" else 1.0
+
+
 def ggml_n_dims(parameter: Tensor) -> int:
     """Dimensions as ggml counted them for the old tensors (a matrix of one row and one column has one)."""
     return 1 if parameter.numel() == 1 else parameter.dim()

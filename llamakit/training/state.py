@@ -27,6 +27,8 @@ class Progress:
     best_loss: float | None = None
     no_improvement: int = 0
     past_losses: list[float] = field(default_factory=list)
+    best_evaluation: float | None = None
+    evaluations_without_best: int = 0
     saved: list[int] = field(default_factory=list)
 
 
@@ -140,7 +142,11 @@ def check_identity(saved: Mapping[str, Any], now: Mapping[str, Any], *, path: st
             "text": "give --restart-data to go on with the new text from its beginning",
             "base file": "use the very file that the checkpoint was trained on",
         }
-        what = {"text": "the training text (sha256)", "base file": "the base model's file (fingerprint)"}
+        what = {
+            "text": "the training text (sha256)",
+            "vocabulary": "the vocabulary (sha256)",
+            "base file": "the base model's file (fingerprint)",
+        }
         raise MismatchError(
             f"{what.get(key, key)} is {_shown(saved[key])} in the checkpoint, and {_shown(value)} in this run",
             path=path,
