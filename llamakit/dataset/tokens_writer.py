@@ -55,6 +55,13 @@ def dtype_for(n_vocab: int, wanted: str = "auto") -> str:
     return name
 
 
+def write_vocabulary(folder: Path, vocabulary: Mapping[str, Any]) -> Path:
+    """A GGUF without tensors, beside the shards: `tokenizer.*` keys, so that the folder needs no model."""
+    path = folder / VOCABULARY
+    write_gguf(path, metadata={"general.architecture": "llama", "general.type": "model", **vocabulary}, tensors=())
+    return path
+
+
 class TokenSpool:
     """Documents on their way into a folder. dtype: "uint16" or "uint32"; bos: put before each document."""
 
@@ -125,8 +132,8 @@ class TokenSpool:
                 written.append(shard)
                 yield shard
         self._path.unlink()
-        metadata = {"general.architecture": "llama", "general.type": "model", **vocabulary}
-        write_gguf(folder / VOCABULARY, metadata=metadata, tensors=())
+        if not (folder / VOCABULARY).exists():
+            write_vocabulary(folder, vocabulary)
         index = {
             "format": FORMAT, "version": VERSION, "dtype": self.dtype,
             "n_vocab": len(vocabulary["tokenizer.ggml.tokens"]), "bos": self.bos,
