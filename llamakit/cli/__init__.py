@@ -34,6 +34,7 @@ from llamakit.cli import (
     quantize,
     render,
     tokenize,
+    train,
     verify,
 )
 from llamakit.cli.help import CONTEXT_SETTINGS, MAIN, MORE, Command, Group
@@ -58,6 +59,7 @@ _CLASSES = {"run": llama2c_run.RunCommand}
 _EPILOGS = {"quantize": quantize.EPILOG}
 #: command -> (its function, its group in the help), in the order of the help
 _COMMANDS = {
+    "train": (train.train, MAIN),
     "finetune": (finetune.finetune, MAIN),
     "generate": (generate.generate, MAIN),
     "chat": (chat.chat, MAIN),
