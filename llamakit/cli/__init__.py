@@ -31,6 +31,7 @@ from llamakit.cli import (
     llama2c_run,
     merge,
     perplexity,
+    plot,
     quantize,
     render,
     tokenize,
@@ -66,6 +67,7 @@ _COMMANDS = {
     "merge": (merge.merge, MAIN),
     "perplexity": (perplexity.perplexity, MORE),
     "imatrix": (imatrix.imatrix, MORE),
+    "plot": (plot.plot, MORE),
     "bench": (bench.bench, MORE),
     "run": (llama2c_run.run, MORE),
     "tokenize": (tokenize.tokenize, MORE),
@@ -74,7 +76,7 @@ _COMMANDS = {
     "doctor": (doctor.doctor, MORE),
 }
 #: commands that have no use for native code
-_LIGHT = {"tokenize", "inspect", "doctor"}
+_LIGHT = {"plot", "tokenize", "inspect", "doctor"}
 
 
 def _root(

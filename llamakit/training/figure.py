@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -85,7 +86,8 @@ def _matplotlib() -> Iterator[None]:
         raise UnsupportedError("pictures of curves need the package matplotlib", hint=hint) from error
     except OSError as error:  # not even a temporary folder for its cache can be written
         raise UnsupportedError(f"matplotlib cannot start: {error.strerror or error}", hint=hint) from error
-    with matplotlib.rc_context():
+    with matplotlib.rc_context(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # a name in a script that its font has not
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(_STYLE)
         yield
