@@ -6,6 +6,7 @@ import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from llamakit.training.loop import Control
 
 _D = FinetuneConfig()
-_NOT_CONFIG = ("config", "n_gpu_layers", "offline", "json")
+_NOT_CONFIG = ("config", "n_gpu_layers", "offline", "json", "report_to", "report_dir")
 
 
 def finetune(
@@ -97,6 +98,21 @@ def finetune(
         str,
         typer.Option("--log-file", help="JSONL file with one object per step.", rich_help_panel=options.FILES),
     ] = _D.log_file,
+    report_to: Annotated[
+        Literal["none", "tensorboard"],
+        typer.Option(
+            "--report-to", help="Write losses, learning rate and speed for TensorBoard.", rich_help_panel=options.FILES
+        ),
+    ] = "none",
+    report_dir: Annotated[
+        str,
+        typer.Option(
+            "--report-dir",
+            help="Folder of its events.",
+            show_default="tensorboard, beside --log-file",
+            rich_help_panel=options.FILES,
+        ),
+    ] = "",
     adam_iter: Annotated[
         int, typer.Option("--adam-iter", help="Iterations of this run.", rich_help_panel=options.TRAINING)
     ] = _D.adam_iter,
@@ -487,6 +503,7 @@ def finetune(
         if hub.is_remote(values[name]):
             values[name] = str(local(values[name], offline=offline))
     run_config = FinetuneConfig(**values)
+    events = Path(report_dir) if report_dir else Path(log_file).parent / "tensorboard"
     if model_base:
         render.loading(run_config.model_base)  # said before torch is imported: nobody waits in silence
 
@@ -495,11 +512,15 @@ def finetune(
     from llamakit.cli.finetune_view import View
     from llamakit.training.finetune import finetune as run
     from llamakit.training.loop import Control
+    from llamakit.training.tensorboard import follow
 
     options.set_threads(threads)
     control = Control()
+    reports = run(run_config, control)
+    if report_to == "tensorboard":
+        reports = follow(reports, events)
     with View(run_config, json=json) as view, _signals(control, view):
-        for report in run(run_config, control):
+        for report in reports:
             view.show(report)
     codes: dict[int, int] = {signal.SIGINT: EXIT_INTERRUPTED, signal.SIGTERM: EXIT_TERMINATED}
     raise typer.Exit(codes.get(control.signal, 0))

@@ -69,7 +69,8 @@ def plot(
             render.warn(remark)
         if run.n_resumed:
             times = "once" if run.n_resumed == 1 else f"{run.n_resumed} times"
-            render.note(f"{run.name}: resumed {times}, {run.n_redone} steps were done again or given up")
+            redone = f", {run.n_redone} steps were done again or given up" if run.n_redone else ""
+            render.note(f"{run.name}: resumed {times}{redone}")
     for quantity in [y] if y is not None else []:
         curves = _measured(curves, quantity)
     if out is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -105,18 +106,16 @@ class _Grid:
                 self._bits[cell] = self._bits.get(cell, 0) | _DOTS[column % 2][row % 4]
 
     def text(self, row: int) -> str:
-        """One row of characters, without spaces at its end."""
-        out: list[str] = []
-        empty = 0
-        for column in range(self.width):
-            cell = (column, row)
-            if cell not in self._owner:
-                empty += 1
-                continue
-            out.append(" " * empty)
-            empty = 0
-            out.append(render.curve(self._marks.get(cell) or chr(_BRAILLE + self._bits[cell]), self._owner[cell]))
-        return "".join(out)
+        """One row of characters, without spaces at its end; what is of one curve is coloured together."""
+        last = max((column for column, at in self._owner if at == row), default=-1)
+        cells = [(self._owner.get((column, row), -1), self._character(column, row)) for column in range(last + 1)]
+        runs = ((owner, "".join(c for _, c in run)) for owner, run in itertools.groupby(cells, key=lambda cell: cell[0]))
+        return "".join(text if owner < 0 else render.curve(text, owner) for owner, text in runs)
+
+    def _character(self, column: int, row: int) -> str:
+        cell = (column, row)
+        bits = self._bits.get(cell)
+        return self._marks.get(cell) or (" " if bits is None else chr(_BRAILLE + bits))
 
 
 def _between(a: tuple[int, int], b: tuple[int, int]) -> list[tuple[int, int]]:

@@ -34,7 +34,10 @@ def ticks(low: float, high: float, count: int, *, whole: bool = False) -> list[f
 def tick_labels(values: Sequence[float]) -> list[str]:
     """Ticks as text, all with as many digits as tell them apart: 0.5 1.0, 12,000, 2.5e-4."""
     largest = max((abs(value) for value in values), default=0.0)
-    gaps = [abs(b - a) for a, b in zip(values, values[1:], strict=False)]
+    if len(values) == 1:
+        text = f"{values[0]:,.6g}"
+        return [_exponent(text) if "e" in text else text]
+    gaps = [abs(b - a) for a, b in itertools.pairwise(values)]
     gap = min(gaps, default=0.0) or largest or 1.0
     if largest and (largest < 0.01 or largest >= 1e7):
         digits = max(0, math.floor(math.log10(largest)) - _place(gap))

@@ -56,9 +56,7 @@ def svg(traces: Sequence[Trace], label: str, *, width: int, height: int, from_ze
         path = "M" + "L".join(f"{x} {y}" for x, y in at)
         parts.append(f'<path class="{trace.look}" d="{path}"/>')
         if trace.points or len(at) == 1:
-            parts += [
-                f'<circle class="{trace.look}" cx="{x}" cy="{y}" r="3.5"><title>step {step:,.0f}: {number(value)}</title>'
-                "</circle>"
-                for (x, y), step, value in zip(at, trace.xs, trace.ys, strict=True)
-            ]
+            for (x, y), step, value in zip(at, trace.xs, trace.ys, strict=True):
+                told = f"<title>step {step:,.0f}: {number(value)}</title>"
+                parts.append(f'<circle class="{trace.look}" cx="{x}" cy="{y}" r="3.5">{told}</circle>')
     return "".join([*parts, "</svg>"])

@@ -61,7 +61,7 @@ class Curves:
     remarks: tuple[str, ...] = ()
 
     def series(self, quantity: Quantity) -> tuple[list[int], list[float]]:
-        """Steps and values of a quantity, gaps left out; val_loss is of the evaluations, everything else of the steps."""
+        """Steps and values of a quantity, gaps left out; val_loss is what the evaluations have, the rest the steps."""
         points: Sequence[Any] = self.evaluations if quantity == "val_loss" else self.steps
         found = [(point.step, getattr(point, quantity)) for point in points]
         found = [(step, value) for step, value in found if value is not None]

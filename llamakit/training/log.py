@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -20,8 +21,8 @@ class StepLog:
     def follow(self, reports: Iterable[Report]) -> Iterator[Report]:
         """Pass reports on, writing each step's line before it. Raises SaveError."""
         for report in reports:
-            if self._path and isinstance(report, Begin) and not self._append:
-                self._write("w", "")
+            if self._path and isinstance(report, Begin):
+                self._write("a" if self._append else "w", end_of_cut_line(self._path) if self._append else "")
             if self._path and isinstance(report, StepReport):
                 self._write("a", json.dumps(step_record(report)) + "\n")
             yield report
@@ -32,6 +33,21 @@ class StepLog:
                 file.write(text)
         except OSError as error:
             raise SaveError(f"cannot write the log: {error.strerror or error}", path=self._path) from error
+
+
+def end_of_cut_line(path: str | os.PathLike[str]) -> str:
+    """What to write first when a file of lines is gone on with: a newline where a crash cut its last line, else
+    nothing. The next line would continue the broken one, and be lost with it. Raises SaveError."""
+    try:
+        with Path(path).open("rb") as file:
+            if not file.seek(0, os.SEEK_END):
+                return ""
+            file.seek(-1, os.SEEK_END)
+            return "" if file.read() == b"\n" else "\n"
+    except FileNotFoundError:
+        return ""
+    except OSError as error:
+        raise SaveError(f"cannot go on with the log: {error.strerror or error}", path=path) from error
 
 
 def step_record(report: StepReport) -> dict[str, float | int | None]:

@@ -52,7 +52,7 @@ figure{margin:.6rem 0}
 figcaption{font-size:.9rem;color:var(--dim)}
 figcaption i{display:inline-block;width:1.3rem;height:.2rem;vertical-align:middle;margin:0 .35rem 0 .9rem}
 i.train{background:var(--train)}i.valid{background:var(--valid)}
-svg{display:block;width:100%;height:auto}
+svg{display:block;width:100%;height:auto;overflow:visible}
 svg text{fill:var(--dim);font-size:12px;font-variant-numeric:tabular-nums}
 svg path{fill:none}
 .grid{stroke:var(--line)}.axis{stroke:var(--dim)}
@@ -62,8 +62,8 @@ path.valid{stroke:var(--valid);stroke-width:2;stroke-dasharray:6 4}
 circle.train{fill:var(--train)}circle.valid{fill:var(--valid)}
 .remarks{background:var(--mark);border-radius:.5rem;padding:.6rem 1rem .6rem 2rem;margin:1rem 0}
 summary{cursor:pointer;color:var(--dim);margin:.5rem 0}
-@media(max-width:40rem){.wide text{font-size:24px}.wide path{stroke-width:2}.wide path.train,.wide path.valid{stroke-width:4}
-.wide circle{r:7px}}
+@media(max-width:40rem){.wide text{font-size:23px}.wide path{stroke-width:2}.wide circle{r:7px}
+.wide path.train,.wide path.valid{stroke-width:4}}
 @media print{body{max-width:none}}
 """
 
