@@ -71,8 +71,8 @@ def plot(
             times = "once" if run.n_resumed == 1 else f"{run.n_resumed} times"
             redone = f", {run.n_redone} steps were done again or given up" if run.n_redone else ""
             render.note(f"{run.name}: resumed {times}{redone}")
-    for quantity in [y] if y is not None else []:
-        curves = _measured(curves, quantity)
+    if y is not None:
+        curves = _measured(curves, y)
     if out is not None:
         _write(curves, out, y, width, height)
     if json:

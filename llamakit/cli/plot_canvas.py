@@ -109,7 +109,9 @@ class _Grid:
         """One row of characters, without spaces at its end; what is of one curve is coloured together."""
         last = max((column for column, at in self._owner if at == row), default=-1)
         cells = [(self._owner.get((column, row), -1), self._character(column, row)) for column in range(last + 1)]
-        runs = ((owner, "".join(c for _, c in run)) for owner, run in itertools.groupby(cells, key=lambda cell: cell[0]))
+        runs = (
+            (owner, "".join(c for _, c in run)) for owner, run in itertools.groupby(cells, key=lambda cell: cell[0])
+        )
         return "".join(text if owner < 0 else render.curve(text, owner) for owner, text in runs)
 
     def _character(self, column: int, row: int) -> str:

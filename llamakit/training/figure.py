@@ -24,7 +24,7 @@ _VALIDATION = "#d97706"
 _DPI = 120
 _MAX_POINTS = 3000
 _MAX_PIXELS = 20_000
-_STYLE = {
+_STYLE: dict[Any, object] = {  # Any: the names of settings are a type of their own in its stubs
     "axes.edgecolor": "#94a3b8",
     "axes.grid": True,
     "axes.labelcolor": "#334155",
@@ -80,7 +80,7 @@ def _matplotlib() -> Iterator[None]:
         import matplotlib
 
         if fresh:  # else it would tell on stderr that it makes its cache of fonts; nobody else uses it here
-            matplotlib.set_loglevel("error")
+            matplotlib.set_loglevel("ERROR")
         import matplotlib.figure
     except ImportError as error:
         raise UnsupportedError("pictures of curves need the package matplotlib", hint=hint) from error

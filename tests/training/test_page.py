@@ -62,7 +62,11 @@ def summary_of(tmp_path: Path, **more: Any) -> RunSummary:
         "settings": {"n_layer": 6, "dropout": 0.0, "compile": False, "betas": (0.9, 0.95), "vocab": None},
         "changed": frozenset({"n_layer"}),
         "curves": read_curves(write_run(tmp_path / "run")),
-        "samples": [Sample(0, "Once", "xq zv", "before"), Sample(50, "Once", "the"), Sample(100, "Once", "a time", "after")],
+        "samples": [
+            Sample(0, "Once", "xq zv", "before"),
+            Sample(50, "Once", "the"),
+            Sample(100, "Once", "a time", "after"),
+        ],
         "perplexity_before": 32000.4,
         "perplexity_after": 9.2931,
         "files": [RunFile("model.gguf", 60_812_345), RunFile("data/", 812)],
