@@ -8,12 +8,16 @@ import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from llamakit.files import atomic_files, escape_control
 from llamakit.training.axes import LABELS, number, smooth, thin
 from llamakit.training.chart import Trace, svg
 from llamakit.training.curves import Curves, Quantity
-from llamakit.training.summary import RunSummary, Sample, plain, summary_json
+from llamakit.training.summary import RunSummary, plain, summary_json
+
+if TYPE_CHECKING:
+    from llamakit.training.report import Sample
 
 _MAX_POINTS = 1200
 #: samples of a prompt that are shown side by side; what lies between the first and the last is folded away
@@ -221,8 +225,14 @@ def _samples(samples: Sequence[Sample]) -> Iterator[str]:
             yield f"<details><summary>{len(folded)} between them</summary>{_texts(folded)}</details>"
 
 
+def _when(sample: Sample) -> str:
+    if not sample.step:
+        return "before training"
+    return "after 1 step" if sample.step == 1 else f"after {sample.step:,} steps"
+
+
 def _texts(samples: Sequence[Sample]) -> str:
-    cells = "".join(f"<div><span>{_text(sample.label)}</span>{_pre(sample.text)}</div>" for sample in samples)
+    cells = "".join(f"<div><span>{_when(sample)}</span>{_pre(sample.text)}</div>" for sample in samples)
     return f'<div class="texts">{cells}</div>'
 
 

@@ -7,24 +7,12 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llamakit.training.curves import Curves
 
-
-@dataclass(frozen=True)
-class Sample:
-    """What the model wrote for `prompt` after `step` steps. when: "before", "after", or "" for the step's number."""
-
-    step: int
-    prompt: str
-    text: str
-    when: str = ""
-
-    @property
-    def label(self) -> str:
-        """What stands above it: the time, or the step."""
-        return self.when or f"step {self.step:,}"
+if TYPE_CHECKING:
+    from llamakit.training.report import Sample
 
 
 @dataclass(frozen=True)
@@ -116,7 +104,7 @@ def summary_json(summary: RunSummary) -> dict[str, Any]:
         "results": plain(summary.results),
         "settings": plain(summary.settings),
         "changed": sorted(summary.changed),
-        "samples": [{"step": s.step, "when": s.label, "prompt": s.prompt, "text": s.text} for s in summary.samples],
+        "samples": [{"step": s.step, "prompt": s.prompt, "text": s.text} for s in summary.samples],
         "files": [{"name": file.name, "bytes": file.n_bytes} for file in summary.files],
         "machine": plain(summary.machine),
         "remarks": list(summary.remarks),

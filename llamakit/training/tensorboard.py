@@ -8,9 +8,12 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
+from typing import TypeVar
 
 from llamakit.errors import SaveError, UsageError
-from llamakit.training.report import Begin, Evaluation, Report, StepReport
+from llamakit.training.report import Begin, Evaluation, StepReport
+
+_Told = TypeVar("_Told")
 
 
 def check_tensorboard(folder: str | os.PathLike[str]) -> None:
@@ -70,8 +73,8 @@ class TensorboardLog:
         return SaveError(f"cannot write the events: {error.strerror or error}", path=self._folder)
 
 
-def follow(reports: Iterable[Report], folder: str | os.PathLike[str]) -> Iterator[Report]:
-    """Pass the reports of finetune on, writing each step's and evaluation's numbers before it.
+def follow(reports: Iterable[_Told], folder: str | os.PathLike[str]) -> Iterator[_Told]:
+    """Pass the reports of finetune or train on, writing each step's and evaluation's numbers before it.
 
     The folder is made when training begins. Raises UsageError where the package is missing, SaveError.
     """
@@ -85,18 +88,28 @@ def follow(reports: Iterable[Report], folder: str | os.PathLike[str]) -> Iterato
                 log = TensorboardLog(folder, first_step=step + 1 if step else 0)
             elif isinstance(report, StepReport):
                 step = report.step
-            if log is not None:
-                log.add(step, scalars_of(report))
+            if log is not None and (scalars := scalars_of(report)):
+                log.add(step, scalars)
             yield report
     finally:
         if log is not None:
             log.close()
 
 
-def scalars_of(report: Report) -> dict[str, float | None]:
-    """The numbers of a report under the names that TensorBoard groups: train/loss, train/lr, validation/loss, ..."""
+def scalars_of(report: object) -> dict[str, float | None]:
+    """The numbers of a step or an evaluation under the names that TensorBoard groups, such as train/loss; else none."""
     if isinstance(report, StepReport):
-        return {"train/loss": report.loss, "train/lr": report.lr, "speed/tok_per_s": report.tok_per_s}
+        return {
+            "train/loss": report.loss,
+            "train/lr": report.lr,
+            "train/grad_norm": report.grad_norm,
+            "speed/tok_per_s": report.tok_per_s,
+        }
     if isinstance(report, Evaluation):
-        return {"validation/loss": report.loss, "validation/ppl": report.ppl}
+        return {
+            "validation/loss": report.loss,
+            "validation/ppl": report.ppl,
+            "validation/bits_per_byte": report.bits_per_byte,
+            "validation/train_loss": report.train_loss,
+        }
     return {}

@@ -34,7 +34,7 @@ def test_the_log_of_finetune_is_read(tmp_path: Path) -> None:
     for begin, resumed in ((0, False), (3, True)):
         steps = [
             StepReport(n, float("nan") if n == 2 else 3.0, 1e-3, 1.0, n, 9, 0.5, 100.0, 0.5 * (n - begin), 0, n == 2,
-                       *((2.5 + n, 12.0) if n == begin + 3 else (None, None)))
+                       val_loss=2.5 + n if n == begin + 3 else None, val_ppl=12.0 if n == begin + 3 else None)
             for n in range(begin + 1, begin + 4)
         ]  # fmt: skip
         list(StepLog(str(path), append=resumed).follow([Begin(begin, 3), *steps]))

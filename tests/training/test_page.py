@@ -13,7 +13,8 @@ import pytest
 from llamakit.errors import SaveError
 from llamakit.training.curves import read_curves
 from llamakit.training.page import report_html, write_report
-from llamakit.training.summary import RunFile, RunSummary, Sample, run_files, summary_json
+from llamakit.training.report import Sample
+from llamakit.training.summary import RunFile, RunSummary, run_files, summary_json
 from tests.training.curve_files import step_line, write_lines, write_run
 
 EVIL = "</pre></title><script>alert(1)</script><img src=x onerror='a()'>&amp;\"\x00\x1b[31m\u202e"
@@ -63,9 +64,9 @@ def summary_of(tmp_path: Path, **more: Any) -> RunSummary:
         "changed": frozenset({"n_layer"}),
         "curves": read_curves(write_run(tmp_path / "run")),
         "samples": [
-            Sample(0, "Once", "xq zv", "before"),
+            Sample(0, "Once", "xq zv"),
             Sample(50, "Once", "the"),
-            Sample(100, "Once", "a time", "after"),
+            Sample(100, "Once", "a time"),
         ],
         "perplexity_before": 32000.4,
         "perplexity_after": 9.2931,
@@ -128,7 +129,7 @@ def test_nothing_in_it_is_taken_for_html(tmp_path: Path) -> None:
         RunSummary(
             title=EVIL, command=EVIL, outcome=EVIL, started=EVIL, model=facts, data=facts, results=facts,
             settings=facts, changed=frozenset({EVIL}), curves=curves, machine=facts, remarks=[EVIL],
-            samples=[Sample(i, EVIL, EVIL, EVIL) for i in range(5)], files=[RunFile(EVIL, 1)],
+            samples=[Sample(i, EVIL, EVIL) for i in range(5)], files=[RunFile(EVIL, 1)],
         )
     )  # fmt: skip
     tree = Tree(page)
@@ -143,8 +144,12 @@ def test_nothing_in_it_is_taken_for_html(tmp_path: Path) -> None:
 def test_lone_surrogates_and_lines_of_a_sample(tmp_path: Path) -> None:
     text = "one\r\n\ttwo\n\ud800ไทย"
     page = report_html(summary_of(tmp_path, samples=[Sample(1, "", text)]))
-    assert "<pre>one\n\ttwo\n\\ud800ไทย</pre>" in page and "step 1" in page and "(no prompt)" in page
-    assert json.loads(json.dumps(summary_json(summary_of(tmp_path))))["samples"][1]["when"] == "step 50"
+    assert "<pre>one\n\ttwo\n\\ud800ไทย</pre>" in page and "<span>after 1 step</span>" in page and "(no prompt)" in page
+    assert json.loads(json.dumps(summary_json(summary_of(tmp_path))))["samples"][1] == {
+        "step": 50,
+        "prompt": "Once",
+        "text": "the",
+    }
 
 
 def test_many_samples_are_folded(tmp_path: Path) -> None:

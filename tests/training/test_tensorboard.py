@@ -24,10 +24,10 @@ def go(first: int, last: int, loss: float = 2.0) -> Iterator[Report]:
     yield Remark("note", "a remark")
     yield Begin(first - 1, last - first + 1)
     if first == 1:
-        yield Evaluation("start", 9.0, 90.0, 10, 10)
+        yield Evaluation("start", 9.0, 90.0, 10, 10, bits_per_byte=4.5, train_loss=8.5)
     for step in range(first, last + 1):
         value = float("nan") if step == 2 else loss + step
-        yield StepReport(step, value, 1e-3 * step, 1.0, step, 9, 0.5, 100.0 + step, 1.0, 0, step == 2)
+        yield StepReport(step, value, 1e-3 * step, 1.0, step, 9, 0.5, 100.0 + step, 1.0, 0, step == 2, grad_norm=0.5)
     yield Evaluation("end", 1.5, 4.5, 10, 10)
 
 
@@ -48,6 +48,9 @@ def test_the_reports_of_a_run_are_read_back(tmp_path: Path) -> None:
     assert read(folder) == {
         "train/loss": [(1, 3.0), (3, 5.0)],
         "train/lr": [(1, 0.001), (2, 0.002), (3, 0.003)],
+        "train/grad_norm": [(1, 0.5), (2, 0.5), (3, 0.5)],
+        "validation/bits_per_byte": [(0, 4.5)],
+        "validation/train_loss": [(0, 8.5)],
         "speed/tok_per_s": [(1, 101.0), (2, 102.0), (3, 103.0)],
         "validation/loss": [(0, 9.0), (3, 1.5)],
         "validation/ppl": [(0, 90.0), (3, 4.5)],
