@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llamakit.errors import UsageError
 from llamakit.training.curves import Curves
 
 if TYPE_CHECKING:
@@ -54,17 +55,25 @@ class RunSummary:
 
 def run_files(folder: str | os.PathLike[str]) -> tuple[RunFile, ...]:
     """The files of a run folder by name; a folder in it counts as one, its name with a slash at the end. Names that
-    begin with a dot, which are temporary files and locks, are left out."""
+    begin with a dot, which are temporary files and locks, are left out. Raises UsageError where it cannot be read."""
+    try:
+        paths = sorted(path for path in Path(folder).iterdir() if not path.name.startswith("."))
+    except OSError as error:
+        raise UsageError(f"cannot be read: {error.strerror or error}", path=folder) from error
     found = []
-    for path in sorted(Path(folder).iterdir()):
-        if path.name.startswith("."):
-            continue
+    for path in paths:
         if path.is_dir():
-            n_bytes = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-            found.append(RunFile(f"{path.name}/", n_bytes))
+            found.append(RunFile(f"{path.name}/", sum(_size(file) for file in path.rglob("*") if file.is_file())))
         elif path.is_file():
-            found.append(RunFile(path.name, path.stat().st_size))
+            found.append(RunFile(path.name, _size(path)))
     return tuple(found)
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:  # another process removed it just now
+        return 0
 
 
 def curves_json(run: Curves) -> dict[str, Any]:
