@@ -1,31 +1,52 @@
-"""--log-file: one JSON object per step."""
+"""--log-file: one JSON object per step; in the run folder of train also per start and evaluation."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import TypeVar
 
 from llamakit.errors import SaveError
-from llamakit.training.report import Begin, Report, StepReport
+from llamakit.training.report import Begin, Evaluation, NewModel, StepReport
+
+_Told = TypeVar("_Told")
 
 
 class StepLog:
-    """Writes StepReports as JSON lines; empty path: nothing. A fresh run truncates the file, a resume appends."""
+    """Writes StepReports as JSON lines; empty path: nothing. A fresh run truncates the file, a resume appends.
 
-    def __init__(self, path: str, *, append: bool) -> None:
-        self._path, self._append = path, append
+    events: write the metrics.jsonl of a run folder: a line where each go of a run starts and one for each evaluation,
+    and more of a step (grad_norm, step_s, tokens: of all steps so far).
+    """
 
-    def follow(self, reports: Iterable[Report]) -> Iterator[Report]:
-        """Pass reports on, writing each step's line before it. Raises SaveError."""
+    def __init__(self, path: str, *, append: bool, events: bool = False) -> None:
+        self._path, self._append, self._events = path, append, events
+        self._tokens, self._elapsed_s = 0, 0.0
+
+    def follow(self, reports: Iterable[_Told]) -> Iterator[_Told]:
+        """Pass reports on, writing each one's line before it. Raises SaveError."""
         for report in reports:
-            if self._path and isinstance(report, Begin):
-                self._write("a" if self._append else "w", end_of_cut_line(self._path) if self._append else "")
-            if self._path and isinstance(report, StepReport):
-                self._write("a", json.dumps(step_record(report)) + "\n")
+            if self._path:
+                self._take(report)
             yield report
+
+    def _take(self, report: object) -> None:
+        match report:
+            case NewModel():
+                self._tokens = report.tokens
+            case Begin():
+                mended = end_of_cut_line(self._path) if self._append else ""
+                start = {"event": "start", "step": report.first_iteration, "tokens": self._tokens}
+                self._write("a" if self._append else "w", mended + (_line(start) if self._events else ""))
+            case StepReport():
+                self._tokens, self._elapsed_s = self._tokens + report.n_tokens, report.elapsed_s
+                more = {"grad_norm": _number(report.grad_norm), "step_s": report.step_s, "tokens": self._tokens}
+                self._write("a", _line(step_record(report) | (more if self._events else {})))
+            case Evaluation() if self._events:
+                self._write("a", _line(evaluation_record(report) | {"elapsed_s": self._elapsed_s}))
 
     def _write(self, mode: str, text: str) -> None:
         try:
@@ -33,6 +54,19 @@ class StepLog:
                 file.write(text)
         except OSError as error:
             raise SaveError(f"cannot write the log: {error.strerror or error}", path=self._path) from error
+
+
+def evaluation_record(report: Evaluation) -> dict[str, str | float | int | None]:
+    """The fields of an evaluation's line: event step train_loss val_loss val_ppl val_bpb; null for what is no number,
+    and for what was not measured."""
+    values = {"train_loss": report.train_loss, "val_loss": report.loss, "val_ppl": report.ppl}
+    values["val_bpb"] = report.bits_per_byte
+    numbers = {name: None if value is None else _number(value) for name, value in values.items()}
+    return {"event": "eval", "step": report.step} | numbers
+
+
+def _line(record: Mapping[str, object]) -> str:
+    return json.dumps(record) + "\n"
 
 
 def end_of_cut_line(path: str | os.PathLike[str]) -> str:

@@ -11,7 +11,7 @@ import pytest
 from llamakit.errors import DataError, FormatError, UsageError
 from llamakit.training.curves import EvalPoint, read_curves, read_runs
 from llamakit.training.log import StepLog, end_of_cut_line
-from llamakit.training.report import Begin, StepReport
+from llamakit.training.report import Begin, Evaluation, StepReport
 from tests.training.curve_files import eval_line, step_line, write_lines, write_run
 
 
@@ -43,6 +43,30 @@ def test_the_log_of_finetune_is_read(tmp_path: Path) -> None:
     assert run.series("loss") == ([1, 3, 4, 5, 6], [3.0] * 5)
     assert run.evaluations == (EvalPoint(3, val_loss=5.5), EvalPoint(6, val_loss=8.5))
     assert [point.elapsed_s for point in run.steps] == [0.5, 1.0, 1.5, 2.0, 2.5, 3.0]
+
+
+def test_the_metrics_of_train_are_read(tmp_path: Path) -> None:
+    """As StepLog writes them into a run folder: starts, evaluations, tokens that go on counting."""
+    path = tmp_path / "metrics.jsonl"
+    for begin, resumed in ((0, False), (2, True)):
+        steps = [
+            StepReport(n, 3.0, 1e-3, 1.0, n, 9, 0.5, 100.0, 0.5, 0, False, grad_norm=0.25, n_tokens=50)
+            for n in (begin + 1, begin + 2)
+        ]
+        bpb = 1.5 if resumed else None
+        evaluation = Evaluation("save", 2.0, 7.4, 10, 10, step=begin + 2, train_loss=1.5, bits_per_byte=bpb)
+        told = [Begin(begin, 2), *steps, evaluation, Evaluation("end", float("nan"), 1.0, 0, 0, step=begin + 2)]
+        log = StepLog(str(path), append=resumed, events=True)
+        assert list(map(repr, log.follow(told))) == list(map(repr, told))
+    lines = [json.loads(line) for line in path.read_text(encoding="ascii").splitlines()]
+    assert lines[0] == {"event": "start", "step": 0, "tokens": 0}
+    assert lines[1] == {"step": 1, "loss": 3.0, "lr": 1e-3, "tok_per_s": 100.0, "elapsed_s": 0.5, "grad_norm": 0.25,
+                        "step_s": 0.5, "tokens": 50}  # fmt: skip
+    assert lines[3] == {"event": "eval", "step": 2, "train_loss": 1.5, "val_loss": 2.0, "val_ppl": 7.4,
+                        "val_bpb": None, "elapsed_s": 0.5}  # fmt: skip
+    run = read_curves(tmp_path)
+    assert (run.n_steps, run.n_resumed, run.n_redone, run.steps[1].tokens) == (4, 1, 0, 100)
+    assert run.evaluations == (EvalPoint(2, 1.5, 2.0), EvalPoint(4, 1.5, 2.0, 1.5))
 
 
 def test_goes_of_one_run_are_joined(tmp_path: Path) -> None:

@@ -91,7 +91,7 @@ def test_a_fresh_start_is_silent(tmp_path: Path) -> None:
         f"save_figure(read_curves({str(tmp_path / 'run')!r}), {str(tmp_path)!r});"
         "import sys; assert 'matplotlib.pyplot' not in sys.modules"
     )
-    environment = {"PATH": "/usr/bin", "HOME": "/nowhere", "PYTHONPATH": ":".join([str(ROOT), *sys.path]),
+    environment = {"PATH": "/usr/bin", "HOME": str(tmp_path / "run" / "metrics.jsonl"), "PYTHONPATH": ":".join([str(ROOT), *sys.path]),
                    "TMPDIR": str(tmp_path), "MPLBACKEND": "tkagg"}  # fmt: skip
     result = subprocess.run(
         [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False, timeout=60
