@@ -32,6 +32,7 @@ from llamakit.cli import (
     llama2c_run,
     merge,
     perplexity,
+    plot,
     quantize,
     render,
     tokenize,
@@ -70,6 +71,7 @@ _COMMANDS = {
     "merge": (merge.merge, MAIN),
     "perplexity": (perplexity.perplexity, MORE),
     "imatrix": (imatrix.imatrix, MORE),
+    "plot": (plot.plot, MORE),
     "bench": (bench.bench, MORE),
     "run": (llama2c_run.run, MORE),
     "tokenize": (tokenize.tokenize, MORE),
@@ -87,7 +89,7 @@ _GROUPS = {
     "tokenizer": ("Make a vocabulary of your own.", MORE, {"train": tokenizer.train}),
 }
 #: commands that have no use for native code
-_LIGHT = {"tokenize", "inspect", "doctor", *_GROUPS}
+_LIGHT = {"plot", "tokenize", "inspect", "doctor", *_GROUPS}
 
 
 def _root(

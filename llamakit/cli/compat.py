@@ -243,7 +243,7 @@ _TEXT_VALUES = frozenset(
         "--log-file", "--train-data", "--sample-start", "--model-base", "--checkpoint-in", "--checkpoint-out",
         "-sys", "-sysf", "-y", "--system", "--system-file", "--system-prompt", "--system-prompt-file",
         "--chat-template", "--chat-template-file", "--lora-out", "--pattern-fn-it", "--fn-latest",
-        "--kl-divergence-base", "--dry-sequence-breaker",
+        "--kl-divergence-base", "--dry-sequence-breaker", "--report-dir",
         "-r", "--reverse-prompt", "--stop", "--in-prefix", "--in-suffix", "--prompts",
         "--grammar", "--grammar-file", "-j", "--json-schema", "-jf", "--json-schema-file",
         *compat_data.TEXT_VALUES,

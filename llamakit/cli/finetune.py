@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import signal
-from typing import TYPE_CHECKING, Annotated, Literal
+from pathlib import Path
+from typing import Annotated, Literal
 
 import typer
 
@@ -15,11 +16,8 @@ from llamakit.cli.sources import local
 from llamakit.errors import EXIT_INTERRUPTED, EXIT_TERMINATED
 from llamakit.training.config import FinetuneConfig
 
-if TYPE_CHECKING:
-    pass
-
 _D = FinetuneConfig()
-_NOT_CONFIG = ("config", "n_gpu_layers", "offline", "json")
+_NOT_CONFIG = ("config", "n_gpu_layers", "offline", "json", "report_to", "report_dir")
 
 
 def finetune(
@@ -56,6 +54,8 @@ def finetune(
         str,
         typer.Option("--log-file", help="JSONL file with one object per step.", rich_help_panel=options.FILES),
     ] = _D.log_file,
+    report_to: loop.ReportToOption = "none",
+    report_dir: loop.ReportDirOption = "",
     adam_iter: loop.AdamIterOption = _D.adam_iter,
     epochs: loop.EpochsOption = _D.epochs,
     batch: loop.BatchOption = _D.batch,
@@ -325,6 +325,7 @@ def finetune(
         if hub.is_remote(values[name]):
             values[name] = str(local(values[name], offline=offline))
     run_config = FinetuneConfig(**values)
+    events = Path(report_dir) if report_dir else Path(log_file).parent / "tensorboard"
     if model_base:
         render.loading(run_config.model_base)  # said before torch is imported: nobody waits in silence
 
@@ -333,11 +334,15 @@ def finetune(
     from llamakit.cli.finetune_view import View
     from llamakit.training.finetune import finetune as run
     from llamakit.training.loop import Control
+    from llamakit.training.tensorboard import follow
 
     options.set_threads(threads)
     control = Control()
+    reports = run(run_config, control)
+    if report_to == "tensorboard":
+        reports = follow(reports, events)
     with View(run_config, json=json) as view, stopping_signals(control, view):
-        for report in run(run_config, control):
+        for report in reports:
             view.show(report)
     codes: dict[int, int] = {signal.SIGINT: EXIT_INTERRUPTED, signal.SIGTERM: EXIT_TERMINATED}
     raise typer.Exit(codes.get(control.signal, 0))

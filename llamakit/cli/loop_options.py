@@ -52,6 +52,21 @@ KeepLastOption = Annotated[
         rich_help_panel=options.FILES,
     ),
 ]
+ReportToOption = Annotated[
+    Literal["none", "tensorboard"],
+    typer.Option(
+        "--report-to", help="Write losses, learning rate and speed for TensorBoard.", rich_help_panel=options.FILES
+    ),
+]
+ReportDirOption = Annotated[
+    str,
+    typer.Option(
+        "--report-dir",
+        help="Folder of its events.",
+        show_default="tensorboard, beside --log-file",
+        rich_help_panel=options.FILES,
+    ),
+]
 AdamIterOption = Annotated[
     int, typer.Option("--adam-iter", help="Iterations of this run.", rich_help_panel=options.TRAINING)
 ]

@@ -65,7 +65,7 @@ def train(config: TrainConfig, control: Control | None = None) -> Iterator[Repor
         if config.only_write_model:
             yield from run.write_model_only()
         else:
-            yield from StepLog(run.config.log_file, append=run.saved is not None).follow(run.train())
+            yield from StepLog(run.config.log_file, append=run.saved is not None, events=True).follow(run.train())
         files = run.manager.latest()
         yield Finished(run.reason, time.perf_counter() - started, run.progress.iterations, files, run.control.signal)
 
