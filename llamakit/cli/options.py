@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import inspect
-import json
 import os
 import re
 import tomllib
@@ -210,22 +209,6 @@ RopeFreqBaseOption = Annotated[
     float | None,
     typer.Option("--rope-freq-base", metavar="N", help="Base of the rotary embedding.", rich_help_panel=MODEL),
 ]
-
-
-def as_toml(config: Any) -> str:
-    """A dataclass of options as --config takes it, one line each; what is not set (None) is left out."""
-    values = {name: value for name, value in vars(config).items() if value is not None}
-    return "\n".join(f"{name} = {_toml(value)}" for name, value in values.items())
-
-
-def _toml(value: Any) -> str:
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, (tuple, list)):
-        return f"[{', '.join(map(_toml, value))}]"
-    if isinstance(value, (int, float)):
-        return repr(value)
-    return json.dumps(str(value))  # a JSON string is a TOML one
 
 
 def set_threads(threads: int | None) -> None:

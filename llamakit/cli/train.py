@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import shlex
 import signal
+import sys
+from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
@@ -13,10 +16,11 @@ from llamakit.cli import options, render
 from llamakit.cli.run_signals import stopping_signals
 from llamakit.cli.sources import local
 from llamakit.errors import EXIT_INTERRUPTED, EXIT_TERMINATED
-from llamakit.training.train_config import TrainConfig
+from llamakit.training.train_config import TrainConfig, as_toml
 
 _D = TrainConfig()
-_NOT_CONFIG = ("config", "offline", "json", "print_config", "sample_prompt")
+_REPEATED = ("sample_prompt", "export")
+_NOT_CONFIG = ("config", "offline", "json", "print_config", "report_to", "report_dir", *_REPEATED)
 
 
 def train(
@@ -75,6 +79,15 @@ def train(
             "--only-write-model", help="Write the model of --checkpoint-in and end.", rich_help_panel=options.FILES
         ),
     ] = _D.only_write_model,
+    export: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--export",
+            help="Format besides GGUF for the last model: llama2c, hf, modelfile; repeatable.",
+            show_default="none",
+            rich_help_panel=options.FILES,
+        ),
+    ] = None,
     save_every: loop.SaveEveryOption = _D.save_every,
     keep_last: loop.KeepLastOption = _D.keep_last,
     log_file: Annotated[
@@ -131,6 +144,8 @@ def train(
     rope_freq_base: Annotated[
         float, typer.Option("--rope-freq-base", help="Base of the rotary frequencies.", rich_help_panel=options.MODEL)
     ] = _D.rope_freq_base,
+    report_to: loop.ReportToOption = "none",
+    report_dir: loop.ReportDirOption = "",
     adam_iter: Annotated[
         int,
         typer.Option(
@@ -189,7 +204,7 @@ def train(
         int,
         typer.Option(
             "--eval-iters",
-            help="Batches of training and of held-out text that an evaluation takes; at the end all of the held-out text.",
+            help="Batches of training and held-out text for an evaluation; at the end all of the held-out text.",
             rich_help_panel=options.EVALUATION,
         ),
     ] = _D.eval_iters,
@@ -250,21 +265,30 @@ def train(
         if hub.is_remote(values[name]):
             values[name] = str(local(values[name], offline=offline))
     prompts = _D.sample_prompt if sample_prompt is None else tuple(sample_prompt)
-    run_config = TrainConfig(**values, sample_prompt=prompts)
+    run_config = TrainConfig(**values, sample_prompt=prompts, export=tuple(export or ()))
     if print_config:
-        render.say(options.as_toml(run_config))
+        render.say(as_toml(run_config))
         return
+    events = Path(report_dir) if report_dir else Path(out_dir) / "tensorboard"
 
     options.keep_freed_memory()
 
     from llamakit.cli.train_view import TrainView
     from llamakit.training.loop import Control
+    from llamakit.training.run_folder import keep_records
+    from llamakit.training.tensorboard import check_tensorboard, follow
     from llamakit.training.train import train as run
 
     options.set_threads(threads)
     control = Control()
+    goes_on = init_from != "scratch" and Path(run_config.placed().checkpoint_in).exists()
+    command = shlex.join(["llamakit", *sys.argv[1:]])
+    reports = keep_records(run(run_config, control), run_config, command, append=goes_on)
+    if report_to == "tensorboard":
+        check_tensorboard(events)
+        reports = follow(reports, events)
     with TrainView(run_config, json=json) as view, stopping_signals(control, view):
-        for report in run(run_config, control):
+        for report in reports:
             view.show(report)
     codes: dict[int, int] = {signal.SIGINT: EXIT_INTERRUPTED, signal.SIGTERM: EXIT_TERMINATED}
     raise typer.Exit(codes.get(control.signal, 0))

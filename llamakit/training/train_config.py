@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from llamakit.errors import UsageError
 from llamakit.training.config import LoopOptions, check_least, check_positive, check_share
 
 LrSchedule = Literal["cosine", "linear", "constant"]
+EXPORTS = {"llama2c": "model.bin", "hf": "hf", "modelfile": "Modelfile"}
+"""--export format -> its name in the run's folder."""
 OUT_DIR = "OUT_DIR"
 
 
@@ -40,6 +43,8 @@ class TrainConfig(LoopOptions):
     """write the model of --checkpoint-in and end"""
     log_file: str = "OUT_DIR/metrics.jsonl"
     """JSONL file with one object per step and evaluation; empty: none"""
+    export: tuple[str, ...] = ()
+    """formats besides GGUF in which the last model is written: llama2c, hf, modelfile; repeatable"""
     save_every: int = 250
     """save every N iterations; 0: only at the end"""
     keep_last: int = 2
@@ -130,6 +135,11 @@ class TrainConfig(LoopOptions):
             check_share(flag, value)
         for flag, value in (("--norm-rms-eps", self.norm_rms_eps), ("--rope-freq-base", self.rope_freq_base)):
             check_positive(flag, value)
+        unknown = next((form for form in self.export if form not in EXPORTS), None)
+        if unknown is not None:
+            raise UsageError(f"--export is {unknown!r} (expected {', '.join(EXPORTS)})")
+        if self.export and not self.model_out:
+            raise UsageError("--export needs a model: --model-out is empty")
         if self.embd % self.head or self.embd // self.head % 2:
             raise UsageError(f"--embd {self.embd} does not divide into --head {self.head} heads of even size")
         if self.head % self.n_head_kv:
@@ -146,8 +156,29 @@ class TrainConfig(LoopOptions):
         multiple = self.multiple_of
         return self.ff or multiple * -(-int(2 * 4 * self.embd / 3) // multiple)
 
+    def latest_model(self) -> str:
+        """The name of the newest model."""
+        name = self.model_out.replace(OUT_DIR, self.out_dir)
+        return name.replace(self.pattern_fn_it, self.fn_latest, 1) if self.pattern_fn_it else name
+
     def placed(self) -> TrainConfig:
         """The same with --out-dir in the place of OUT_DIR."""
         names = ("checkpoint_in", "checkpoint_out", "model_out", "log_file")
         places = {name: getattr(self, name).replace(OUT_DIR, self.out_dir) for name in names}
         return dataclasses.replace(self, **places)
+
+
+def as_toml(config: Any) -> str:
+    """A dataclass of options as --config takes it, one line each; what is not set (None) is left out."""
+    values = {name: value for name, value in vars(config).items() if value is not None}
+    return "\n".join(f"{name} = {_toml(value)}" for name, value in values.items())
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, (tuple, list)):
+        return f"[{', '.join(map(_toml, value))}]"
+    if isinstance(value, (int, float)):
+        return repr(value)
+    return json.dumps(str(value))  # a JSON string is a TOML one
