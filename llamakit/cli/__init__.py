@@ -118,7 +118,7 @@ def _print_overview(context: typer.Context) -> None:
 
 
 def build_app(names: Collection[str] | None = None) -> typer.Typer:
-    """The Typer application with the commands of these names, by default with every one.
+    """The Typer application with the commands and groups of these names, by default with every one.
 
     None of them has computed or imported anything heavy yet.
     """
@@ -130,12 +130,14 @@ def build_app(names: Collection[str] | None = None) -> typer.Typer:
         pretty_exceptions_enable=False,
     )
     app.callback()(_root)
-    for name in _COMMANDS if names is None else names:
-        function, panel = _COMMANDS[name]
+    for name, (function, panel) in _COMMANDS.items():
+        if names is not None and name not in names:
+            continue
         settings = {"context_settings": CONTEXT_SETTINGS, "epilog": _EPILOGS.get(name), "rich_help_panel": panel}
         app.command(name, cls=_CLASSES.get(name, Command), **settings)(function)
     for name, (about, panel, commands) in _GROUPS.items():
-        app.add_typer(_group(about, commands), name=name, rich_help_panel=panel)
+        if names is None or name in names:
+            app.add_typer(_group(about, commands), name=name, rich_help_panel=panel)
     return app
 
 
@@ -218,11 +220,11 @@ def _invoke(argv: list[str]) -> object:
     A command is called without the root, whose options would cost 0.1 s to process, and made alone, which spares as
     much.
     """
-    if not argv or argv[0] not in _COMMANDS:
+    if not argv or argv[0] not in {*_COMMANDS, *_GROUPS}:
         root: Any = get_command(build_app())
         return root.main(args=argv, prog_name="llamakit", standalone_mode=False)
-    group: Any = get_command(build_app(argv[:1]))
-    command = group.commands[argv[0]]
+    alone: Any = get_command(build_app(argv[:1]))
+    command = alone.commands[argv[0]]
     if argv[0] not in _LIGHT and not {"-h", "--help"} & set(argv):
         doctor.say_once_what_is_missing()
     return command.main(args=argv[1:], prog_name=f"llamakit {argv[0]}", standalone_mode=False)
