@@ -27,7 +27,7 @@ def bench(script: str, *arguments: str | os.PathLike[str]) -> str:
         capture_output=True,
         check=False,
         text=True,
-        timeout=110,
+        timeout=250,
     )
     assert ran.returncode == 0, ran.stderr
     return ran.stdout

@@ -188,7 +188,7 @@ def start(place, *arguments):
 def test_a_signal_saves_and_ends_with_its_code(place, number, code):
     process = start(place, "--save-every", "0")
     process.send_signal(number)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=250)
     assert process.returncode == code, err
     assert "saving to chk-LATEST.gguf" in out and "Traceback" not in err
     assert (place / "chk-LATEST.gguf").exists() and (place / "lora-LATEST.bin").exists()

@@ -94,7 +94,7 @@ def test_a_fresh_start_is_silent(tmp_path: Path) -> None:
     environment = {"PATH": "/usr/bin", "HOME": str(tmp_path / "run" / "metrics.jsonl"), "PYTHONPATH": ":".join([str(ROOT), *sys.path]),
                    "TMPDIR": str(tmp_path), "MPLBACKEND": "tkagg"}  # fmt: skip
     result = subprocess.run(
-        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False, timeout=60
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False, timeout=250
     )
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
     assert size_of(tmp_path / "loss.png") == (1200, 800)
