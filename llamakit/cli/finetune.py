@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import os
 import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import typer
 
 from llamakit import hub
 from llamakit.cli import loop_options as loop
 from llamakit.cli import options, render
+from llamakit.cli.run_signals import stopping_signals
 from llamakit.cli.sources import local
 from llamakit.errors import EXIT_INTERRUPTED, EXIT_TERMINATED
 from llamakit.training.config import FinetuneConfig
-
-if TYPE_CHECKING:
-    from llamakit.training.loop import Control
 
 _D = FinetuneConfig()
 _NOT_CONFIG = ("config", "n_gpu_layers", "offline", "json", "report_to", "report_dir")
@@ -72,9 +67,23 @@ def finetune(
     use_checkpointing: loop.UseCheckpointingOption = _D.use_checkpointing,
     warmup: loop.WarmupOption = _D.warmup,
     cos_decay_steps: loop.CosDecayStepsOption = _D.cos_decay_steps,
-    cos_decay_restart: loop.CosDecayRestartOption = _D.cos_decay_restart,
+    cos_decay_restart: Annotated[
+        float,
+        typer.Option(
+            "--cos-decay-restart",
+            help="Each restarted period is this many times as long as the one before.",
+            rich_help_panel=options.TRAINING,
+        ),
+    ] = _D.cos_decay_restart,
     cos_decay_min: loop.CosDecayMinOption = _D.cos_decay_min,
-    enable_restart: loop.EnableRestartOption = _D.enable_restart,
+    enable_restart: Annotated[
+        bool,
+        typer.Option(
+            "--enable-restart/--disable-restart",
+            help="Start the cosine decay again when it is over.",
+            rich_help_panel=options.TRAINING,
+        ),
+    ] = _D.enable_restart,
     adam_alpha: loop.AdamAlphaOption = _D.adam_alpha,
     adam_min_alpha: loop.AdamMinAlphaOption = _D.adam_min_alpha,
     adam_decay: loop.AdamDecayOption = _D.adam_decay,
@@ -332,7 +341,7 @@ def finetune(
     reports = run(run_config, control)
     if report_to == "tensorboard":
         reports = follow(reports, events)
-    with View(run_config, json=json) as view, _signals(control, view):
+    with View(run_config, json=json) as view, stopping_signals(control, view):
         for report in reports:
             view.show(report)
     codes: dict[int, int] = {signal.SIGINT: EXIT_INTERRUPTED, signal.SIGTERM: EXIT_TERMINATED}
@@ -347,27 +356,3 @@ def _device_for_layers(device: str, n_gpu_layers: int) -> str:
         return "cuda" if device != "cpu" else device
     render.warn(f"-ngl {n_gpu_layers}: there is no CUDA device here, computing on the CPU")
     return "cpu"
-
-
-@contextmanager
-def _signals(control: Control, view: Any) -> Iterator[None]:
-    """Ctrl-C and SIGTERM end the run after the step, saved; SIGUSR1 saves; a second Ctrl-C ends at once."""
-
-    def stop(number: int, _frame: object) -> None:
-        if control.signal or not view.training:
-            if number == signal.SIGTERM:
-                raise SystemExit(EXIT_TERMINATED)
-            raise KeyboardInterrupt
-        control.signal = number
-        os.write(2, b"note: finishing this step, then saving; once more ends at once without saving\n")
-
-    def save(_number: int, _frame: object) -> None:
-        control.save = True
-
-    wanted = {signal.SIGINT: stop, signal.SIGTERM: stop, signal.SIGUSR1: save}
-    before = {number: signal.signal(number, handler) for number, handler in wanted.items()}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

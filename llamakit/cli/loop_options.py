@@ -109,27 +109,11 @@ CosDecayStepsOption = Annotated[
         rich_help_panel=options.TRAINING,
     ),
 ]
-CosDecayRestartOption = Annotated[
-    float,
-    typer.Option(
-        "--cos-decay-restart",
-        help="Each restarted period is this many times as long as the one before.",
-        rich_help_panel=options.TRAINING,
-    ),
-]
 CosDecayMinOption = Annotated[
     float,
     typer.Option(
         "--cos-decay-min",
         help="The cosine decay ends at this share of the learning rate.",
-        rich_help_panel=options.TRAINING,
-    ),
-]
-EnableRestartOption = Annotated[
-    bool,
-    typer.Option(
-        "--enable-restart/--disable-restart",
-        help="Start the cosine decay again when it is over.",
         rich_help_panel=options.TRAINING,
     ),
 ]

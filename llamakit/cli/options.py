@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import inspect
+import json
 import os
 import re
 import tomllib
@@ -19,7 +20,7 @@ from llamakit.errors import UsageError
 from llamakit.files import read_text
 
 #: Help groups, shared so that every command names them alike.
-FILES, MODEL, CHAT, SAMPLING, TRAINING, LORA, DATA, OUTPUT, COMPUTE = (
+FILES, MODEL, CHAT, SAMPLING, TRAINING, LORA, DATA, EVALUATION, OUTPUT, COMPUTE = (
     "Files",
     "Model",
     "Chat",
@@ -27,6 +28,7 @@ FILES, MODEL, CHAT, SAMPLING, TRAINING, LORA, DATA, OUTPUT, COMPUTE = (
     "Training",
     "LoRA",
     "Data",
+    "Evaluation",
     "Output",
     "Compute",
 )
@@ -70,7 +72,7 @@ def _read_config(context: typer.Context, path: Path | None) -> Path | None:
     options = _options(context)
     defaults: dict[str, Any] = {}
     for key, value in values.items():
-        name, annotation = _find(key, options, path, _line_of(key, text), context.info_name or "")
+        name, annotation = _find(key, options, path, _line_of(key, text), _command(context))
         _check(key, value, annotation, path, _line_of(key, text))
         defaults[name] = value
     context.default_map = {**(context.default_map or {}), **defaults}
@@ -94,10 +96,16 @@ def _options(context: typer.Context) -> dict[str, tuple[str, Any]]:
         if param.name in hints and param.name != "config":
             for spelling in (param.name, *param.opts):
                 options[_key(spelling)] = (param.name, hints[param.name])
-    for old, new in ALIASES.get(context.command.name or "", {}).items():
+    for old, new in ALIASES.get(_command(context), {}).items():
         if _key(new) in options:
             options.setdefault(_key(old), options[_key(new)])
     return options
+
+
+def _command(context: typer.Context) -> str:
+    """The command as a user calls it, `data prepare` for one of a group."""
+    path = context.command_path.partition(" ")[2]
+    return path if path in ALIASES else context.command.name or ""
 
 
 def _key(spelling: str) -> str:
@@ -202,6 +210,22 @@ RopeFreqBaseOption = Annotated[
     float | None,
     typer.Option("--rope-freq-base", metavar="N", help="Base of the rotary embedding.", rich_help_panel=MODEL),
 ]
+
+
+def as_toml(config: Any) -> str:
+    """A dataclass of options as --config takes it, one line each; what is not set (None) is left out."""
+    values = {name: value for name, value in vars(config).items() if value is not None}
+    return "\n".join(f"{name} = {_toml(value)}" for name, value in values.items())
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, (tuple, list)):
+        return f"[{', '.join(map(_toml, value))}]"
+    if isinstance(value, (int, float)):
+        return repr(value)
+    return json.dumps(str(value))  # a JSON string is a TOML one
 
 
 def set_threads(threads: int | None) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import signal
 import struct
-import sys
 from collections.abc import Sequence
 from typing import IO
 
@@ -42,10 +41,9 @@ def read_exactly(stream: IO[bytes], n: int) -> bytes:
     return b"".join(parts)
 
 
-def main(vocabulary: str) -> None:
-    """Answer requests with the tokenizer of a GGUF file."""
+def answer(vocabulary: str, stdin: IO[bytes], stdout: IO[bytes]) -> None:
+    """Answer requests with the tokenizer of a GGUF file until the input ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all; who started us ends us by closing the input
-    stdin, stdout = sys.stdin.buffer, sys.stdout.buffer
     with open_gguf(vocabulary) as file:
         tokenizer = load_tokenizer(file)
     while len(head := read_exactly(stdin, HEAD.size)) == HEAD.size:

@@ -20,7 +20,7 @@ from llamakit.errors import LlamakitError, UnsupportedError
 from llamakit.tokenizer import Tokenizer
 
 _PROGRAM = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from llamakit.dataset import encode_worker; "
-_PROGRAM += "encode_worker.main(sys.argv[2])"
+_PROGRAM += "encode_worker.answer(sys.argv[2], sys.stdin.buffer, sys.stdout.buffer)"
 
 
 class HasParts(Protocol):

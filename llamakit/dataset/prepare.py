@@ -23,11 +23,10 @@ from llamakit.dataset.tokens import open_tokens
 from llamakit.dataset.tokens_writer import TokenSpool, WrittenShard, dtype_for, write_vocabulary
 from llamakit.errors import SaveError, UnsupportedError, UsageError
 from llamakit.files import atomic_directory, remove_stale_temporaries
-from llamakit.formats.gguf import open_gguf
 from llamakit.formats.open import sniff
 from llamakit.formats.sentencepiece_model import write_sentencepiece_model
 from llamakit.formats.vocabulary import vocabulary_only
-from llamakit.tokenizer import load_tokenizer
+from llamakit.tokenizer.load import tokenizer_of
 from llamakit.tokenizer.train import new_vocabulary
 
 #: below this, starting processes takes longer than what they save
@@ -169,8 +168,7 @@ def _written(
     config: PrepareConfig, found: Found, folder: Path, vocabulary: dict[str, Any], shards: list[WrittenShard]
 ) -> Generator[Report, None, Prepared]:
     path = write_vocabulary(folder, vocabulary)
-    with open_gguf(path) as file:
-        tokenizer = load_tokenizer(file)
+    tokenizer = tokenizer_of(vocabulary, config.vocab_model)
     bos = tokenizer.bos_id if tokenizer.bos_id is not None else tokenizer.eos_id
     if bos is None:
         raise UnsupportedError(

@@ -121,7 +121,7 @@ def check_ids(data: TokenData, n_vocab: int, *, hint: str | None = None) -> None
                     at = start + int((block >= n_vocab).argmax())
                     raise MismatchError(
                         f"token {at} is {int(shard[at])}, the vocabulary has {n_vocab} tokens",
-                        path=_file_of(shard, data.path),
+                        path=shard_path(shard, data.path),
                         hint=hint,
                     )
 
@@ -144,7 +144,7 @@ def verify_tokens(data: TokenData) -> None:
         if split.sha256 is None:
             continue
         for shard, bounds in zip(split.shards, split.bounds, strict=True):
-            path = _file_of(shard, data.path)
+            path = shard_path(shard, data.path)
             wrong = np.flatnonzero(shard[bounds] != data.bos)
             if wrong.size:
                 at = int(bounds[wrong[0]])
@@ -161,7 +161,8 @@ def verify_tokens(data: TokenData) -> None:
         check_ids(data, data.n_vocab)
 
 
-def _file_of(shard: np.ndarray, folder: Path) -> Path:
+def shard_path(shard: np.ndarray, folder: Path) -> Path:
+    """The file that a shard, or a part of one, is mapped from; `folder` where it is not mapped."""
     base: Any = shard
     while base is not None and not isinstance(base, np.memmap):
         base = base.base

@@ -46,6 +46,7 @@ def vocabulary_stamp(metadata: Mapping[str, Any]) -> str:
     the order of merging, BOS and EOS, a space before the text. The same for a vocabulary in any of its formats.
     """
     digest = hashlib.sha256()
+    metadata = {k: getattr(v, "value", v) for k, v in metadata.items() if k.startswith("tokenizer.")}  # of `Typed`
     kind = str(metadata.get("tokenizer.ggml.model", ""))
     n = len(metadata.get("tokenizer.ggml.tokens", ()))
     types = np.asarray(metadata.get("tokenizer.ggml.token_type", np.ones(n))).astype("<i4")

@@ -79,7 +79,8 @@ class Llama(nn.Module):
         """In training drop some of the embeddings, and of what each unit adds, at random."""
         self.dropout = dropout
         for block in self.blk:
-            block.dropout = dropout  # pyright: ignore[reportAttributeAccessIssue]
+            assert isinstance(block, Block)
+            block.dropout = dropout
 
     def forward(
         self, tokens: Tensor, positions: Tensor | None = None, cache: KVCache | JoinedCache | None = None

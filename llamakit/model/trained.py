@@ -62,6 +62,11 @@ class _LookUp(torch.autograd.Function):
         return (into if weight.grad is None else None), None, None
 
 
+def _rows(x: Tensor) -> Tensor:
+    """(..., I) -> (N, I), also of a single row (I,)."""
+    return x.reshape(-1, x.shape[-1])
+
+
 def _collect(parameter: Tensor, gradient: Tensor) -> Tensor | None:
     """Add to the parameter's gradient in place, without a float32 copy; what is left for autograd to add, if any."""
     if parameter.grad is None:
@@ -79,7 +84,7 @@ class _Project(torch.autograd.Function):
     @staticmethod
     def forward(ctx, layers: tuple[TrainedLinear, ...], function: Function, n_tensors: int, *tensors: Tensor):
         tensors = tensors[:n_tensors]
-        h = function(*tensors)[0].flatten(0, -2)
+        h = _rows(function(*tensors)[0])
         ctx.layers, ctx.function = layers, function
         weights = [layer.rounded(h.dtype) for layer in layers]
         ctx.save_for_backward(*weights, *tensors)
@@ -91,7 +96,7 @@ class _Project(torch.autograd.Function):
         layers: tuple[TrainedLinear, ...] = ctx.layers
         weights, tensors = ctx.saved_tensors[: len(layers)], ctx.saved_tensors[len(layers) :]
         result, pullback = ctx.function(*tensors)
-        h = result.flatten(0, -2)
+        h = _rows(result)
         d_weights = [_collect(layer.weight, grad.t() @ h) for layer, grad in zip(layers, grads, strict=True)]
         d_biases = [
             _collect(layer.bias, grad.float().sum(0))

@@ -44,12 +44,8 @@ class LoopOptions:
     """iterations over which the learning rate rises"""
     cos_decay_steps: int = 1000
     """iterations of the cosine decay after the warmup"""
-    cos_decay_restart: float = 1.1
-    """each restarted period is this many times as long as the one before"""
     cos_decay_min: float = 0.1
     """the cosine decay ends at this share of the learning rate"""
-    enable_restart: bool = False
-    """start the cosine decay again when it is over"""
     opt_past: int = 0
     """compare the loss with that of N iterations ago, and stop when it hardly changed; 0: never"""
     opt_delta: float = 1e-5
@@ -98,7 +94,6 @@ class LoopOptions:
             ("--adam-decay", self.adam_decay, 0.0),
             ("--adam-gclip", self.adam_gclip, 0.0),
             ("--adam-epsf", self.adam_epsf, 0.0),
-            ("--cos-decay-restart", self.cos_decay_restart, 1.0),
         ):
             check_least(flag, value, least)
         for flag, value in (("--adam-beta1", self.adam_beta1), ("--adam-beta2", self.adam_beta2)):
@@ -143,6 +138,11 @@ class FinetuneConfig(SampleOptions, LoopOptions):
     """begin a new shuffled epoch when going on from a checkpoint"""
     restart_data: bool = False
     """accept another text than the checkpoint was trained on, from its beginning"""
+    cos_decay_restart: float = 1.1
+    """each restarted period is this many times as long as the one before"""
+    enable_restart: bool = False
+    """start the cosine decay again when it is over"""
+
     lora_r: int = 4
     """rank of the adapter's matrices"""
     lora_alpha: float | None = None
@@ -187,6 +187,7 @@ class FinetuneConfig(SampleOptions, LoopOptions):
         super().__post_init__()
         check_least("--ctx", self.ctx, 1)
         check_least("--cos-decay-steps", self.cos_decay_steps, 1)
+        check_least("--cos-decay-restart", self.cos_decay_restart, 1.0)
         check_least("--lora-r", self.lora_r, 1)
         for name, rank in self._ranks().items():
             if rank is not None:

@@ -18,7 +18,7 @@ from llamakit.dataset.tokens import TokenData, check_ids, check_vocabulary, hold
 from llamakit.dataset.tokens_writer import write_vocabulary
 from llamakit.errors import UsageError
 from llamakit.files import atomic_path, escape_control
-from llamakit.formats.gguf import open_gguf, typed_metadata
+from llamakit.formats.gguf import open_gguf
 from llamakit.formats.vocabulary import vocabulary_only
 from llamakit.tokenizer import Tokenizer, load_tokenizer
 from llamakit.training.train_config import TrainConfig
@@ -58,12 +58,12 @@ def open_corpus(config: TrainConfig, model_vocabulary: Mapping[str, Any]) -> Gen
         raise UsageError("has tokens, and no vocabulary beside them", path=path, hint=hint)
     check_ids(data, len(vocabulary["tokenizer.ggml.tokens"]))
     with open_gguf(write_vocabulary(Path(config.out_dir), vocabulary)) as file:
-        return Corpus(data, _vocabulary_of(file.path), load_tokenizer(file))
+        return Corpus(data, vocabulary, load_tokenizer(file))
 
 
 def _vocabulary_of(path: Path) -> dict[str, Any]:
     with open_gguf(path) as file:
-        return {key: value for key, value in typed_metadata(file).items() if key.startswith("tokenizer.")}
+        return {key: value for key, value in file.metadata.items() if key.startswith("tokenizer.")}
 
 
 def _given_vocabulary(config: TrainConfig, model_vocabulary: Mapping[str, Any]) -> Mapping[str, Any]:

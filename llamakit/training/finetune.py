@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -272,7 +273,8 @@ class _Run:
         bos = _bos(tokenizer, config.model_base)
         eos = bos if tokenizer.eos_id is None else tokenizer.eos_id
         builder = BatchBuilder(text.train, config, bos=bos, eos=eos, n_vocab=self.shape.n_vocab)
-        return Trainer(model.train(), parameters, builder, order, self.progress, config, dropout)
+        factor = partial(schedule, config=config)
+        return Trainer(model.train(), parameters, builder, order, self.progress, config, dropout, factor)
 
     def _facts(self, text: TrainingText, trainer: Trainer) -> Iterator[Report]:
         config, progress = self.config, self.progress

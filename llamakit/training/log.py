@@ -42,7 +42,7 @@ class StepLog:
                 start = {"event": "start", "step": report.first_iteration, "tokens": self._tokens}
                 self._write("a" if self._append else "w", mended + (_line(start) if self._events else ""))
             case StepReport():
-                self._tokens, self._elapsed_s = self._tokens + report.n_tokens, report.elapsed_s
+                self._tokens, self._elapsed_s = report.n_tokens, report.elapsed_s
                 more = {"grad_norm": _number(report.grad_norm), "step_s": report.step_s, "tokens": self._tokens}
                 self._write("a", _line(step_record(report) | (more if self._events else {})))
             case Evaluation() if self._events:

@@ -22,7 +22,7 @@ from llamakit.model import Llama
 from llamakit.model.layers import Dropout
 from llamakit.training.config import LoopOptions
 from llamakit.training.loss import backpropagate
-from llamakit.training.optim import AdamW, clip_gradient, schedule
+from llamakit.training.optim import AdamW, clip_gradient
 from llamakit.training.report import StepReport
 from llamakit.training.state import MOMENT_SUFFIXES, Progress
 
@@ -101,12 +101,12 @@ class Trainer:
         progress: Progress,
         config: LoopOptions,
         dropout: Dropout,
-        factor: Callable[[int], float] | None = None,
+        factor: Callable[[int], float],
     ) -> None:
-        """factor: share of the learning rate for an iteration, from 1; the default is `schedule`."""
+        """factor: share of the learning rate for an iteration, from 1."""
         self.model, self.parameters, self.batches = model, parameters, batches
         self.order, self.progress, self.config, self.dropout = order, progress, config, dropout
-        self._factor = factor or (lambda iteration: schedule(iteration, config))
+        self._factor = factor
         self._device = next(iter(parameters.named.values())).device
         self._begin, self._epochs_before, self._skipped = time.perf_counter(), progress.epochs, 0
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from llamakit.training.config import LoopOptions
+from llamakit.training.config import FinetuneConfig, LoopOptions
 
 _EPS = 1e-8
 
@@ -17,7 +17,7 @@ def _cosine(step: int, steps: int, least: float) -> float:
     return (1 - least) * 0.5 * (1 + math.cos(math.pi * min(step, steps) / steps)) + least
 
 
-def schedule(iteration: int, config: LoopOptions) -> float:
+def schedule(iteration: int, config: FinetuneConfig) -> float:
     """Factor on --adam-alpha for an iteration, counted from 1.
 
     A linear warmup whose first step is 1/warmup, then a cosine decay that begins where the warmup ends (the old
@@ -64,7 +64,6 @@ class AdamW:
         views = zip(self._views(self._vector), self._views(self.gradient), strict=True)
         for parameter, (view, gradient) in zip(self._parameters, views, strict=True):
             parameter.data, parameter.grad = view, gradient
-        # A detached parameter shares its count of changes: who keeps a rounded copy sees that it is stale.
         weights = [p.detach() for p in self._parameters]
         states = zip(weights, *map(self._views, (self.gradient, self._m, self._v)), strict=True)
         self._states = list(states)
@@ -96,6 +95,8 @@ class AdamW:
                 weights, gradients, m, v, [], steps, lr=lr, beta1=config.adam_beta1, beta2=config.adam_beta2,
                 weight_decay=decay, eps=_EPS, amsgrad=False, maximize=False,
             )  # fmt: skip
+            # The fused kernel does not count as a change: who keeps a rounded copy would not see that it is stale.
+            torch.autograd.graph.increment_version(weights)
 
 
 def clip_gradient(gradient: Tensor, limit: float) -> float:
