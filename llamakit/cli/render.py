@@ -64,6 +64,14 @@ def _line(label: str, code: str, text: str) -> None:
     print(_paint(label, code, sys.stderr) + escape_control(text), file=sys.stderr, flush=True)
 
 
+def quiet_matplotlib() -> None:
+    """Have matplotlib say errors alone: that it looks for fonts, or has no home to keep them in, helps nobody here.
+    Before it is imported, since it speaks then already."""
+    import logging
+
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)
+
+
 def error(text: str) -> None:
     """`error: TEXT` on stderr, one line whatever the text holds."""
     _line("error: ", _RED, text)
