@@ -96,7 +96,7 @@ def test_no_window_and_no_pyplot_whatever_the_surroundings_say(tmp_path: Path) -
     (tmp_path / ".config" / "matplotlib").mkdir(parents=True)
     (tmp_path / ".config" / "matplotlib" / "matplotlibrc").write_text("text.usetex: True\nfigure.dpi: 7\n")
     command = [sys.executable, "-c", program]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=60)
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=250)
     assert (result.returncode, result.stdout) == (0, "set()\n"), result.stderr
     assert size_of(tmp_path / "loss.png") == (1200, 800)
 
