@@ -97,6 +97,6 @@ def test_hostile_models(tmp_path, capsys):
 
 
 @pytest.mark.prove
-@pytest.mark.timeout(3000)
+@pytest.mark.timeout(3600)
 def test_a_thousand_hostile_models(tmp_path, capsys):
     campaign(tmp_path, capsys, range(12, 1000))

@@ -129,7 +129,7 @@ def test_hostile_vocabularies(tmp_path: Path) -> None:
 
 
 @pytest.mark.prove
-@pytest.mark.timeout(3000)
+@pytest.mark.timeout(3600)
 def test_two_thousand_of_each(tmp_path: Path) -> None:
     folders(tmp_path, range(120, 4120))
     binaries(tmp_path, range(60, 2060))

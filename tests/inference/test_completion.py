@@ -187,7 +187,7 @@ PROMPTS = [
 
 
 @pytest.mark.interop
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize(
     ("prompts", "n"),
     [
@@ -290,7 +290,7 @@ def test_a_shifted_context_goes_on_beyond_its_end():
     assert _run(model, tokenizer, [1] * 30, GenerateConfig(context_shift=True, keep=-1, n_predict=2))[0]
 
 
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("n", [pytest.param(6, marks=pytest.mark.slow), pytest.param(24, marks=pytest.mark.prove)])
 def test_greedy_texts_of_smollm2_do_not_depend_on_their_neighbours(n):
     file = open_model(smollm2_f32())

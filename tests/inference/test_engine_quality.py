@@ -25,7 +25,7 @@ from llamakit.tokenizer import load_tokenizer
 from tests.oracle import LlamaLogits
 from tests.smollm import smollm2_path
 
-pytestmark = [pytest.mark.prove, pytest.mark.interop, pytest.mark.timeout(3000)]
+pytestmark = [pytest.mark.prove, pytest.mark.interop, pytest.mark.timeout(3600)]
 
 TYPES = ["F32", "F16", "BF16", "Q8_0", "Q6_K", "Q4_0", "Q4_1", "Q4_K_M"]
 N_WINDOWS, WINDOW = 4, 500

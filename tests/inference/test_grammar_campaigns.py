@@ -59,7 +59,7 @@ def _continuations(model: Loaded, ids: list[int], schema: str) -> list[str | Non
     return [text if seed in ended else None for seed, text in enumerate(texts)]
 
 
-@pytest.mark.timeout(1800)
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("name", SCHEMAS)
 def test_two_hundred_texts_of_the_real_model_end_parse_and_validate(name, smollm2, record_property):
     schema = SCHEMAS[name]
@@ -118,7 +118,7 @@ def tokenizer(request) -> Tokenizer:
     return load_tokenizer(open_model(cached_tiny_gguf(tokenizer=request.param)))
 
 
-@pytest.mark.timeout(1800)
+@pytest.mark.timeout(3600)
 def test_random_logits_follow_any_schema_to_its_end(tokenizer, record_property):
     refused: dict[bool, int] = {True: 0, False: 0}
 

@@ -54,7 +54,7 @@ def test_a_trained_adapter_writes_the_same_text_there_as_here(tmp_path, options)
 PROMPTS = ("To be, or not to be", "The king said", "My lord,", "Once upon a time", "What news from")
 
 
-@pytest.mark.timeout(1800)
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize(
     ("prompts", "n", "every"),
     [

@@ -12,7 +12,7 @@ from llamakit.tokenizer import load_tokenizer
 from tests.interop.llama_server import LlamaServer
 from tests.smollm import smollm2_f32
 
-pytestmark = [pytest.mark.interop, pytest.mark.timeout(1200)]
+pytestmark = [pytest.mark.interop, pytest.mark.timeout(3600)]
 
 CHATS = (
     ("", ("What is the capital of France?", "And of Italy?\nOne word.", "  Why? ")),

@@ -178,21 +178,26 @@ def test_the_whole_of_shakespeare(name: str) -> None:
 
 
 @pytest.mark.prove
-@pytest.mark.timeout(1800)
-def test_random_texts(tmp_path: Path) -> None:
-    """10,000 texts for each of the real vocabularies and for each way of cutting."""
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("name", ["models/ggml-vocab-llama-spm.gguf", "models/ggml-vocab-llama-bpe.gguf", "smollm2"])
+def test_ten_thousand_texts_of_a_real_vocabulary(name: str) -> None:
     from tests.smollm import smollm2_path
 
-    models = shared("models")
-    for path in (models / "ggml-vocab-llama-spm.gguf", models / "ggml-vocab-llama-bpe.gguf", smollm2_path()):
-        compare(load(path), llama_vocab(path), 10_000, seed=8)
-    for pre in CUTS:
-        compare(*both(tmp_path / "a.gguf", bpe_metadata(random_merges(20000), SPECIAL, pre=pre)), 10_000, seed=9)
-    compare(*both(tmp_path / "b.gguf", spm_metadata(ODD_PIECES, SPECIAL)), 10_000, seed=10)
+    path = smollm2_path() if name == "smollm2" else shared(name)
+    compare(load(path), llama_vocab(path), 10_000, seed=8)
 
 
 @pytest.mark.prove
-@pytest.mark.timeout(1800)
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("pre", [*CUTS, "spm"])
+def test_ten_thousand_texts_of_each_way_of_cutting(tmp_path: Path, pre: str) -> None:
+    is_spm = pre == "spm"
+    metadata = spm_metadata(ODD_PIECES, SPECIAL) if is_spm else bpe_metadata(random_merges(20000), SPECIAL, pre=pre)
+    compare(*both(tmp_path / "a.gguf", metadata), 10_000, seed=10 if is_spm else 9)
+
+
+@pytest.mark.prove
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("pre", CUTS)
 def test_every_character(tmp_path: Path, pre: str) -> None:
     """Each code point up to the last assigned plane, between letters, digits and spaces, for each way of cutting."""
