@@ -45,6 +45,11 @@ def bold(text: str) -> str:
     return _paint(text, _BOLD, sys.stdout)
 
 
+def good(text: str) -> str:
+    """Text that is green on stdout where that has colours."""
+    return _paint(text, _GREEN, sys.stdout)
+
+
 def prompt(text: str, *, for_readline: bool) -> str:
     """What asks a person for a line on stdout; readline is told that colours take no place."""
     if not has_color(sys.stdout):

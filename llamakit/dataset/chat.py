@@ -12,8 +12,8 @@ from itertools import pairwise
 
 import numpy as np
 
+from llamakit.dataset.chat_records import Problem, Record
 from llamakit.dataset.literal import find_literal, literal_answers
-from llamakit.dataset.records import Problem, Record
 from llamakit.dataset.render import Answer, Rendered, render_one, render_records
 from llamakit.dataset.schemas import Message
 from llamakit.errors import UnsupportedError
@@ -30,7 +30,8 @@ class ChatSample:
     tokens: (n,) int32. trained: (n,) bool, whether each token is a target of the loss; never the first one, which
     nothing comes before. ended: whether an end token follows every answer that is trained. double_bos: a second BOS at
     the front was taken away. changed: answers that the template wrote in another way than they stand in the data;
-    unlike: answers that follow another text here than the one that they are asked with.
+    unlike: answers that follow another text here than the one that they are asked with; dropped: messages that the
+    template leaves out.
     """
 
     path: str
@@ -42,6 +43,7 @@ class ChatSample:
     double_bos: bool = False
     changed: int = 0
     unlike: int = 0
+    dropped: int = 0
 
 
 @dataclass(frozen=True)
@@ -151,7 +153,16 @@ def _sample(
         return Problem(record.path, record.line, "untrained", "has no token to train on")
     tokens = np.array(ids, dtype=np.int32)
     return ChatSample(
-        record.path, record.line, record.schema, tokens, mask, ended, double, rendered.changed, rendered.unlike
+        path=record.path,
+        line=record.line,
+        schema=record.schema,
+        tokens=tokens,
+        trained=mask,
+        ended=ended,
+        double_bos=double,
+        changed=rendered.changed,
+        unlike=rendered.unlike,
+        dropped=rendered.dropped,
     )
 
 

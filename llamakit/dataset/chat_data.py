@@ -5,15 +5,15 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from llamakit.dataset.chat import ChatSample, read_samples
+from llamakit.dataset.chat_records import Problem, Record, data_files, read_records
 from llamakit.dataset.config import ChatOptions
 from llamakit.dataset.order import shuffled
-from llamakit.dataset.records import Problem, Record, data_files, read_records
 from llamakit.errors import DataError
 from llamakit.tokenizer import Tokenizer
 from llamakit.tokenizer.chat_templates import find_chat_template
@@ -29,8 +29,8 @@ class ChatCounts:
     n_records: records read. n_cut, n_cut_tokens: samples that were too long and lost their end, and the tokens lost;
     n_windowed: those that became several. not_ended: samples with an answer that no end token follows. double_bos:
     samples with a BOS too many, which was taken away. changed, unlike: answers that the template changed, or asks for
-    with another text than stands before them. schemas: how many records are of which. skipped: what was left out.
-    aside: files of a folder that are no data.
+    with another text than stands before them. dropped: messages that it left out. schemas: how many records are of
+    which. skipped: what was left out. aside: files of a folder that are no data.
     """
 
     n_records: int
@@ -41,6 +41,7 @@ class ChatCounts:
     double_bos: int
     changed: int
     unlike: int
+    dropped: int
     schemas: dict[str, int]
     skipped: tuple[Problem, ...]
     aside: tuple[str, ...]
@@ -102,7 +103,8 @@ def read_chat_data(
             continue
         assert isinstance(item, ChatSample)
         schemas[item.schema] += 1
-        totals.update(double=item.double_bos, changed=item.changed, unlike=item.unlike, not_ended=not item.ended)
+        totals.update(double=item.double_bos, not_ended=not item.ended)
+        totals.update(changed=item.changed, unlike=item.unlike, dropped=item.dropped)
         lost = len(item.tokens) - (ctx + 1)
         if lost > 0:
             totals.update({"cut": 1, "lost": lost} if options.long_samples == "cut" else {"windowed": 1})
@@ -122,6 +124,7 @@ def read_chat_data(
         double_bos=totals["double"],
         changed=totals["changed"],
         unlike=totals["unlike"],
+        dropped=totals["dropped"],
         schemas=dict(schemas),
         skipped=tuple(skipped),
         aside=tuple(str(file) for file in aside),
@@ -130,11 +133,15 @@ def read_chat_data(
 
 
 def samples_of(
-    files: Iterable[str | os.PathLike[str]], tokenizer: Tokenizer, train_on: str
+    files: Iterable[str | os.PathLike[str]],
+    tokenizer: Tokenizer,
+    train_on: str,
+    on_record: Callable[[Record], None] | None = None,
 ) -> Iterator[ChatSample | Problem]:
     """The sample of every record of some files, or the problem in its place; problems of reading may come first.
 
-    Raises as `read_chat_data` does, but never for a record.
+    on_record: called with each record that could be read, before its sample is made. Raises as `read_chat_data` does,
+    but never for a record.
     """
     held: list[Problem] = []
 
@@ -144,6 +151,8 @@ def samples_of(
                 if isinstance(item, Problem):
                     held.append(item)
                 else:
+                    if on_record is not None:
+                        on_record(item)
                     yield item
 
     for sample in read_samples(tokenizer, sound(), train_on):

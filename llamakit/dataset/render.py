@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from llamakit.dataset.records import Problem, Record
+from llamakit.dataset.chat_records import Problem, Record
 from llamakit.dataset.schemas import Message
 from llamakit.errors import FormatError
 from llamakit.tokenizer import Tokenizer
@@ -47,13 +47,15 @@ class Rendered:
 
     changed: how many of them the template wrote in another way than they stand in the data (an earlier turn's
     reasoning that it drops, say), spaces at their ends not counted. unlike: how many follow another text than what the
-    template asks for them with; a system message that it moves to the last question, say.
+    template asks for them with; a system message that it moves to the last question, say. dropped: how many messages
+    of others it does not write at all.
     """
 
     text: str
     answers: tuple[Answer, ...]
     changed: int = 0
     unlike: int = 0
+    dropped: int = 0
 
 
 def wanted_answers(messages: Sequence[Message], train_on: str) -> list[int]:
@@ -223,7 +225,11 @@ class _Job:
             answers.append(Answer(begin, end, reach))
             changed += len(begins) != 1 and text[begin:end].strip() != core
             unlike += asked is None
-        return Rendered(text, tuple(answers), changed, unlike)
+        # With marks at some messages alone, the others' are not missing.
+        marked = {mark // 2 for mark in places}
+        others = [i for i, message in enumerate(self.messages) if message.content.strip() and i not in self.wanted]
+        dropped = sum(i not in marked for i in others) if marked - set(self.wanted) or not others else 0
+        return Rendered(text, tuple(answers), changed, unlike, dropped)
 
     def _asked(self, text: str, number: int, end: int) -> int | None:
         """How much of the text an answer is asked with; None where it is asked with another."""

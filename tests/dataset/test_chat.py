@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from llamakit.dataset.chat import ChatSample, ending_of, read_samples
-from llamakit.dataset.records import Problem, Record
+from llamakit.dataset.chat_records import Problem, Record
 from llamakit.dataset.schemas import Message
 from llamakit.errors import FormatError, UnsupportedError
 from llamakit.tokenizer import Tokenizer
@@ -180,7 +180,7 @@ def test_the_answers_and_their_end_tokens_are_trained_and_nothing_else(name: str
     check(tokenizer, found, label)
     assert found.ended and not found.double_bos and found.changed == 0
     # With a system message Mistral asked the first question in other words than it stands there in the end.
-    assert found.unlike == (name == "Mistral")
+    assert found.unlike == (name == "Mistral") and found.dropped == 0
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -375,6 +375,15 @@ def test_what_cannot_be_proven_is_an_error_and_never_a_guess(make: Make) -> None
     assert "cannot be proven" in problem(make(counted), TALK).reason
     reversed_ = "{% for m in messages %}{{ m.content | reverse }}{% endfor %}"
     assert "cannot be proven" in problem(make(reversed_), TALK).reason
+
+
+def test_a_message_that_the_template_leaves_out_is_counted(make: Make) -> None:
+    deaf = CHATML.replace(
+        "{{ '<|im_start|>' + m['role']", "{% if m['role'] != 'system' %}{{ '<|im_start|>' + m['role']"
+    ).replace("}}{% endfor", "}}{% endif %}{% endfor")
+    tokenizer = make(deaf, "<|im_start|>", "<|im_end|>", add_bos=False)
+    assert sample(tokenizer, TALK).dropped == 1 and sample(tokenizer, TALK[1:]).dropped == 0
+    assert sample(tokenizer, TALK[:3]).dropped == 1 and sample(tokenizer, TALK, "last").dropped == 1
 
 
 def test_marks_that_change_a_question_do_not_hide_an_answer(make: Make) -> None:

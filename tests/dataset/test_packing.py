@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 
 from llamakit.dataset.chat import ChatSample
 from llamakit.dataset.chat_data import ChatData, Piece, fitted, hold_out, joined, read_chat_data
+from llamakit.dataset.chat_records import Problem
 from llamakit.dataset.config import ChatOptions
 from llamakit.dataset.order import SampleOrder
 from llamakit.dataset.packing import ChatBatch, ChatBatches
-from llamakit.dataset.records import Problem
 from llamakit.errors import DataError, UnsupportedError, UsageError
 from llamakit.formats.open import open_model
 from llamakit.tokenizer import Tokenizer, load_tokenizer

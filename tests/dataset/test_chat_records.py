@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llamakit.dataset.records import Problem, Record, data_files, is_chat_file, read_records
+from llamakit.dataset.chat_records import Problem, Record, data_files, is_chat_file, read_records
 from llamakit.dataset.schemas import Message, SchemaError, read_object
 from llamakit.errors import UsageError
 

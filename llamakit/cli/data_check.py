@@ -1,0 +1,200 @@
+"""`llamakit data check`, the doctor of training data, and `data show` of questions and answers."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from llamakit.cli import render
+from llamakit.cli.options import DATA, FILES, JsonOption, OfflineOption
+from llamakit.cli.sources import local
+from llamakit.dataset.config import CheckConfig
+from llamakit.errors import EXIT_USAGE, UsageError
+from llamakit.files import escape_control
+
+if TYPE_CHECKING:
+    from llamakit.dataset.chat import ChatSample
+    from llamakit.dataset.check import CheckReport
+    from llamakit.formats.base import ModelFile
+    from llamakit.tokenizer import Tokenizer
+
+_BAR = 40
+
+TemplateOption = Annotated[
+    str | None,
+    typer.Option(
+        "--chat-template",
+        metavar="NAME|FILE",
+        help="Template instead of the model's own: one of llama.cpp's names, or a Jinja file.",
+        rich_help_panel=DATA,
+    ),
+]
+TrainOnOption = Annotated[
+    Literal["all", "assistant", "last"],
+    typer.Option("--train-on", help="Tokens with a loss: all, the answers', the last answer's.", rich_help_panel=DATA),
+]
+CountOption = Annotated[int, typer.Option("-n", min=1, help="How many samples.", rich_help_panel=DATA)]
+
+
+def check(
+    sources: Annotated[
+        list[str], typer.Argument(metavar="FILE...", help="Text, JSON lines, JSON, CSV, or a folder of these.")
+    ],
+    model: Annotated[
+        str, typer.Option("-m", metavar="MODEL", help="The base: its vocabulary and template.", rich_help_panel=FILES)
+    ],
+    chat_template: TemplateOption = None,
+    ctx: Annotated[
+        int,
+        typer.Option("--ctx", "-c", min=0, help="Tokens per sequence; 0: the model's context.", rich_help_panel=DATA),
+    ] = 0,
+    train_on: TrainOnOption = "assistant",
+    long_samples: Annotated[
+        Literal["cut", "window"],
+        typer.Option("--long-samples", help="Samples beyond --ctx are cut, or become several.", rich_help_panel=DATA),
+    ] = "cut",
+    offline: OfflineOption = False,
+    json: JsonOption = False,
+) -> int:
+    """Say what is wrong with training data, and what a model would learn from it. Exit 2: something is refused."""
+    from llamakit.dataset.chat_records import Problem
+    from llamakit.dataset.check import CheckReport
+    from llamakit.dataset.check import check as look
+
+    config = CheckConfig(ctx=ctx, chat_template=chat_template, train_on=train_on, long_samples=long_samples)
+    file, tokenizer = _base(model, offline)
+    problems: list[dict[str, object]] = []
+    report: CheckReport | None = None
+    with render.Progress("records", None, beside_output=True) as bar:
+        for item in look(sources, tokenizer, config, ctx=ctx or _context(file)):
+            if isinstance(item, CheckReport):
+                report = item
+            elif not isinstance(item, Problem):
+                bar.update(item.n_records)
+            elif json:
+                problems.append(asdict(item))
+            else:
+                render.say(f"{item.path}:{item.line or 1}: {item.reason}")
+    assert report is not None  # the doctor's last word
+    if json:
+        render.print_json({**asdict(report), "problems": problems, "is_clean": report.is_clean})
+    else:
+        _print(report)
+    return 0 if report.is_clean else EXIT_USAGE
+
+
+def show_samples(
+    source: str, model: str, *, chat_template: str | None, train_on: str, count: int, offline: bool
+) -> int:
+    """Print the first samples as the model will see them, the trained part in colour, or in brackets without it.
+
+    Returns the exit code: 2 where a record among them cannot be used. Raises as `check` does.
+    """
+    from llamakit.dataset.chat_data import samples_of
+    from llamakit.dataset.chat_records import Problem, data_files
+    from llamakit.tokenizer.chat_templates import find_chat_template
+
+    _, tokenizer = _base(model, offline)
+    if chat_template is not None:
+        tokenizer.chat_template = find_chat_template(chat_template)
+    code = 0
+    for number, item in enumerate(samples_of(data_files([source])[0], tokenizer, train_on), 1):
+        if isinstance(item, Problem):
+            code = EXIT_USAGE
+            render.error(str(item.error()))
+        else:
+            _print_sample(tokenizer, item)
+        if number == count:
+            break
+    return code
+
+
+def _base(model: str, offline: bool) -> tuple[ModelFile, Tokenizer]:
+    from llamakit.formats.open import open_model
+    from llamakit.tokenizer import load_tokenizer
+
+    file = open_model(local(model, offline=offline), n_ctx=0)
+    tokenizer = load_tokenizer(file)
+    for warning in tokenizer.warnings:
+        render.warn(warning)
+    return file, tokenizer
+
+
+def _context(file: ModelFile) -> int:
+    """The context that a model was trained for. Raises UsageError where the file does not say."""
+    context = file.metadata.get("llama.context_length")
+    if not isinstance(context, int) or context < 1:
+        raise UsageError("does not say how long the model's context is", path=file.path, hint="give one with --ctx N")
+    return context
+
+
+def _print_sample(tokenizer: Tokenizer, sample: ChatSample) -> None:
+    """A line about the sample, then its text, special tokens spelled out."""
+    n, n_trained = len(sample.tokens), int(sample.trained.sum())
+    render.heading(f"{sample.path}:{sample.line}  {sample.schema}, {n} tokens, {n_trained} trained")
+    colored = render.has_color(sys.stdout)
+    pieces: list[str] = []
+    at = 0
+    while at < n:
+        trained = bool(sample.trained[at])
+        end = at + 1
+        while end < n and bool(sample.trained[end]) == trained:
+            end += 1
+        data = b"".join(tokenizer.piece(int(id), special=True) for id in sample.tokens[at:end])
+        text = "\n".join(escape_control(line) for line in data.decode("utf-8", "replace").split("\n"))
+        pieces.append(text if not trained else render.good(text) if colored else f"\u27e6{text}\u27e7")
+        at = end
+    print("".join(pieces).rstrip("\n") + "\n")
+
+
+def _print(report: CheckReport) -> None:
+    """What the doctor found, for a person."""
+    if report.template is not None:
+        family = f" ({report.family})" if report.family else ""
+        end = f"answers end with {report.end_token}" if report.end_token else "answers end with no end token"
+        _row("template", f"{report.template}{family}; {end}")
+    schemas = ", ".join(f"{n:,} {schema}" for schema, n in report.schemas.items()) or "none that can be used"
+    refused = ", ".join(f"{n:,} {kind}" for kind, n in report.refused.items())
+    _row("records", f"{report.n_records:,}: {schemas}" + (f"; refused: {refused}" if refused else ""))
+    if report.aside:
+        _row("aside", f"{len(report.aside):,} files that are no data: {_first(report.aside)}")
+    if report.n_samples:
+        _print_samples(report)
+    for finding in report.findings:
+        render.say(f"warning: {finding.n:,} {finding.text} ({_first(finding.examples, finding.n)})")
+    if report.is_clean:
+        render.say("nothing is refused" + (", see the warnings" if report.findings else ""))
+    else:
+        render.say(f"refused: {report.n_refused:,} of {report.n_records:,} records")
+
+
+def _print_samples(report: CheckReport) -> None:
+    share = 100 * report.n_trained / report.n_tokens
+    _row("samples", f"{report.n_samples:,}, {report.n_tokens:,} tokens, {report.n_trained:,} trained ({share:.1f} %)")
+    _row(
+        "length",
+        f"{report.shortest:,} to {report.longest:,} tokens, median {report.median:,.0f}, 95 % up to {report.p95:,.0f}"
+        f" (longest: {report.longest_source})",
+    )
+    most = max(n for _, _, n in report.histogram)
+    width = len(f"{report.histogram[-1][1]:,}")
+    for low, high, n in report.histogram:
+        bar = "#" * max(round(_BAR * n / most), 1) + f" {n:,}" if n else ""
+        render.say(f"  {low:>{width},}-{high:<{width},}  {bar}".rstrip())
+    if report.n_long:
+        fate = f"cut, {report.n_lost:,} tokens are lost" if report.long_samples == "cut" else "trained on in windows"
+        _row("long", f"{report.n_long:,} samples are longer than --ctx {report.ctx}: {fate}")
+    _row("packed", f"{report.n_rows:,} rows of {report.ctx:,} tokens an epoch, {100 * report.filled:.0f} % full")
+
+
+def _row(label: str, text: str) -> None:
+    render.say(f"{label:<10} {text}")
+
+
+def _first(places: Sequence[str], n: int | None = None) -> str:
+    shown = ", ".join(places[:3])
+    return f"{shown}, ..." if (len(places) if n is None else n) > min(3, len(places)) else shown
