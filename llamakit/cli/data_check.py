@@ -161,11 +161,11 @@ def _print(report: CheckReport) -> None:
     refused = ", ".join(f"{n:,} {kind}" for kind, n in report.refused.items())
     _row("records", f"{report.n_records:,}: {schemas}" + (f"; refused: {refused}" if refused else ""))
     if report.aside:
-        _row("aside", f"{len(report.aside):,} files that are no data: {_first(report.aside)}")
+        _row("aside", f"files that are no data: {len(report.aside):,} ({_first(report.aside)})")
     if report.n_samples:
         _print_samples(report)
     for finding in report.findings:
-        render.say(f"warning: {finding.n:,} {finding.text} ({_first(finding.examples, finding.n)})")
+        render.say(f"warning    {finding.text}: {finding.n:,} ({_first(finding.examples, finding.n)})")
     if report.is_clean:
         render.say("nothing is refused" + (", see the warnings" if report.findings else ""))
     else:
@@ -186,8 +186,8 @@ def _print_samples(report: CheckReport) -> None:
         bar = "#" * max(round(_BAR * n / most), 1) + f" {n:,}" if n else ""
         render.say(f"  {low:>{width},}-{high:<{width},}  {bar}".rstrip())
     if report.n_long:
-        fate = f"cut, {report.n_lost:,} tokens are lost" if report.long_samples == "cut" else "trained on in windows"
-        _row("long", f"{report.n_long:,} samples are longer than --ctx {report.ctx}: {fate}")
+        fate = f"cut: {report.n_lost:,} tokens are lost" if report.long_samples == "cut" else "trained on in windows"
+        _row("long", f"samples longer than --ctx {report.ctx}: {report.n_long:,}, {fate}")
     _row("packed", f"{report.n_rows:,} rows of {report.ctx:,} tokens an epoch, {100 * report.filled:.0f} % full")
 
 

@@ -198,15 +198,15 @@ class _Doctor:
     def _findings(self) -> tuple[Finding, ...]:
         bos, own = _spelled(self._tokenizer, self._tokenizer.bos_id), self._family.name if self._family else "?"
         meanings = {
-            "duplicate": "samples are the same as an earlier one, and count twice",
-            "double BOS": f"samples begin with two {bos}: the second is taken away",
-            "no end": "samples have an answer without an end token of the vocabulary behind it: no stop is learnt",
-            "marks": "samples hold {words} within their messages: a model reads these as turns, not as text",
-            "foreign": "texts hold {words}, no special tokens of this vocabulary: they would be spelled out in letters",
-            "mismatch": f"texts are written in another template ({{words}}) than the model's, which is {own}'s",
-            "changed": "answers are changed by the template: what it drops from them is not learnt",
-            "unlike": "answers follow another text here than the one that the template asks them with",
-            "dropped": "messages are left out by the template: a system message that it does not know, perhaps",
+            "duplicate": "samples that are the same as an earlier one, and count twice",
+            "double BOS": f"samples that begin with two {bos}, of which one is taken away",
+            "no end": "samples with an answer that no end token of the vocabulary follows: to stop is not learnt",
+            "marks": "samples with {words} within their messages, which a model reads as turns, not as text",
+            "foreign": "texts with {words}, no special tokens of this vocabulary: spelled out in letters",
+            "mismatch": f"texts in another template ({{words}}) than the model's, which is {own}'s",
+            "changed": "answers that the template changes: what it drops from them is not learnt",
+            "unlike": "answers that follow another text here than the one that the template asks them with",
+            "dropped": "messages that the template leaves out: a system message that it does not know, perhaps",
         }
         return tuple(
             Finding(kind, notes.n, text.replace("{words}", ", ".join(list(notes.words)[:6])), tuple(notes.places))
