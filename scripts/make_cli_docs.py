@@ -9,6 +9,7 @@ import inspect
 import re
 import sys
 import types
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -33,9 +34,18 @@ def page() -> str:
     """The whole page."""
     root: Any = get_command(build_app())
     parts = [_HEAD]
-    for name, command in root.commands.items():
+    for name, command in leaves(root):
         parts.append(_command(name, command))
     return "\n".join(parts)
+
+
+def leaves(group: Any, before: str = "") -> Iterator[tuple[str, Any]]:
+    """(name, command) of every command, those of groups under both names: `data prepare`."""
+    for name, command in group.commands.items():
+        if hasattr(command, "commands"):
+            yield from leaves(command, f"{before}{name} ")
+        else:
+            yield before + name, command
 
 
 def _command(name: str, command: Any) -> str:

@@ -89,7 +89,7 @@ def _known_flags() -> set[str]:
     from llamakit.cli.compat_convert import _VALUED
 
     flags = {"--help", "--version", *_VALUED}
-    for command in get_command(build_app()).commands.values():
+    for _, command in load(ROOT / "scripts" / "make_cli_docs.py").leaves(get_command(build_app())):
         for param in command.params:
             flags |= {*param.opts, *param.secondary_opts}
     for table in (*ALIASES.values(), *NO_OPS.values()):

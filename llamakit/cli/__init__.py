@@ -23,6 +23,8 @@ from llamakit.cli import (
     chat,
     compat,
     convert,
+    data,
+    data_check,
     doctor,
     finetune,
     generate,
@@ -34,9 +36,10 @@ from llamakit.cli import (
     quantize,
     render,
     tokenize,
+    tokenizer,
     verify,
 )
-from llamakit.cli.help import CONTEXT_SETTINGS, MAIN, MORE, Command, Group
+from llamakit.cli.help import COMMANDS, CONTEXT_SETTINGS, MAIN, MORE, Command, Group
 from llamakit.errors import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_MEMORY, EXIT_OK, EXIT_SAVE, LlamakitError
 
 _DEBUG = "LLAMAKIT_DEBUG"
@@ -73,8 +76,17 @@ _COMMANDS = {
     "verify": (verify.verify, MORE),
     "doctor": (doctor.doctor, MORE),
 }
+#: group of commands -> (what it says of itself, its group in the help, its commands)
+_GROUPS = {
+    "data": (
+        "Turn a corpus into tokens to train on, check training data, and look at what a model will see.",
+        MORE,
+        {"prepare": data.prepare, "check": data_check.check, "show": data.show},
+    ),
+    "tokenizer": ("Make a vocabulary of your own.", MORE, {"train": tokenizer.train}),
+}
 #: commands that have no use for native code
-_LIGHT = {"tokenize", "inspect", "doctor"}
+_LIGHT = {"tokenize", "inspect", "doctor", *_GROUPS}
 
 
 def _root(
@@ -114,7 +126,29 @@ def build_app() -> typer.Typer:
     for name, (function, panel) in _COMMANDS.items():
         settings = {"context_settings": CONTEXT_SETTINGS, "epilog": _EPILOGS.get(name), "rich_help_panel": panel}
         app.command(name, cls=_CLASSES.get(name, Command), **settings)(function)
+    for name, (about, panel, commands) in _GROUPS.items():
+        app.add_typer(_group(about, commands), name=name, rich_help_panel=panel)
     return app
+
+
+def _group(about: str, commands: dict[str, Any]) -> typer.Typer:
+    group = typer.Typer(
+        cls=Group,
+        context_settings=CONTEXT_SETTINGS,
+        invoke_without_command=True,
+        rich_markup_mode=None,
+        pretty_exceptions_enable=False,
+        help=about,
+    )
+    group.callback()(_show_group)
+    for name, function in commands.items():
+        group.command(name, cls=Command, context_settings=CONTEXT_SETTINGS, rich_help_panel=COMMANDS)(function)
+    return group
+
+
+def _show_group(context: typer.Context) -> None:
+    if context.invoked_subcommand is None:
+        print(context.get_help())
 
 
 def main() -> NoReturn:
@@ -159,7 +193,15 @@ def run(argv: list[str]) -> int:
     except BaseException as error:  # tokenizers raises a PanicException, which is no Exception
         if debug:
             traceback.print_exception(error)
-        return _report(error, f"llamakit {argv[0]}" if argv and argv[0] in _COMMANDS else "llamakit")
+        return _report(error, _name_of(argv))
+
+
+def _name_of(argv: list[str]) -> str:
+    """The command in a command line, as a user calls it."""
+    name = argv[0] if argv else ""
+    if name in _GROUPS:
+        return f"llamakit {' '.join(argv[:2])}" if argv[1:2] and argv[1] in _GROUPS[name][2] else f"llamakit {name}"
+    return f"llamakit {name}" if name in _COMMANDS else "llamakit"
 
 
 def _invoke(argv: list[str]) -> object:

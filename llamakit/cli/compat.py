@@ -10,7 +10,7 @@ import difflib
 from collections.abc import Iterable
 from typing import Literal
 
-from llamakit.cli import compat_bench
+from llamakit.cli import compat_bench, compat_data
 from llamakit.cli.compat_convert import rewrite_convert
 from llamakit.errors import UnsupportedError, UsageError
 
@@ -113,6 +113,7 @@ ALIASES: dict[str, dict[str, str]] = {
     "inspect": {"-m": "", "--model": ""},
     "verify": {},
     "doctor": {},
+    **compat_data.ALIASES,
 }
 
 _COMPLETION_ONLY = ("--conversation", "-no-display-prompt")
@@ -208,6 +209,7 @@ NO_OPS: dict[str, dict[str, tuple[int, str]]] = {
     "inspect": {},
     "verify": {},
     "doctor": {},
+    **{command: {} for command in compat_data.ALIASES},
 }
 
 NO_OPS["chat"] = {
@@ -244,6 +246,7 @@ _TEXT_VALUES = frozenset(
         "--kl-divergence-base", "--dry-sequence-breaker",
         "-r", "--reverse-prompt", "--stop", "--in-prefix", "--in-suffix", "--prompts",
         "--grammar", "--grammar-file", "-j", "--json-schema", "-jf", "--json-schema-file",
+        *compat_data.TEXT_VALUES,
     }
 )  # fmt: skip
 _FLASH_WORDS = frozenset({"on", "off", "auto", "0", "1"})
@@ -264,18 +267,23 @@ def rewrite(argv: list[str]) -> tuple[list[str], list[Note]]:
     llamakit is not.
     """
     at = next((i for i, word in enumerate(argv) if not word.startswith("-")), None)
-    if at is None or argv[at] not in ALIASES or argv[at] == "run":  # run speaks a dialect of its own
+    if at is not None and " ".join(argv[at : at + 2]) in ALIASES:  # a command of a group
+        at += 1
+        command = " ".join(argv[at - 1 : at + 1])
+    else:
+        command = argv[at] if at is not None else ""
+    if at is None or command not in ALIASES or command == "run":  # run speaks a dialect of its own
         return argv, []
     words = argv[at + 1 :]
     notes: list[Note] = []
     words, rest = _split_at_double_dash(words)
-    if argv[at] in ("generate", "chat"):
+    if command in ("generate", "chat"):
         words = _positional_model(words)
-    if argv[at] in _HUB_MODEL:
-        words = _hub_model(_HUB_MODEL[argv[at]], words)
-    if argv[at] == "convert":
+    if command in _HUB_MODEL:
+        words = _hub_model(_HUB_MODEL[command], words)
+    if command == "convert":
         words = rewrite_convert(words)
-    return [*argv[: at + 1], *_rewrite_words(argv[at], words, notes), *rest], notes
+    return [*argv[: at + 1], *_rewrite_words(command, words, notes), *rest], notes
 
 
 def _split_at_double_dash(words: list[str]) -> tuple[list[str], list[str]]:

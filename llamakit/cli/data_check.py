@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from itertools import islice
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
@@ -13,10 +14,12 @@ from llamakit.cli import render
 from llamakit.cli.options import DATA, FILES, JsonOption, OfflineOption
 from llamakit.cli.sources import local
 from llamakit.dataset.config import CheckConfig
-from llamakit.errors import EXIT_USAGE, UsageError
+from llamakit.errors import EXIT_OK, EXIT_USAGE, UsageError
 from llamakit.files import escape_control
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from llamakit.dataset.chat import ChatSample
     from llamakit.dataset.check import CheckReport
     from llamakit.formats.base import ModelFile
@@ -37,7 +40,19 @@ TrainOnOption = Annotated[
     Literal["all", "assistant", "last"],
     typer.Option("--train-on", help="Tokens with a loss: all, the answers', the last answer's.", rich_help_panel=DATA),
 ]
-CountOption = Annotated[int, typer.Option("-n", min=1, help="How many samples.", rich_help_panel=DATA)]
+
+
+@dataclass(frozen=True)
+class ShownSamples:
+    """Which samples `data show` prints of questions and answers, and how. first: number of the first, from 0."""
+
+    chat_template: str | None
+    train_on: str
+    first: int
+    count: int
+    ids: bool
+    json: bool
+    offline: bool
 
 
 def check(
@@ -84,13 +99,11 @@ def check(
         render.print_json({**asdict(report), "problems": problems, "is_clean": report.is_clean})
     else:
         _print(report)
-    return 0 if report.is_clean else EXIT_USAGE
+    return EXIT_OK if report.is_clean else EXIT_USAGE
 
 
-def show_samples(
-    source: str, model: str, *, chat_template: str | None, train_on: str, count: int, offline: bool
-) -> int:
-    """Print the first samples as the model will see them, the trained part in colour, or in brackets without it.
+def show_samples(source: str, model: str, options: ShownSamples) -> int:
+    """Print samples as the model will see them, the trained part in colour, or in brackets without it.
 
     Returns the exit code: 2 where a record among them cannot be used. Raises as `check` does.
     """
@@ -98,18 +111,21 @@ def show_samples(
     from llamakit.dataset.chat_records import Problem, data_files
     from llamakit.tokenizer.chat_templates import find_chat_template
 
-    _, tokenizer = _base(model, offline)
-    if chat_template is not None:
-        tokenizer.chat_template = find_chat_template(chat_template)
-    code = 0
-    for number, item in enumerate(samples_of(data_files([source])[0], tokenizer, train_on), 1):
+    _, tokenizer = _base(model, options.offline)
+    if options.chat_template is not None:
+        tokenizer.chat_template = find_chat_template(options.chat_template)
+    code, shown = EXIT_OK, list[dict[str, object]]()
+    items = samples_of(data_files([source])[0], tokenizer, options.train_on)
+    for item in islice(items, options.first, options.first + options.count):
         if isinstance(item, Problem):
             code = EXIT_USAGE
-            render.error(str(item.error()))
+            render.error(f"{item.path}:{item.line or 1}: {item.reason}")
+        elif options.json:
+            shown.append({**vars(item), "text": _text(tokenizer, item.tokens)})
         else:
-            _print_sample(tokenizer, item)
-        if number == count:
-            break
+            _print_sample(tokenizer, item, options.ids)
+    if options.json:
+        render.print_json({"samples": shown})
     return code
 
 
@@ -132,10 +148,17 @@ def _context(file: ModelFile) -> int:
     return context
 
 
-def _print_sample(tokenizer: Tokenizer, sample: ChatSample) -> None:
+def _text(tokenizer: Tokenizer, tokens: Sequence[int] | np.ndarray) -> str:
+    """What tokens say, special ones spelled out."""
+    return b"".join(tokenizer.piece(int(id), special=True) for id in tokens).decode("utf-8", "replace")
+
+
+def _print_sample(tokenizer: Tokenizer, sample: ChatSample, ids: bool) -> None:
     """A line about the sample, then its text, special tokens spelled out."""
     n, n_trained = len(sample.tokens), int(sample.trained.sum())
     render.heading(f"{sample.path}:{sample.line}  {sample.schema}, {n} tokens, {n_trained} trained")
+    if ids:
+        render.say(f"[{', '.join(map(str, sample.tokens.tolist()))}]")
     colored = render.has_color(sys.stdout)
     pieces: list[str] = []
     at = 0
@@ -144,8 +167,7 @@ def _print_sample(tokenizer: Tokenizer, sample: ChatSample) -> None:
         end = at + 1
         while end < n and bool(sample.trained[end]) == trained:
             end += 1
-        data = b"".join(tokenizer.piece(int(id), special=True) for id in sample.tokens[at:end])
-        text = "\n".join(escape_control(line) for line in data.decode("utf-8", "replace").split("\n"))
+        text = "\n".join(map(escape_control, _text(tokenizer, sample.tokens[at:end]).split("\n")))
         pieces.append(text if not trained else render.good(text) if colored else f"\u27e6{text}\u27e7")
         at = end
     print("".join(pieces).rstrip("\n") + "\n")

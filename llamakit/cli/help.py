@@ -12,6 +12,8 @@ from llamakit.cli import render
 CONTEXT_SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 118}
 
 MAIN, MORE = "Main commands", "More commands"
+#: of a group
+COMMANDS = "Commands"
 OTHER = "Other options"
 
 

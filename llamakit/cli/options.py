@@ -70,7 +70,7 @@ def _read_config(context: typer.Context, path: Path | None) -> Path | None:
     options = _options(context)
     defaults: dict[str, Any] = {}
     for key, value in values.items():
-        name, annotation = _find(key, options, path, _line_of(key, text), context.info_name or "")
+        name, annotation = _find(key, options, path, _line_of(key, text), _command(context))
         _check(key, value, annotation, path, _line_of(key, text))
         defaults[name] = value
     context.default_map = {**(context.default_map or {}), **defaults}
@@ -94,10 +94,16 @@ def _options(context: typer.Context) -> dict[str, tuple[str, Any]]:
         if param.name in hints and param.name != "config":
             for spelling in (param.name, *param.opts):
                 options[_key(spelling)] = (param.name, hints[param.name])
-    for old, new in ALIASES.get(context.command.name or "", {}).items():
+    for old, new in ALIASES.get(_command(context), {}).items():
         if _key(new) in options:
             options.setdefault(_key(old), options[_key(new)])
     return options
+
+
+def _command(context: typer.Context) -> str:
+    """The command as a user calls it, `data prepare` for one of a group."""
+    path = context.command_path.partition(" ")[2]
+    return path if path in ALIASES else context.command.name or ""
 
 
 def _key(spelling: str) -> str:

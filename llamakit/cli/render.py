@@ -226,6 +226,11 @@ class Progress:
             shown = "  ".join(f"{name} {value}" for name, value in self._fields.items() if value)
             self._bar.update(self._task, completed=completed, fields=escape_control(shown))
 
+    def set_total(self, total: float) -> None:
+        """How much there is to do, where that became known later."""
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, total=total)
+
     def log(self, text: str) -> None:
         """A line above the bar, or a plain line on stderr."""
         if self._bar is None:

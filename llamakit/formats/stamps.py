@@ -1,4 +1,5 @@
-"""Two fingerprints of a model file, by which an adapter knows the model that it was trained on.
+"""Two fingerprints of a model file, by which an adapter knows the model that it was trained on; and one of a
+vocabulary, by which tokens on a disk know theirs.
 
 The first says which model it is, whatever its quantization, name or file type; the second, which quantization
 of it. Both read the header and a few KiB of each tensor, never the whole file.
@@ -38,6 +39,30 @@ class BaseStamps:
 def base_stamps(file: ModelFile) -> BaseStamps:
     """The stamps of an opened model. Raises FormatError when its data cannot be read."""
     return BaseStamps(_model_stamp(file), _file_stamp(file))
+
+
+def vocabulary_stamp(metadata: Mapping[str, Any]) -> str:
+    """sha256 (hex) of everything in `tokenizer.*` keys that decides which ids a text gets: kind, tokens, their types,
+    the order of merging, BOS and EOS, a space before the text. The same for a vocabulary in any of its formats.
+    """
+    digest = hashlib.sha256()
+    metadata = {k: getattr(v, "value", v) for k, v in metadata.items() if k.startswith("tokenizer.")}  # of `Typed`
+    kind = str(metadata.get("tokenizer.ggml.model", ""))
+    n = len(metadata.get("tokenizer.ggml.tokens", ()))
+    types = np.asarray(metadata.get("tokenizer.ggml.token_type", np.ones(n))).astype("<i4")
+    _add(digest, kind, _packed_tokens(metadata), types.tobytes())
+    if kind == "gpt2":
+        _add(digest, str(metadata.get("tokenizer.ggml.pre") or "default"))
+        _add(digest, *map(str, metadata.get("tokenizer.ggml.merges", ())))
+    else:
+        scores = np.asarray(metadata.get("tokenizer.ggml.scores", np.zeros(n)), np.float64)
+        # The order counts, not the numbers, and of normal tokens alone: formats differ in the others' scores.
+        normal = -scores[types[: len(scores)] == 1] if len(types) >= len(scores) else -scores
+        _add(digest, np.unique(normal, return_inverse=True)[1].astype("<i4").tobytes())
+        _add(digest, str(bool(metadata.get("tokenizer.ggml.add_space_prefix", True))))
+    for name, default in (("bos", 1), ("eos", 2)) if kind == "llama" else (("bos", 11), ("eos", 11)):
+        _add(digest, str(int(metadata.get(f"tokenizer.ggml.{name}_token_id", default))))
+    return digest.hexdigest()
 
 
 def _add(digest: Any, *fields: bytes | str) -> None:

@@ -71,17 +71,22 @@ class Tokenizer(ABC):
         self.chat_template = v.chat_template
         self.warnings = v.warnings
         self._pieces: dict[int, bytes] = {}
+        #: whether a special token may reach over a line break; None: nobody asked yet
+        self._reach: bool | None = None
 
-    def encode(self, text: str, *, add_special: bool = True, parse_special: bool = True) -> list[int]:
+    def encode(
+        self, text: str, *, add_special: bool = True, parse_special: bool = True, continued: bool = False
+    ) -> list[int]:
         """Ids of a text. add_special: BOS and EOS where the vocabulary wants them. parse_special: control tokens
-        written out in the text become their ids (user-defined ones always do).
+        written out in the text become their ids (user-defined ones always do). continued: the text goes on after
+        other text, so that no space is put before it.
 
         Lone surrogates, which are no Unicode text, are read as U+FFFD.
         """
         ids: list[int] = []
         if add_special and self.add_bos and self.bos_id is not None:
             ids.append(self.bos_id)
-        after_special = True
+        after_special = not continued
         for fragment in self._fragments(_well_formed(text), parse_special):
             if isinstance(fragment, int):
                 ids.append(fragment)
@@ -123,6 +128,20 @@ class Tokenizer(ABC):
             ids.append(self.eos_id)
             ends.append(len(data))
         return ids, ends
+
+    def may_cut(self, text: str, at: int) -> bool:
+        """Whether ids(text) = ids(text[:at]) + ids(text[at:], continued) is sure, for an `at` before or after a line
+        break and inside of the text. False where it is not sure.
+        """
+        if self._reach is None:
+            attrs, tokens = self.vocabulary.attrs, self.vocabulary.tokens
+            special = [(attrs[id], tokens[id]) for id in self.vocabulary.special_ids]
+            self._reach = any(attr & (Attr.LSTRIP | Attr.RSTRIP) or "\n" in token for attr, token in special)
+        return not self._reach and "\n" in text[at - 1 : at + 1] and self._apart(text, at)
+
+    def _apart(self, text: str, at: int) -> bool:
+        """Whether surely no merge, and no word, reaches over a place before or after a line break."""
+        return False
 
     def decode(self, ids: Iterable[int], *, special: bool = False) -> str:
         """Text of some ids; special: control and unknown tokens are written out, too.

@@ -45,12 +45,22 @@ class BpeTokenizer(Tokenizer):
         ranks = self._ranks = merge_ranks(merges)
         self._rank_of = lambda a, b: ranks.get(f"{a} {b}", NO_MERGE)
         self._joined: set[str] | None = None
+        # GPT-2's expression leaves the last of several spaces to what follows; others take line breaks together.
+        self._lone_break = pre.split("a\n\na") == ["a", "\n", "\n", "a"]
         missing = [b for b, letter in enumerate(LETTERS) if b in _TEXT_BYTES and letter not in vocabulary.ids]
         if missing:
             self.warnings.append(f"the vocabulary has no token for {len(missing)} bytes of text: they are dropped")
 
     def _encode_text(self, text: str, after_special: bool) -> list[int]:
         return self._encode_each(self._pre.split(text), self._encode_word)
+
+    def _apart(self, text: str, at: int) -> bool:
+        """True where every expression of the table cuts: between letters and line breaks, on one side or the other."""
+        if self.pre == "superbpe":  # its words reach over whole lines
+            return False
+        if text[at] == "\n":
+            return text[at - 1].isalpha() or (self._lone_break and not text[at - 1].isspace())
+        return text[at].isalpha() and not (self._lone_break and text[at - 2 : at - 1].isspace())
 
     def _encode_word(self, word: str) -> list[int]:
         letters = word.encode().decode("latin-1").translate(_TO_LETTERS)

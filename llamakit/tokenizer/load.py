@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
 from llamakit.errors import UnsupportedError
 from llamakit.files import escape_control
 from llamakit.formats.base import ModelFile
+from llamakit.formats.gguf_writer import Typed
 from llamakit.formats.metadata import Metadata
 from llamakit.tokenizer.base import Tokenizer
 from llamakit.tokenizer.bpe import BpeTokenizer
@@ -21,17 +26,25 @@ def load_tokenizer(file: ModelFile) -> Tokenizer:
     Raises UnsupportedError for another kind of tokenizer or an unsupported `tokenizer.ggml.pre`, by name, and
     FormatError, naming the key, for metadata that is missing, of the wrong type, or contradicts itself.
     """
-    metadata = Metadata(file.metadata, file.path)
+    return tokenizer_of(file.metadata, file.path)
+
+
+def tokenizer_of(keys: Mapping[str, Any], path: Path | None) -> Tokenizer:
+    """The tokenizer that `tokenizer.*` keys describe, those of `vocabulary_only`, say; path: for the errors.
+
+    Raises as `load_tokenizer`.
+    """
+    metadata = Metadata({key: v.value if isinstance(v, Typed) else v for key, v in keys.items()}, path)
     model = metadata.string("tokenizer.ggml.model")
     if model == "llama":
         return _load_spm(metadata)
     if model == "gpt2":
-        return _load_bpe(metadata, file)
+        return _load_bpe(metadata, path)
     if model is None:
         raise metadata.error("tokenizer.ggml.model", "is missing: the file holds no vocabulary")
     raise UnsupportedError(
         f"tokenizer.ggml.model is {escape_control(model)!r} (expected 'llama', which is SPM, or 'gpt2', which is BPE)",
-        path=file.path,
+        path=path,
     )
 
 
@@ -42,14 +55,14 @@ def _load_spm(metadata: Metadata) -> SpmTokenizer:
     return SpmTokenizer(vocabulary)
 
 
-def _load_bpe(metadata: Metadata, file: ModelFile) -> BpeTokenizer:
+def _load_bpe(metadata: Metadata, path: Path | None) -> BpeTokenizer:
     name = metadata.string("tokenizer.ggml.pre")
     if not name:
         metadata.warnings.append("tokenizer.ggml.pre is missing: 'default' is used, and the ids may be wrong")
     try:
         pre = find_pre_tokenizer(name or "default")
     except UnsupportedError as error:
-        raise UnsupportedError(error.reason, path=file.path, hint=error.hint) from error
+        raise UnsupportedError(error.reason, path=path, hint=error.hint) from error
     bos = 11 if pre.has_bos else None
     defaults = Defaults(
         bos_id=bos, eos_id=11, unk_id=None, add_bos=pre.add_bos, add_space_prefix=False, clean_spaces=pre.clean_spaces

@@ -53,6 +53,9 @@ class SpmTokenizer(Tokenizer):
             text = " " + text
         return self._encode_each(cut_apart(text.replace(" ", SPACE), self._joined), self._encode_part)
 
+    def _apart(self, text: str, at: int) -> bool:
+        return text[at - 1 : at + 1].replace(" ", SPACE) not in self._joined
+
     def _encode_part(self, part: str) -> list[int]:
         ids: list[int] = []
         for symbol in merge(list(part), self._rank_of):
