@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from llamakit.cli import render
-from llamakit.cli.options import DATA, FILES, JsonOption, OfflineOption
+from llamakit.cli.options import DATA, FILES, ConfigOption, JsonOption, OfflineOption
 from llamakit.cli.sources import local
 from llamakit.dataset.config import CheckConfig
 from llamakit.errors import EXIT_OK, EXIT_USAGE, UsageError
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from llamakit.formats.base import ModelFile
     from llamakit.tokenizer import Tokenizer
 
+_D = CheckConfig
 _BAR = 40
 
 TemplateOption = Annotated[
@@ -62,30 +63,31 @@ def check(
     model: Annotated[
         str, typer.Option("-m", metavar="MODEL", help="The base: its vocabulary and template.", rich_help_panel=FILES)
     ],
-    chat_template: TemplateOption = None,
+    chat_template: TemplateOption = _D.chat_template,
     ctx: Annotated[
         int,
         typer.Option("--ctx", "-c", min=0, help="Tokens per sequence; 0: the model's context.", rich_help_panel=DATA),
-    ] = 0,
-    train_on: TrainOnOption = "assistant",
+    ] = _D.ctx,
+    train_on: TrainOnOption = _D.train_on,
     long_samples: Annotated[
         Literal["cut", "window"],
         typer.Option("--long-samples", help="Samples beyond --ctx are cut, or become several.", rich_help_panel=DATA),
-    ] = "cut",
+    ] = _D.long_samples,
     offline: OfflineOption = False,
     json: JsonOption = False,
+    config: ConfigOption = None,
 ) -> int:
     """Say what is wrong with training data, and what a model would learn from it. Exit 2: something is refused."""
     from llamakit.dataset.chat_records import Problem
     from llamakit.dataset.check import CheckReport
     from llamakit.dataset.check import check as look
 
-    config = CheckConfig(ctx=ctx, chat_template=chat_template, train_on=train_on, long_samples=long_samples)
+    settings = CheckConfig(ctx=ctx, chat_template=chat_template, train_on=train_on, long_samples=long_samples)
     file, tokenizer = _base(model, offline)
     problems: list[dict[str, object]] = []
     report: CheckReport | None = None
     with render.Progress("records", None, beside_output=True) as bar:
-        for item in look(sources, tokenizer, config, ctx=ctx or _context(file)):
+        for item in look(sources, tokenizer, settings, ctx=ctx or _context(file)):
             if isinstance(item, CheckReport):
                 report = item
             elif not isinstance(item, Problem):
