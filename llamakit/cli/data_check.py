@@ -209,9 +209,10 @@ def _print_samples(report: CheckReport) -> None:
     for low, high, n in report.histogram:
         bar = "#" * max(round(_BAR * n / most), 1) + f" {n:,}" if n else ""
         render.say(f"  {low:>{width},}-{high:<{width},}  {bar}".rstrip())
-    if report.n_long:
-        fate = f"cut: {report.n_lost:,} tokens are lost" if report.long_samples == "cut" else "trained on in windows"
-        _row("long", f"samples longer than --ctx {report.ctx}: {report.n_long:,}, {fate}")
+    if report.n_cut or report.n_windowed:
+        cut = f"{report.n_cut:,} are cut, {report.n_lost:,} tokens are lost" if report.n_cut else ""
+        windows = f"{report.n_windowed:,} become windows" if report.n_windowed else ""
+        _row("long", f"beyond --ctx {report.ctx}: {'; '.join(filter(None, (cut, windows)))}")
     _row("packed", f"{report.n_rows:,} rows of {report.ctx:,} tokens an epoch, {100 * report.filled:.0f} % full")
 
 

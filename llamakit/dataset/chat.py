@@ -28,10 +28,10 @@ class ChatSample:
     """One sample and where it came from.
 
     tokens: (n,) int32. trained: (n,) bool, whether each token is a target of the loss; never the first one, which
-    nothing comes before. ended: whether an end token follows every answer that is trained. double_bos: a second BOS at
-    the front was taken away. changed: answers that the template wrote in another way than they stand in the data;
-    unlike: answers that follow another text here than the one that they are asked with; dropped: messages that the
-    template leaves out.
+    nothing comes before. whole: a text without answers in it. ended: whether an end token follows every answer that is
+    trained. double_bos: a second BOS at the front was taken away. changed: answers that the template wrote in another
+    way than they stand in the data; unlike: answers that follow another text here than the one that they are asked
+    with; dropped: messages that the template leaves out.
     """
 
     path: str
@@ -39,6 +39,7 @@ class ChatSample:
     schema: str
     tokens: np.ndarray
     trained: np.ndarray
+    whole: bool = False
     ended: bool = True
     double_bos: bool = False
     changed: int = 0
@@ -158,6 +159,7 @@ def _sample(
         schema=record.schema,
         tokens=tokens,
         trained=mask,
+        whole=whole and not rendered.answers,
         ended=ended,
         double_bos=double,
         changed=rendered.changed,

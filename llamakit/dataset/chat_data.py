@@ -107,7 +107,7 @@ def read_chat_data(
         totals.update(changed=item.changed, unlike=item.unlike, dropped=item.dropped)
         lost = len(item.tokens) - (ctx + 1)
         if lost > 0:
-            totals.update({"cut": 1, "lost": lost} if options.long_samples == "cut" else {"windowed": 1})
+            totals.update({"cut": 1, "lost": lost} if is_cut(item, options.long_samples) else {"windowed": 1})
         pieces += found
     if not pieces:
         raise DataError(
@@ -174,14 +174,15 @@ class Piece:
 def fitted(sample: ChatSample, ctx: int, long_samples: str) -> list[Piece] | Problem:
     """A sample as pieces of at most ctx + 1 tokens: ctx inputs, and a target behind each.
 
-    long_samples "cut": the end is lost. "window": the next piece begins with the last token of the one before, so that
-    each token is a target once; a piece without any target that is trained is left out, since nothing is learnt there.
+    long_samples "cut": the end is lost, unless it is a text without answers, which always becomes windows. "window": the
+    next piece begins with the last token of the one before, so that each token is a target once; a piece without any
+    target that is trained is left out, since nothing is learnt there.
     A Problem where the cut leaves nothing to train on.
     """
     source = f"{sample.path}:{sample.line}"
     if len(sample.tokens) <= ctx + 1:
         return [Piece(sample.tokens, sample.trained, source)]
-    if long_samples == "cut":
+    if is_cut(sample, long_samples):
         if not sample.trained[: ctx + 1].any():
             first = int(np.argmax(sample.trained)) + 1
             return Problem(
@@ -199,6 +200,11 @@ def fitted(sample: ChatSample, ctx: int, long_samples: str) -> list[Piece] | Pro
         if trained.any():
             pieces.append(Piece(tokens, trained, source))
     return pieces
+
+
+def is_cut(sample: ChatSample, long_samples: str) -> bool:
+    """Whether a sample that is too long loses its end. Of a text there is no part that belongs to another."""
+    return long_samples == "cut" and not sample.whole
 
 
 def joined(pieces: Sequence[Piece]) -> ChatData:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from llamakit.dataset.chat import ChatSample, ending_of
-from llamakit.dataset.chat_data import Piece, fitted, joined, samples_of
+from llamakit.dataset.chat_data import Piece, fitted, is_cut, joined, samples_of
 from llamakit.dataset.chat_records import Problem, Record, data_files
 from llamakit.dataset.config import CheckConfig
 from llamakit.dataset.literal import find_literal, foreign_marks, marks_in
@@ -49,9 +49,9 @@ class CheckReport:
     where that is known. ending: what it writes behind an answer; end_token: the end token in there. schemas: how many
     records are of which. n_refused: records that cannot be used, by kind in `refused`. n_tokens, n_trained: of the
     samples as they are, uncut. shortest, median, p95, longest: tokens of a sample; longest_source: the longest's place.
-    histogram: (least, most, number of samples) of each bar. ctx: tokens of a row; n_long: samples that do not fit in;
-    n_lost: tokens cut off them, 0 for windows. n_rows: rows of an epoch when short samples share them, filled to
-    `filled`. aside: files of a folder that are no data.
+    histogram: (least, most, number of samples) of each bar. ctx: tokens of a row. n_cut: samples that lose their end,
+    n_lost: tokens that they lose; n_windowed: samples that become several. n_rows: rows of an epoch when short samples
+    share them, filled to `filled`. aside: files of a folder that are no data.
     """
 
     files: tuple[str, ...]
@@ -73,8 +73,8 @@ class CheckReport:
     longest_source: str
     histogram: tuple[tuple[int, int, int], ...]
     ctx: int
-    long_samples: str
-    n_long: int
+    n_cut: int
+    n_windowed: int
     n_lost: int
     n_rows: int
     filled: float
@@ -148,7 +148,7 @@ class _Doctor:
         self._seen: dict[bytes, str] = {}
         self._pieces: list[Piece] = []
         self._lengths: list[int] = []
-        self._n_trained, self._n_long, self._n_lost = 0, 0, 0
+        self._n_trained, self._n_cut, self._n_windowed, self._n_lost = 0, 0, 0, 0
         self._longest = (0, "")
         self._family = find_literal(tokenizer.chat_template or "")
 
@@ -183,8 +183,10 @@ class _Doctor:
         self._n_trained += int(item.trained.sum())
         self._longest = max(self._longest, (n, place), key=lambda pair: pair[0])
         if n > self._ctx + 1:
-            self._n_long += 1
-            self._n_lost += n - (self._ctx + 1) if self._config.long_samples == "cut" else 0
+            cut = is_cut(item, self._config.long_samples)
+            self._n_cut += cut
+            self._n_windowed += not cut
+            self._n_lost += n - (self._ctx + 1) if cut else 0
         first = self._seen.setdefault(item.tokens.tobytes(), place)
         self._note("duplicate", f"{place} is {first}", first != place)
         self._note("double BOS", place, item.double_bos)
@@ -244,8 +246,8 @@ class _Doctor:
             longest_source=self._longest[1],
             histogram=histogram(self._lengths),
             ctx=self._ctx,
-            long_samples=self._config.long_samples,
-            n_long=self._n_long,
+            n_cut=self._n_cut,
+            n_windowed=self._n_windowed,
             n_lost=self._n_lost,
             n_rows=n_rows,
             filled=filled,

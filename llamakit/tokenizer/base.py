@@ -10,7 +10,7 @@ import codecs
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
-from itertools import chain
+from itertools import accumulate, chain
 
 from llamakit.errors import UnsupportedError, UsageError
 from llamakit.tokenizer.vocabulary import Attr, Vocabulary
@@ -225,7 +225,7 @@ class Tokenizer(ABC):
 def _places(pieces: list[bytes], text: str) -> list[int]:
     """Where each of the tokens of a text ends in its bytes; a space before the text counts as none of it."""
     joined, written = b"".join(pieces), text.encode()
-    own = list(range(len(written) + 1))
+    own: list[int] | None = None
     if joined not in (written, b" " + written):
         # A vocabulary that spells spaces U+2581 takes a U+2581 in the text for a space.
         written = text.replace("\u2581", " ").encode()
@@ -235,11 +235,10 @@ def _places(pieces: list[bytes], text: str) -> list[int]:
         for letter in text:
             size = len(letter.encode())
             own += [own[-1] + size] if letter == "\u2581" else [own[-1] + n for n in range(1, size + 1)]
-    offset, places = len(written) - len(joined), list[int]()
-    for piece in pieces:
-        offset += len(piece)
-        places.append(own[max(offset, 0)])
-    return places
+    places = list(accumulate(map(len, pieces), initial=len(written) - len(joined)))[1:]
+    if places and places[0] < 0:
+        places[0] = 0
+    return places if own is None else [own[place] for place in places]
 
 
 def _well_formed(text: str) -> str:

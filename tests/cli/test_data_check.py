@@ -69,11 +69,11 @@ def test_what_is_too_long_is_told(run: Run, tmp_path: Path) -> None:
     (tmp_path / "long.jsonl").write_text(GOOD.replace("So.", "word " * 60))
     cut = run("check", "long.jsonl", *CHECK, "-c", "64")
     assert re.search(
-        r"^long       samples longer than --ctx 64: 1, cut: \d+ tokens are lost$", cut.stdout, re.MULTILINE
+        r"^long       beyond --ctx 64: 1 are cut, \d+ tokens are lost$", cut.stdout, re.MULTILINE
     )
     assert cut.returncode == 0
     windows = run("check", "long.jsonl", *CHECK, "-c", "64", "--long-samples", "window")
-    assert "samples longer than --ctx 64: 1, trained on in windows" in windows.stdout
+    assert "long       beyond --ctx 64: 1 become windows" in windows.stdout
 
 
 def test_several_sources_and_a_folder(run: Run, tmp_path: Path) -> None:

@@ -59,7 +59,7 @@ def test_clean_data(tokenizer: Tokenizer, tmp_path: Path) -> None:
     assert sum(n for _, _, n in report.histogram) == 20
     # Letters of the answers, which the tiny vocabulary may merge, and an end token for each.
     assert 20 < report.n_trained <= sum(range(1, 21)) + 20 < report.n_tokens
-    assert report.n_long == report.n_lost == 0 and 0 < report.filled <= 1 and report.n_rows >= 1
+    assert report.n_cut == report.n_windowed == report.n_lost == 0 and 0 < report.filled <= 1 and report.n_rows >= 1
 
 
 def test_every_problem_has_its_line(tokenizer: Tokenizer, tmp_path: Path) -> None:
@@ -129,10 +129,10 @@ def test_templates_that_lose_something(tokenizer: Tokenizer, tmp_path: Path) -> 
 def test_what_is_too_long(tokenizer: Tokenizer, tmp_path: Path) -> None:
     path = lines(tmp_path / "a.jsonl", pair("q", "a"), pair("q", "x y " * 40), pair("long " * 60, "a"))
     problems, report = examined(path, tokenizer, ctx=64)
-    assert report.n_long == 1 and report.n_lost == report.longest - 65
+    assert (report.n_cut, report.n_windowed) == (1, 0) and report.n_lost == report.longest - 65
     assert [p.kind for p in problems] == ["untrained"] and "nothing to train on is left" in problems[0].reason
     problems, report = examined(path, tokenizer, ctx=64, long_samples="window")
-    assert not problems and (report.n_long, report.n_lost) == (2, 0)
+    assert not problems and (report.n_cut, report.n_windowed, report.n_lost) == (0, 2, 0)
 
 
 def test_progress_is_told(tokenizer: Tokenizer, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from pathlib import Path
 
@@ -170,21 +171,30 @@ def tokenizer(monkeypatch: pytest.MonkeyPatch) -> Tokenizer:
 
 
 def test_reading_a_file_counts_everything(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    path = tmp_path / "a.jsonl"
-    path.write_text(
-        '{"prompt": "q", "completion": "a"}\n{"prompt": "q", "completion": ""}\n' + f'{{"text": "{"long " * 60}"}}\n'
+    path, long = tmp_path / "a.jsonl", "long " * 60
+    values = (
+        {"prompt": "q", "completion": "a"},
+        {"prompt": "q", "completion": ""},
+        {"text": long},
+        {"prompt": "q", "completion": long},
     )
+    path.write_text("\n".join(map(json.dumps, values)))
     with pytest.raises(DataError, match=r"a.jsonl:2: answer 1 of 1 is empty") as caught:
         read_chat_data([path], tokenizer, ChatOptions(), ctx=32)
     assert "--on-error skip" in (caught.value.hint or "")
     data, counts = read_chat_data([path], tokenizer, ChatOptions(on_error="skip"), ctx=64)
-    assert data.count == 2 and data.sources == (f"{path}:1", f"{path}:3")
-    assert (counts.n_records, counts.n_cut, counts.n_windowed, counts.not_ended) == (3, 1, 0, 0)
-    assert counts.schemas == {"prompt/completion": 1, "text": 1}
-    assert [p.line for p in counts.skipped] == [2] and counts.n_cut_tokens > 0
-    windows, counts = read_chat_data([path], tokenizer, ChatOptions(on_error="skip", long_samples="window"), ctx=64)
-    assert counts.n_windowed == 1 and windows.count > 3 and counts.n_cut == 0
-    assert windows.n_trained == data.n_trained + int(windows.trained[int(data.sizes.sum()) :].sum())
+    assert counts.schemas == {"prompt/completion": 2, "text": 1} and counts.n_records == 4
+    assert [p.line for p in counts.skipped] == [2]
+    # A conversation is cut; a text has no end that belongs to its beginning, and becomes windows.
+    assert (counts.n_cut, counts.n_windowed, counts.not_ended) == (1, 1, 0)
+    assert Counter(data.sources) == {f"{path}:1": 1, f"{path}:3": data.count - 2, f"{path}:4": 1} and data.count > 4
+    assert counts.n_cut_tokens > 0 and data.sizes.max() == 65
+    windows, all_windows = read_chat_data(
+        [path], tokenizer, ChatOptions(on_error="skip", long_samples="window"), ctx=64
+    )
+    assert (all_windows.n_cut, all_windows.n_cut_tokens, all_windows.n_windowed) == (0, 0, 2)
+    # The line break behind the end token was cut, too, and is no target.
+    assert windows.n_trained == data.n_trained + counts.n_cut_tokens - 1
 
 
 def test_a_file_that_gives_nothing_is_refused(tokenizer: Tokenizer, tmp_path: Path) -> None:
