@@ -174,9 +174,9 @@ class Piece:
 def fitted(sample: ChatSample, ctx: int, long_samples: str) -> list[Piece] | Problem:
     """A sample as pieces of at most ctx + 1 tokens: ctx inputs, and a target behind each.
 
-    long_samples "cut": the end is lost, unless it is a text without answers, which always becomes windows. "window": the
-    next piece begins with the last token of the one before, so that each token is a target once; a piece without any
-    target that is trained is left out, since nothing is learnt there.
+    long_samples "cut": the end is lost, unless it is a text without answers, which always becomes windows. "window":
+    the next piece begins with the last token of the one before, so that each token is a target once; a piece without
+    any target that is trained is left out, since nothing is learnt there.
     A Problem where the cut leaves nothing to train on.
     """
     source = f"{sample.path}:{sample.line}"
