@@ -182,7 +182,7 @@ def show(
     json: JsonOption = False,
     config: ConfigOption = None,
 ) -> int:
-    """Print samples as the model will see them, special tokens spelled out, and which part of an answer is trained."""
+    """Print samples as the model will see them, special tokens spelled out, and which part is trained."""
     from llamakit.dataset.show import windows
     from llamakit.dataset.tokens import holds_tokens, open_tokens
 
