@@ -68,9 +68,7 @@ def test_json(run: Run) -> None:
 def test_what_is_too_long_is_told(run: Run, tmp_path: Path) -> None:
     (tmp_path / "long.jsonl").write_text(GOOD.replace("So.", "word " * 60))
     cut = run("check", "long.jsonl", *CHECK, "-c", "64")
-    assert re.search(
-        r"^long       beyond --ctx 64: 1 are cut, \d+ tokens are lost$", cut.stdout, re.MULTILINE
-    )
+    assert re.search(r"^long       beyond --ctx 64: 1 are cut, \d+ tokens are lost$", cut.stdout, re.MULTILINE)
     assert cut.returncode == 0
     windows = run("check", "long.jsonl", *CHECK, "-c", "64", "--long-samples", "window")
     assert "long       beyond --ctx 64: 1 become windows" in windows.stdout
@@ -172,3 +170,15 @@ def test_the_template_s_own_limits_hold(
         template,
     )
     assert result.returncode == 2 and "it needs too much memory" in result.stdout
+
+
+@pytest.mark.slow  # it waits for the limit on processor time
+def test_a_template_that_never_ends_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "good.jsonl").write_text(f"{GOOD}\n" * 500)
+    endless = "{% for i in range(90000) %}{% for j in range(90000) %}{% endfor %}{% endfor %}"
+    base = cached_tiny_gguf(tokenizer="bpe", n_layer=1)
+    result = called(capfd, "data", "check", "good.jsonl", "-m", base, "--chat-template", endless)
+    assert_error(result, 2, "exceeded its limits on time and memory")
