@@ -23,10 +23,11 @@ from llamakit.cli.corpus_options import (
     corpus,
     log_reading,
 )
+from llamakit.cli.data_check import ShownSamples, TemplateOption, TrainOnOption, show_samples
 from llamakit.cli.options import COMPUTE, DATA, FILES, OUTPUT, ConfigOption, JsonOption, OfflineOption
 from llamakit.cli.sources import local
 from llamakit.dataset.prepare_config import PrepareConfig
-from llamakit.errors import UnsupportedError, UsageError
+from llamakit.errors import EXIT_OK, UnsupportedError, UsageError
 
 if TYPE_CHECKING:
     from llamakit.dataset.prepare import Prepared
@@ -149,7 +150,12 @@ def _print_prepared(report: Prepared, json: bool) -> None:
 
 def show(
     path: Annotated[
-        str, typer.Argument(metavar="DIR|FILE", help="Folder of tokens, or a .bin file.", show_default=False)
+        str,
+        typer.Argument(
+            metavar="DIR|FILE",
+            help="Folder of tokens, or a .bin file; with -m also text, JSON lines, JSON, CSV or a folder of these.",
+            show_default=False,
+        ),
     ],
     n: Annotated[int, typer.Option("-n", metavar="N", help="Samples to show.", rich_help_panel=OUTPUT)] = 3,
     first: Annotated[
@@ -163,28 +169,34 @@ def show(
         str | None,
         typer.Option(
             "--vocab-model",
+            "-m",
             metavar="FILE",
-            help="Vocabulary of tokens that have none beside them.",
+            help="Vocabulary of tokens that have none beside them; the base of questions and answers.",
             rich_help_panel=FILES,
         ),
     ] = None,
+    chat_template: TemplateOption = None,
+    train_on: TrainOnOption = "assistant",
     ids: Annotated[bool, typer.Option("--ids", help="Print the ids, too.", rich_help_panel=OUTPUT)] = False,
     offline: OfflineOption = False,
     json: JsonOption = False,
     config: ConfigOption = None,
-) -> None:
-    """Print samples as the model will see them: windows of tokens, special ones spelled out."""
+) -> int:
+    """Print samples as the model will see them, special tokens spelled out, and which part is trained."""
     from llamakit.dataset.show import windows
-    from llamakit.dataset.tokens import open_tokens
+    from llamakit.dataset.tokens import holds_tokens, open_tokens
 
     place = Path(path)
+    if vocab_model is not None and place.suffix != ".bin" and place.exists() and not holds_tokens(place):
+        options = ShownSamples(chat_template, train_on, first=first, count=n, ids=ids, json=json, offline=offline)
+        return show_samples(path, vocab_model, options)
     data = open_tokens(_checked(place))
     part = data.train if split == "train" else data.validation
     found = list(windows(data, part, ctx, first=first, n=n))
     tokenizer = _tokenizer(data, local(vocab_model, offline=offline))
     if json:
         render.print_json({"split": split, "samples": [_json_of(window, tokenizer) for window in found]})
-        return
+        return EXIT_OK
     for window in found:
         stop = window.start + len(window.ids)
         at = f"tokens {window.start} to {stop - 1} of {window.file.name}"
@@ -196,6 +208,7 @@ def show(
         render.say()
     if tokenizer is None:
         render.note("no vocabulary is known for these tokens: --vocab-model FILE shows them as text")
+    return EXIT_OK
 
 
 def _checked(path: Path) -> Path:
@@ -208,7 +221,7 @@ def _checked(path: Path) -> Path:
         if not kind.startswith("llama2c"):
             return path
         raise UnsupportedError(f"is no token file ({kind})", path=path, hint=f"llamakit inspect {path}")
-    hint = "make tokens of it with: llamakit data prepare"
+    hint = "make tokens of it with: llamakit data prepare; -m MODEL shows questions and answers"
     raise UnsupportedError("holds no tokens (expected a folder of *.bin shards, or such a file)", path=path, hint=hint)
 
 

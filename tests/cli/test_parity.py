@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from llamakit.cli.bench import bench
 from llamakit.cli.convert import convert
+from llamakit.cli.data_check import check
 from llamakit.cli.finetune import finetune
 from llamakit.cli.generate import generate
 from llamakit.cli.imatrix import imatrix
@@ -13,6 +14,7 @@ from llamakit.cli.quantize import quantize
 from llamakit.conversion.convert_config import ConvertConfig
 from llamakit.conversion.merge_config import MergeConfig
 from llamakit.conversion.quantize_config import QuantizeConfig
+from llamakit.dataset.config import CheckConfig
 from llamakit.inference.bench_config import BenchConfig
 from llamakit.inference.config import GenerateConfig, PerplexityConfig
 from llamakit.inference.imatrix_config import ImatrixConfig
@@ -98,3 +100,7 @@ def test_bench() -> None:
     files = ("models", "lora", "lora_scaled", "force", "offline", "config")
     others = ("no_warmup", "threads", "device", "dtype", "output", "output_err", "progress", "verbose")
     assert_parity(bench, BenchConfig, cli_only=(*lists, *files, *others), config_only=(*lists, "warmup"))
+
+
+def test_data_check() -> None:
+    assert_parity(check, CheckConfig, cli_only=("sources", "model", "offline", "json", "config"))

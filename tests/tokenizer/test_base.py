@@ -1,14 +1,17 @@
 from __future__ import annotations
 
+import random
+from pathlib import Path
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llamakit.errors import UsageError
+from llamakit.errors import UnsupportedError, UsageError
 from llamakit.tokenizer import Tokenizer, TokenStream
 from llamakit.tokenizer.base import _take_out, clean_spaces
 from llamakit.tokenizer.vocabulary import Attr
-from tests.tokenizer.vocabularies import bpe_metadata, load
+from tests.tokenizer.vocabularies import bpe_metadata, load, random_merges, random_text, spm_metadata
 
 
 @pytest.fixture(scope="module")
@@ -56,3 +59,37 @@ def test_taking_out_tokens() -> None:
 def test_clean_spaces() -> None:
     assert clean_spaces(b" . ") == b". " and clean_spaces(b"a  ?") == b"a ?"
     assert clean_spaces(b"a ' ' b") == b"a'' b" and clean_spaces(b"he 's 'se 'll") == b"he's'se 'll"
+
+
+@pytest.mark.parametrize("kind", ["spm", "bpe"])
+def test_where_each_token_ends(kind: str, tmp_path: Path) -> None:
+    """The bytes up to there are those that the tokens so far stand for."""
+    special = [("<|x|>", 3), ("<|user|>", 4)]
+    pieces = [("\u2581", -1.0), ("a", -2.0), ("\u2581a", -1.5), ("aa", -1.2), ("\u2581\u2581", -3.0)]
+    metadata = spm_metadata(pieces, special) if kind == "spm" else bpe_metadata(random_merges(300), special)
+    tokenizer = load(tmp_path / "v.gguf", metadata)
+    rng = random.Random(kind)
+    for text in ("", "a", "<|x|>", "<|x|> a<|x|>", "\u2581a \u2581", *(random_text(rng) for _ in range(300))):
+        ids, ends = tokenizer.encode_with_ends(text)
+        data = text.encode()
+        assert ids == tokenizer.encode(text) and len(ends) == len(ids) and ends == sorted(ends)
+        assert not ends or ends[-1] == len(data)
+        for id, begin, end in zip(ids, [0, *ends], ends, strict=False):
+            written = data[begin:end].replace(b"\xe2\x96\x81", b" ") if kind == "spm" else data[begin:end]
+            piece = tokenizer.piece(id, special=True)
+            if id != tokenizer.bos_id:
+                assert piece in (written, b" " + written), (text, piece, written)
+
+
+def test_a_token_that_takes_spaces_away_has_them(tmp_path: Path) -> None:
+    tokenizer = load(tmp_path / "v.gguf", bpe_metadata(special=[("<|end|>", 3)]))
+    tokenizer.vocabulary.attrs[256] |= Attr.LSTRIP | Attr.RSTRIP
+    ids, ends = tokenizer.encode_with_ends("a  <|end|> b", add_special=False)
+    assert (ids, ends) == ([97, 256, 98], [1, 10, 12])
+
+
+def test_what_a_vocabulary_cannot_say_cannot_be_traced(tmp_path: Path) -> None:
+    tokenizer = load(tmp_path / "v.gguf", spm_metadata([("a", -1.0)], with_bytes=False))
+    assert tokenizer.encode_with_ends("<s>", add_special=False) == ([1], [3])
+    with pytest.raises(UnsupportedError, match="cannot be traced"):
+        tokenizer.encode_with_ends("b")
