@@ -247,6 +247,8 @@ def _cases(tmp_path: Path) -> Iterator[tuple[str, bytes, dict[str, Any], str]]:
     yield "a.jsonl", b'{"text": "\\ud800"}\n', {}, r"a\.jsonl:1: a text holds half of a surrogate pair"
     yield "a.jsonl", b'{"text": "a"}\n' + b"[" * 200_000 + b"\n", {}, r"a\.jsonl:2: is no JSON: too deeply nested"
     yield "a.json", b'[{"text": "a"},\n{"text": "b"}', {}, r"a\.json:2: the list of records is not closed"
+    yield "a.json", b'[{"text": "a"}\n{"text": "b"}]', {}, r"a\.json:2: is no JSON: '{' between two records"
+    yield "a.json", b'[{"text": "a"},]', {}, r"a\.json:1: is no JSON"
     yield "a.json", b'[{"text": "a"}]\nx', {}, r"a\.json:1: something stands behind the list"
     yield "a.json", b'[{"text": "a"},\n{"text": "b]', {}, r"a\.json:2: is no JSON"
     yield "a.json", b"[" * 200_000, {}, r"a\.json:1: is no JSON: too deeply nested"

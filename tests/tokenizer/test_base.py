@@ -83,7 +83,7 @@ def named(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str | None], To
     return make
 
 
-@settings(max_examples=1000, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(text=_CUT_TEXTS, name=st.sampled_from([None, *PRE_NAMES]))
 def test_where_a_text_may_be_cut_no_token_changes(
     named: Callable[[str | None], Tokenizer], text: str, name: str | None
