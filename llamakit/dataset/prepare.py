@@ -149,6 +149,12 @@ def _given_vocabulary(config: PrepareConfig) -> dict[str, Any]:
             "both --vocab-model and --vocab-size are given",
             hint="--vocab-model takes a vocabulary as it is, --vocab-size makes a new one from the text",
         )
+    if config.vocab_size is None and kind == "llama2c-tokenizer":
+        raise UsageError(
+            "is a llama2.c vocabulary, which does not say how many tokens it has",
+            path=config.vocab_model,
+            hint="say it with --vocab-size N",
+        )
     return vocabulary_only(config.vocab_model, config.vocab_size)
 
 

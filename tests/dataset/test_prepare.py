@@ -13,12 +13,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from llamakit.dataset import encode_worker, encoding
 from llamakit.dataset import prepare as verb
+from llamakit.dataset.documents import sampled_text
 from llamakit.dataset.encode_worker import ANSWER, HEAD
 from llamakit.dataset.prepare import Encoding, Prepared, Reading, Saving, VocabularyReady, prepare
-from llamakit.dataset.prepare_config import PrepareConfig
+from llamakit.dataset.prepare_config import CorpusConfig, Errors, PrepareConfig, SplitOn
+from llamakit.dataset.records import records
+from llamakit.dataset.sources import Reader, find_sources
 from llamakit.dataset.tokens import SplitName, TokenData, check_vocabulary, open_tokens, verify_tokens
 from llamakit.errors import DataError, LlamakitError, SaveError, UnsupportedError, UsageError
 from llamakit.formats.open import open_model
@@ -271,6 +276,58 @@ def test_bad_text_is_one_line_with_its_place_and_leaves_nothing(tmp_path: Path) 
         source.unlink()
 
 
+_PARTS = st.sampled_from(
+    [
+        b'{"text": "',
+        b'"}',
+        b"\n",
+        b",",
+        b"[",
+        b"]",
+        b"\xff",
+        b"text",
+        b'"',
+        b"\\ud800",
+        b"\r\n",
+        b" ",
+        b"\0",
+        b"a b",
+        b"\xef\xbb\xbf",
+    ]
+)
+
+
+@settings(max_examples=120, deadline=None)
+@given(
+    name=st.sampled_from(["a.txt", "a.jsonl", "a.json", "a.csv"]),
+    content=st.lists(_PARTS | st.binary(max_size=4), max_size=14).map(b"".join),
+    errors=st.sampled_from(["strict", "replace"]),
+    split_on=st.sampled_from(["file", "paragraph", "line"]),
+)
+def test_any_bytes_are_documents_or_one_error(
+    tmp_path_factory: pytest.TempPathFactory, name: str, content: bytes, errors: Errors, split_on: SplitOn
+) -> None:
+    source = write(tmp_path_factory.getbasetemp() / name, content)
+    config = CorpusConfig(inputs=(str(source),), errors=errors, split_on=split_on)
+    found = find_sources(config, source.parent, None)
+    for read in (
+        lambda: list(records(Reader(found.sources[0], errors), config)),
+        lambda: list(sampled_text(found, config)),
+    ):
+        try:
+            for text in read():
+                text.encode()
+        except DataError as error:
+            assert str(error).startswith(f"{source}:") and "\n" not in str(error)
+
+
+def test_the_held_out_documents_of_a_seed_are_the_same_everywhere(tmp_path: Path) -> None:
+    lines = json_lines(tmp_path / "a.jsonl", *({"text": f"document {n} " + "ab " * (n % 7)} for n in range(60)))
+    run(tmp_path / "out", lines, seed=42, val_split=0.1)
+    numbers = [int(text.split()[1]) for text in texts(open_tokens(tmp_path / "out"), "validation")]
+    assert numbers == [7, 8, 16, 17, 23, 35, 53]
+
+
 def test_errors_replace(tmp_path: Path) -> None:
     source = write(tmp_path / "a.txt", b"one \xff\xfe two \xef\xbf\xbd\nthree\n\xc3")
     done = run(tmp_path / "out", source, errors="replace", split_on="line")
@@ -394,7 +451,9 @@ _PEAK = """
 import sys
 from pathlib import Path
 from llamakit.dataset.prepare import prepare
-from llamakit.dataset.prepare_config import PrepareConfig
+from llamakit.dataset.prepare_config import CorpusConfig, Errors, PrepareConfig, SplitOn
+from llamakit.dataset.records import records
+from llamakit.dataset.sources import Reader, find_sources
 out, source, model = map(Path, sys.argv[1:])
 for _ in prepare(PrepareConfig(out=out, inputs=(str(source),), vocab_model=model, workers=1)):
     pass
