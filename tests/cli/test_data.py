@@ -141,3 +141,17 @@ def test_tokenizer_train(folder: Path, capfd: pytest.CaptureFixture[str]) -> Non
     wrong = called(capfd, "tokenizer", "train", "text.txt", "-o", "x.model", "--vocab-size", "260")
     assert_error(wrong, 2, "--vocab-size is 260, the smallest possible for this text is")
     assert not Path("x.model").exists()
+
+
+def test_other_commands_know_the_folder(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    told = called(capfd, "inspect", "tokens")
+    assert told.returncode == 0 and "folder of tokens to train on" in told.stdout
+    assert "llamakit data show tokens" in told.stdout + told.stderr
+    assert_error(
+        called(capfd, "generate", "-m", "tokens", "-p", "x"), 2, "is a folder of tokens to train on, not a model"
+    )
+    again = called(
+        capfd, "data", "prepare", "text.txt", "--vocab-model", "tokens", "--split-on", "paragraph", "-o", "again"
+    )
+    assert again.returncode == 0
+    assert Path("again/data01.bin").read_bytes() == (folder / "data01.bin").read_bytes()
