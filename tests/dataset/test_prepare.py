@@ -4,6 +4,7 @@ import importlib.util
 import io
 import json
 import resource
+import signal
 import subprocess
 import sys
 import time
@@ -445,6 +446,22 @@ def test_a_kill_leaves_all_or_nothing(tmp_path: Path, after_s: float) -> None:
     small = json_lines(tmp_path / "b.jsonl", {"text": "a"}, {"text": "b"})
     run(tmp_path / "out", small)
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_leaves_nothing(tmp_path: Path, number: int, code: int) -> None:
+    source = json_lines(tmp_path / "a.jsonl", *({"text": tiny_text(2000, seed=n)} for n in range(4000)))
+    command = [sys.executable, "-m", "llamakit", "data", "prepare", str(source), "--vocab-size", "300", "-o", "out"]
+    process = subprocess.Popen([*command, "--workers", "2"], cwd=tmp_path, env={"PYTHONPATH": ":".join([str(ROOT), *sys.path])},
+                               stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)  # fmt: skip
+    while not list(tmp_path.glob(".out.tmp-*/.spool")):
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(number)
+    _, said = process.communicate(timeout=30)
+    assert process.returncode == code and "Traceback" not in said
+    assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
 
 
 _PEAK = """
