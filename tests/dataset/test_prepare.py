@@ -414,9 +414,10 @@ def _children(pid: int) -> set[int]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("after_s", [0.6, 1.2, 2.0, 3.0])
+@pytest.mark.parametrize("after_s", [0.6, 2.0])
 def test_a_kill_leaves_all_or_nothing(tmp_path: Path, after_s: float) -> None:
-    source = json_lines(tmp_path / "a.jsonl", *({"text": tiny_text(2000, seed=n)} for n in range(2500)))
+    paragraph = tiny_text(2000)
+    source = json_lines(tmp_path / "a.jsonl", *({"text": f"{n} {paragraph}"} for n in range(2500)))
     model = cached_tiny_gguf()
     command = [
         sys.executable,
@@ -451,7 +452,8 @@ def test_a_kill_leaves_all_or_nothing(tmp_path: Path, after_s: float) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_leaves_nothing(tmp_path: Path, number: int, code: int) -> None:
-    source = json_lines(tmp_path / "a.jsonl", *({"text": tiny_text(2000, seed=n)} for n in range(4000)))
+    paragraph = tiny_text(2000)
+    source = json_lines(tmp_path / "a.jsonl", *({"text": f"{n} {paragraph}"} for n in range(4000)))
     command = [sys.executable, "-m", "llamakit", "data", "prepare", str(source), "--vocab-size", "300", "-o", "out"]
     process = subprocess.Popen([*command, "--workers", "2"], cwd=tmp_path, env={"PYTHONPATH": ":".join([str(ROOT), *sys.path])},
                                stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)  # fmt: skip
