@@ -32,10 +32,12 @@ from llamakit.cli import (
     llama2c_run,
     merge,
     perplexity,
+    plot,
     quantize,
     render,
     tokenize,
     tokenizer,
+    train,
     verify,
 )
 from llamakit.cli.help import COMMANDS, CONTEXT_SETTINGS, MAIN, MORE, Command, Group
@@ -60,6 +62,7 @@ _CLASSES = {"run": llama2c_run.RunCommand}
 _EPILOGS = {"quantize": quantize.EPILOG}
 #: command -> (its function, its group in the help), in the order of the help
 _COMMANDS = {
+    "train": (train.train, MAIN),
     "finetune": (finetune.finetune, MAIN),
     "generate": (generate.generate, MAIN),
     "chat": (chat.chat, MAIN),
@@ -68,6 +71,7 @@ _COMMANDS = {
     "merge": (merge.merge, MAIN),
     "perplexity": (perplexity.perplexity, MORE),
     "imatrix": (imatrix.imatrix, MORE),
+    "plot": (plot.plot, MORE),
     "bench": (bench.bench, MORE),
     "run": (llama2c_run.run, MORE),
     "tokenize": (tokenize.tokenize, MORE),
@@ -85,7 +89,7 @@ _GROUPS = {
     "tokenizer": ("Make a vocabulary of your own.", MORE, {"train": tokenizer.train}),
 }
 #: commands that have no use for native code
-_LIGHT = {"tokenize", "inspect", "doctor", *_GROUPS}
+_LIGHT = {"plot", "tokenize", "inspect", "doctor", *_GROUPS}
 
 
 def _root(

@@ -10,7 +10,7 @@ import difflib
 from collections.abc import Iterable
 from typing import Literal
 
-from llamakit.cli import compat_bench, compat_data
+from llamakit.cli import compat_bench, compat_data, compat_train
 from llamakit.cli.compat_convert import rewrite_convert
 from llamakit.errors import UnsupportedError, UsageError
 
@@ -45,6 +45,7 @@ ALIASES: dict[str, dict[str, str]] = {
         "-wd": "--adam-decay",
         "-val-split": "--val-split",
     },
+    "train": compat_train.ALIASES,
     "generate": {
         "--model": "-m",
         "--prompt": "-p",
@@ -121,8 +122,8 @@ ALIASES["chat"] = {old: new for old, new in ALIASES["generate"].items() if old n
 
 #: llama.cpp's -hf user/repo[:QUANT] and -hff FILE -> the option that names the model, as hf:...
 _HUB_MODEL = {
-    "finetune": "--model-base", "generate": "-m", "chat": "-m", "imatrix": "-m", "merge": "-m", "convert": "-m",
-    "quantize": "-m", "tokenize": "-m", "inspect": "-m", "perplexity": "-m", "bench": "-m",
+    "finetune": "--model-base", "train": "--init-from", "generate": "-m", "chat": "-m", "imatrix": "-m", "merge": "-m",
+    "convert": "-m", "quantize": "-m", "tokenize": "-m", "inspect": "-m", "perplexity": "-m", "bench": "-m",
 }  # fmt: skip
 _HUB_REPO, _HUB_FILE = ("-hf", "-hfr", "--hf-repo"), ("-hff", "--hf-file")
 
@@ -158,8 +159,7 @@ _MEASURING: dict[str, tuple[int, str]] = {
 }
 NO_OPS: dict[str, dict[str, tuple[int, str]]] = {
     "finetune": {
-        "--use-flash": (0, "the fastest exact attention is always used"),
-        "--no-flash": (0, "the fastest exact attention is always used"),
+        **dict.fromkeys(("--use-flash", "--no-flash"), (0, "the fastest exact attention is always used")),
         "--mlock": (0, _MEMORY),
         "--no-mmap": (0, _MEMORY),
         "--mmap": (0, _MEMORY),
@@ -191,6 +191,7 @@ NO_OPS: dict[str, dict[str, tuple[int, str]]] = {
         "--no-kv-offload": (0, _CPU),
         **_PLACING,
     },
+    "train": compat_train.NO_OPS,
     "merge": {},
     "convert": {
         "--use-temp-file": (0, _STREAMED),
@@ -234,6 +235,7 @@ _REFUSED: dict[str, dict[str, str]] = {
         "--ppl-stride": "chunks are always measured side by side; -c sets their length",
     },
     "bench": compat_bench.REFUSED,
+    "train": compat_train.REFUSED,
 }  # fmt: skip
 
 # Options whose value is a text or a name, which may itself begin with a dash and is never rewritten.
@@ -243,7 +245,8 @@ _TEXT_VALUES = frozenset(
         "--log-file", "--train-data", "--sample-start", "--model-base", "--checkpoint-in", "--checkpoint-out",
         "-sys", "-sysf", "-y", "--system", "--system-file", "--system-prompt", "--system-prompt-file",
         "--chat-template", "--chat-template-file", "--lora-out", "--pattern-fn-it", "--fn-latest",
-        "--kl-divergence-base", "--dry-sequence-breaker",
+        "--vocab-model", "--model-out", "--init-from", "--out-dir", "--sample-prompt",
+        "--kl-divergence-base", "--dry-sequence-breaker", "--report-dir",
         "-r", "--reverse-prompt", "--stop", "--in-prefix", "--in-suffix", "--prompts",
         "--grammar", "--grammar-file", "-j", "--json-schema", "-jf", "--json-schema-file",
         *compat_data.TEXT_VALUES,
@@ -283,6 +286,8 @@ def rewrite(argv: list[str]) -> tuple[list[str], list[Note]]:
         words = _hub_model(_HUB_MODEL[command], words)
     if command == "convert":
         words = rewrite_convert(words)
+    if command == "train":
+        words = compat_train.rewrite_train(words, notes)
     return [*argv[: at + 1], *_rewrite_words(command, words, notes), *rest], notes
 
 

@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import os
 import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from pathlib import Path
+from typing import Annotated, Literal
 
 import typer
 
 from llamakit import hub
+from llamakit.cli import loop_options as loop
 from llamakit.cli import options, render
+from llamakit.cli.run_signals import stopping_signals
 from llamakit.cli.sources import local
 from llamakit.errors import EXIT_INTERRUPTED, EXIT_TERMINATED
 from llamakit.training.config import FinetuneConfig
 
-if TYPE_CHECKING:
-    from llamakit.training.loop import Control
-
 _D = FinetuneConfig()
-_NOT_CONFIG = ("config", "n_gpu_layers", "offline", "json")
+_NOT_CONFIG = ("config", "n_gpu_layers", "offline", "json", "report_to", "report_dir")
 
 
 def finetune(
@@ -35,22 +32,8 @@ def finetune(
     train_data: Annotated[
         str, typer.Option("--train-data", help="UTF-8 text to train on.", rich_help_panel=options.FILES)
     ] = _D.train_data,
-    checkpoint_in: Annotated[
-        str,
-        typer.Option(
-            "--checkpoint-in",
-            help="Checkpoint to go on from; a fresh start where it does not exist.",
-            rich_help_panel=options.FILES,
-        ),
-    ] = _D.checkpoint_in,
-    checkpoint_out: Annotated[
-        str,
-        typer.Option(
-            "--checkpoint-out",
-            help="Name of the checkpoints; empty: none is written.",
-            rich_help_panel=options.FILES,
-        ),
-    ] = _D.checkpoint_out,
+    checkpoint_in: loop.CheckpointInOption = _D.checkpoint_in,
+    checkpoint_out: loop.CheckpointOutOption = _D.checkpoint_out,
     lora_out: Annotated[
         str,
         typer.Option("--lora-out", help="Name of the adapters; empty: none is written.", rich_help_panel=options.FILES),
@@ -63,93 +46,27 @@ def finetune(
             rich_help_panel=options.FILES,
         ),
     ] = _D.only_write_lora,
-    pattern_fn_it: Annotated[
-        str,
-        typer.Option(
-            "--pattern-fn-it",
-            help="What stands for the iteration in file names.",
-            rich_help_panel=options.FILES,
-        ),
-    ] = _D.pattern_fn_it,
-    fn_latest: Annotated[
-        str,
-        typer.Option(
-            "--fn-latest",
-            help="What replaces it in the name of the newest file.",
-            rich_help_panel=options.FILES,
-        ),
-    ] = _D.fn_latest,
-    save_every: Annotated[
-        int,
-        typer.Option(
-            "--save-every", help="Save every N iterations; 0: only at the end.", rich_help_panel=options.FILES
-        ),
-    ] = _D.save_every,
-    keep_last: Annotated[
-        int,
-        typer.Option(
-            "--keep-last",
-            help="Keep only the N newest numbered checkpoints and adapters; 0: all.",
-            rich_help_panel=options.FILES,
-        ),
-    ] = _D.keep_last,
+    pattern_fn_it: loop.PatternFnItOption = _D.pattern_fn_it,
+    fn_latest: loop.FnLatestOption = _D.fn_latest,
+    save_every: loop.SaveEveryOption = _D.save_every,
+    keep_last: loop.KeepLastOption = _D.keep_last,
     log_file: Annotated[
         str,
         typer.Option("--log-file", help="JSONL file with one object per step.", rich_help_panel=options.FILES),
     ] = _D.log_file,
-    adam_iter: Annotated[
-        int, typer.Option("--adam-iter", help="Iterations of this run.", rich_help_panel=options.TRAINING)
-    ] = _D.adam_iter,
-    epochs: Annotated[
-        int,
-        typer.Option(
-            "--epochs",
-            help="Stop after N passes over the samples in this run; -1: no limit.",
-            rich_help_panel=options.TRAINING,
-        ),
-    ] = _D.epochs,
-    batch: Annotated[
-        int, typer.Option("-b", "--batch", help="Sequences per micro-step.", rich_help_panel=options.TRAINING)
-    ] = _D.batch,
+    report_to: loop.ReportToOption = "none",
+    report_dir: loop.ReportDirOption = "",
+    adam_iter: loop.AdamIterOption = _D.adam_iter,
+    epochs: loop.EpochsOption = _D.epochs,
+    batch: loop.BatchOption = _D.batch,
     ctx: Annotated[
         int, typer.Option("-c", "--ctx", help="Tokens per sequence.", rich_help_panel=options.TRAINING)
     ] = _D.ctx,
-    grad_acc: Annotated[
-        int, typer.Option("--grad-acc", help="Micro-steps per iteration.", rich_help_panel=options.TRAINING)
-    ] = _D.grad_acc,
-    seed: Annotated[
-        int,
-        typer.Option(
-            "-s",
-            "--seed",
-            help="Seed of the sample order and the adapter's start; -1: from the clock.",
-            rich_help_panel=options.TRAINING,
-        ),
-    ] = _D.seed,
-    use_checkpointing: Annotated[
-        bool,
-        typer.Option(
-            "--use-checkpointing/--no-checkpointing",
-            help="Recompute activations in the backward pass instead of keeping them.",
-            rich_help_panel=options.TRAINING,
-        ),
-    ] = _D.use_checkpointing,
-    warmup: Annotated[
-        int,
-        typer.Option(
-            "--warmup",
-            help="Iterations over which the learning rate rises.",
-            rich_help_panel=options.TRAINING,
-        ),
-    ] = _D.warmup,
-    cos_decay_steps: Annotated[
-        int,
-        typer.Option(
-            "--cos-decay-steps",
-            help="Iterations of the cosine decay after the warmup.",
-            rich_help_panel=options.TRAINING,
-        ),
-    ] = _D.cos_decay_steps,
+    grad_acc: loop.GradAccOption = _D.grad_acc,
+    seed: loop.SeedOption = _D.seed,
+    use_checkpointing: loop.UseCheckpointingOption = _D.use_checkpointing,
+    warmup: loop.WarmupOption = _D.warmup,
+    cos_decay_steps: loop.CosDecayStepsOption = _D.cos_decay_steps,
     cos_decay_restart: Annotated[
         float,
         typer.Option(
@@ -158,14 +75,7 @@ def finetune(
             rich_help_panel=options.TRAINING,
         ),
     ] = _D.cos_decay_restart,
-    cos_decay_min: Annotated[
-        float,
-        typer.Option(
-            "--cos-decay-min",
-            help="The cosine decay ends at this share of the learning rate.",
-            rich_help_panel=options.TRAINING,
-        ),
-    ] = _D.cos_decay_min,
+    cos_decay_min: loop.CosDecayMinOption = _D.cos_decay_min,
     enable_restart: Annotated[
         bool,
         typer.Option(
@@ -174,71 +84,17 @@ def finetune(
             rich_help_panel=options.TRAINING,
         ),
     ] = _D.enable_restart,
-    adam_alpha: Annotated[
-        float, typer.Option("--adam-alpha", help="Learning rate.", rich_help_panel=options.TRAINING)
-    ] = _D.adam_alpha,
-    adam_min_alpha: Annotated[
-        float,
-        typer.Option(
-            "--adam-min-alpha", help="Least learning rate, warmup included.", rich_help_panel=options.TRAINING
-        ),
-    ] = _D.adam_min_alpha,
-    adam_decay: Annotated[
-        float,
-        typer.Option("--adam-decay", help="AdamW's weight decay; 0: plain Adam.", rich_help_panel=options.TRAINING),
-    ] = _D.adam_decay,
-    adam_decay_min_ndim: Annotated[
-        int,
-        typer.Option(
-            "--adam-decay-min-ndim",
-            help="Weight decay applies to tensors of at least N dimensions.",
-            rich_help_panel=options.TRAINING,
-        ),
-    ] = _D.adam_decay_min_ndim,
-    adam_beta1: Annotated[
-        float,
-        typer.Option("--adam-beta1", help="Decay of the first moment.", rich_help_panel=options.TRAINING),
-    ] = _D.adam_beta1,
-    adam_beta2: Annotated[
-        float,
-        typer.Option("--adam-beta2", help="Decay of the second moment.", rich_help_panel=options.TRAINING),
-    ] = _D.adam_beta2,
-    adam_gclip: Annotated[
-        float,
-        typer.Option(
-            "--adam-gclip",
-            help="Largest norm of the whole gradient; 0: no clipping.",
-            rich_help_panel=options.TRAINING,
-        ),
-    ] = _D.adam_gclip,
-    adam_epsf: Annotated[
-        float,
-        typer.Option(
-            "--adam-epsf",
-            help="Stop when the loss changes by less than this share from one iteration to the next; 0: never.",
-            rich_help_panel=options.TRAINING,
-        ),
-    ] = _D.adam_epsf,
-    opt_past: Annotated[
-        int,
-        typer.Option(
-            "--opt-past",
-            help="Compare the loss with that of N iterations ago, and stop when it hardly changed; 0: never.",
-            rich_help_panel=options.TRAINING,
-        ),
-    ] = _D.opt_past,
-    opt_delta: Annotated[
-        float,
-        typer.Option("--opt-delta", help="What counts as hardly changed, relative.", rich_help_panel=options.TRAINING),
-    ] = _D.opt_delta,
-    opt_max_no_improvement: Annotated[
-        int,
-        typer.Option(
-            "--opt-max-no-improvement",
-            help="Stop after N iterations in a row without a new best loss; 0: never.",
-            rich_help_panel=options.TRAINING,
-        ),
-    ] = _D.opt_max_no_improvement,
+    adam_alpha: loop.AdamAlphaOption = _D.adam_alpha,
+    adam_min_alpha: loop.AdamMinAlphaOption = _D.adam_min_alpha,
+    adam_decay: loop.AdamDecayOption = _D.adam_decay,
+    adam_decay_min_ndim: loop.AdamDecayMinNdimOption = _D.adam_decay_min_ndim,
+    adam_beta1: loop.AdamBeta1Option = _D.adam_beta1,
+    adam_beta2: loop.AdamBeta2Option = _D.adam_beta2,
+    adam_gclip: loop.AdamGclipOption = _D.adam_gclip,
+    adam_epsf: loop.AdamEpsfOption = _D.adam_epsf,
+    opt_past: loop.OptPastOption = _D.opt_past,
+    opt_delta: loop.OptDeltaOption = _D.opt_delta,
+    opt_max_no_improvement: loop.OptMaxNoImprovementOption = _D.opt_max_no_improvement,
     lora_r: Annotated[
         int, typer.Option("--lora-r", help="Rank of the adapter's matrices.", rich_help_panel=options.LORA)
     ] = _D.lora_r,
@@ -434,10 +290,7 @@ def finetune(
             rich_help_panel=options.MODEL,
         ),
     ] = _D.rope_freq_scale,
-    device: Annotated[
-        Literal["auto", "cpu", "cuda"],
-        typer.Option("--device", help="Where to compute.", rich_help_panel=options.COMPUTE),
-    ] = _D.device,
+    device: loop.DeviceOption = _D.device,
     n_gpu_layers: Annotated[
         int,
         typer.Option(
@@ -447,14 +300,7 @@ def finetune(
             rich_help_panel=options.COMPUTE,
         ),
     ] = 0,
-    dtype: Annotated[
-        Literal["auto", "f32", "bf16"],
-        typer.Option(
-            "--dtype",
-            help="What to compute in; auto: bf16 where the processor multiplies it fast.",
-            rich_help_panel=options.COMPUTE,
-        ),
-    ] = _D.dtype,
+    dtype: loop.DtypeOption = _D.dtype,
     weight_cache: Annotated[
         Literal["auto", "bf16", "none"],
         typer.Option(
@@ -463,15 +309,7 @@ def finetune(
             rich_help_panel=options.COMPUTE,
         ),
     ] = _D.weight_cache,
-    threads: Annotated[
-        int,
-        typer.Option(
-            "-t",
-            "--threads",
-            help="CPU threads, at most the cores that there are.",
-            rich_help_panel=options.COMPUTE,
-        ),
-    ] = _D.threads,
+    threads: loop.ThreadsOption = _D.threads,
     offline: options.OfflineOption = False,
     config: options.ConfigOption = None,
     json: options.JsonOption = False,
@@ -487,6 +325,7 @@ def finetune(
         if hub.is_remote(values[name]):
             values[name] = str(local(values[name], offline=offline))
     run_config = FinetuneConfig(**values)
+    events = Path(report_dir) if report_dir else Path(log_file).parent / "tensorboard"
     if model_base:
         render.loading(run_config.model_base)  # said before torch is imported: nobody waits in silence
 
@@ -495,11 +334,15 @@ def finetune(
     from llamakit.cli.finetune_view import View
     from llamakit.training.finetune import finetune as run
     from llamakit.training.loop import Control
+    from llamakit.training.tensorboard import follow
 
     options.set_threads(threads)
     control = Control()
-    with View(run_config, json=json) as view, _signals(control, view):
-        for report in run(run_config, control):
+    reports = run(run_config, control)
+    if report_to == "tensorboard":
+        reports = follow(reports, events)
+    with View(run_config, json=json) as view, stopping_signals(control, view):
+        for report in reports:
             view.show(report)
     codes: dict[int, int] = {signal.SIGINT: EXIT_INTERRUPTED, signal.SIGTERM: EXIT_TERMINATED}
     raise typer.Exit(codes.get(control.signal, 0))
@@ -513,27 +356,3 @@ def _device_for_layers(device: str, n_gpu_layers: int) -> str:
         return "cuda" if device != "cpu" else device
     render.warn(f"-ngl {n_gpu_layers}: there is no CUDA device here, computing on the CPU")
     return "cpu"
-
-
-@contextmanager
-def _signals(control: Control, view: Any) -> Iterator[None]:
-    """Ctrl-C and SIGTERM end the run after the step, saved; SIGUSR1 saves; a second Ctrl-C ends at once."""
-
-    def stop(number: int, _frame: object) -> None:
-        if control.signal or not view.training:
-            if number == signal.SIGTERM:
-                raise SystemExit(EXIT_TERMINATED)
-            raise KeyboardInterrupt
-        control.signal = number
-        os.write(2, b"note: finishing this step, then saving; once more ends at once without saving\n")
-
-    def save(_number: int, _frame: object) -> None:
-        control.save = True
-
-    wanted = {signal.SIGINT: stop, signal.SIGTERM: stop, signal.SIGUSR1: save}
-    before = {number: signal.signal(number, handler) for number, handler in wanted.items()}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

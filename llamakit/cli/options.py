@@ -19,7 +19,7 @@ from llamakit.errors import UsageError
 from llamakit.files import read_text
 
 #: Help groups, shared so that every command names them alike.
-FILES, MODEL, CHAT, SAMPLING, TRAINING, LORA, DATA, OUTPUT, COMPUTE = (
+FILES, MODEL, CHAT, SAMPLING, TRAINING, LORA, DATA, EVALUATION, OUTPUT, COMPUTE = (
     "Files",
     "Model",
     "Chat",
@@ -27,6 +27,7 @@ FILES, MODEL, CHAT, SAMPLING, TRAINING, LORA, DATA, OUTPUT, COMPUTE = (
     "Training",
     "LoRA",
     "Data",
+    "Evaluation",
     "Output",
     "Compute",
 )

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from rich.progress import TaskID
 
 _RED, _YELLOW, _GREEN, _CYAN, _DIM, _BOLD = "31;1", "33;1", "32;1", "36", "2", "1"
+_CURVES = ("36;1", "33;1", "35;1", "32;1", "31;1", "34;1")
 # Text that a model wrote may hold newlines and tabs, and nothing else that moves a terminal's cursor.
 _NOT_ON_TERMINAL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
@@ -43,6 +44,11 @@ def _paint(text: str, code: str, stream: IO[str]) -> str:
 def bold(text: str) -> str:
     """Text for a heading on stdout."""
     return _paint(text, _BOLD, sys.stdout)
+
+
+def curve(text: str, index: int) -> str:
+    """A piece of the drawing of curve `index`, from 0, on stdout: neighbours differ in colour."""
+    return _paint(text, _CURVES[index % len(_CURVES)], sys.stdout)
 
 
 def prompt(text: str, *, for_readline: bool) -> str:

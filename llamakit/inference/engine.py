@@ -24,6 +24,7 @@ from llamakit.model.cache import JoinedCache
 from llamakit.model.layers import Embedding, LoraEmbedding
 from llamakit.model.lora import detach
 from llamakit.model.rope import Rope
+from llamakit.model.trained import TrainedEmbedding
 
 Logits = NDArray[np.float32]
 
@@ -178,5 +179,5 @@ def in_chunks(feeds: Sequence[tuple[Context, Sequence[int]]], size: int) -> Iter
 def _dtype(model: Llama) -> torch.dtype:
     """What the model computes in."""
     embedding = model.token_embd.base if isinstance(model.token_embd, LoraEmbedding) else model.token_embd
-    assert isinstance(embedding, Embedding), "load_model puts it in"
+    assert isinstance(embedding, (Embedding, TrainedEmbedding)), "load_model or training puts it in"
     return embedding.dtype

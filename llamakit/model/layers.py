@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from llamakit.ggml import BLOCK_SIZES, GGMLType
 from llamakit.model.elementwise import Function, Lazy, identity, rms_norm
+from llamakit.model.trained import TrainedLinear, project_trained
 from llamakit.quant import QTensor, dequantize
 
 _VIEWS = {GGMLType.F32: torch.float32, GGMLType.F16: torch.float16, GGMLType.BF16: torch.bfloat16}
@@ -300,6 +301,9 @@ def _dropout_mask(x: Tensor, layers: tuple[LoraLinear, ...]) -> Tensor | None:
 def project(x: Lazy | Tensor, *layers: nn.Module) -> tuple[Tensor, ...]:
     """Every layer applied to the same x (..., I); LoRA layers share their small products, and keep what a lazy x is
     computed from instead of x."""
+    trained = tuple(layer for layer in layers if isinstance(layer, TrainedLinear))
+    if len(trained) == len(layers):
+        return project_trained(x, *trained)
     lora = tuple(layer for layer in layers if isinstance(layer, LoraLinear))
     if len(lora) < len(layers):
         h = x.compute() if isinstance(x, Lazy) else x

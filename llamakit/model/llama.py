@@ -12,7 +12,7 @@ from llamakit.model.attention import cached_attention, causal_attention
 from llamakit.model.cache import JoinedCache, KVCache
 from llamakit.model.config import ModelConfig
 from llamakit.model.elementwise import Lazy, gated_silu
-from llamakit.model.layers import RMSNorm, project
+from llamakit.model.layers import Dropout, RMSNorm, project
 from llamakit.model.recompute import recomputed
 from llamakit.model.rope import Rope, apply_rope
 
@@ -26,6 +26,7 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig, index: int) -> None:
         super().__init__()
         self.config, self.index = config, index
+        self.dropout: Dropout | None = None
         self.attn_norm, self.ffn_norm = (RMSNorm(torch.empty(0), config.rms_eps) for _ in range(2))
         self.attn_q, self.attn_k, self.attn_v, self.attn_output = (nn.Identity() for _ in range(4))
         self.ffn_gate, self.ffn_up, self.ffn_down = (nn.Identity() for _ in range(3))
@@ -47,8 +48,14 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, rotations: Tensor, cache: KVCache | JoinedCache | None = None) -> Tensor:
         """(B, T, C) -> (B, T, C)."""
-        x = x + self.attention(x, rotations, cache)
-        return x + self.feed_forward(x)
+        x = x + self._dropped(self.attention(x, rotations, cache), 1)
+        return x + self._dropped(self.feed_forward(x), 2)
+
+    def _dropped(self, x: Tensor, place: int) -> Tensor:
+        """In training, with some of it dropped at random: place 1 is the attention's result, 2 the feed-forward's."""
+        if self.dropout is None or not self.training:
+            return x
+        return x * self.dropout.mask(x, 2 * self.index + place)
 
 
 class Llama(nn.Module):
@@ -66,6 +73,14 @@ class Llama(nn.Module):
         self.output_norm: nn.Module = nn.Identity()
         self.output: nn.Module = nn.Identity()
         self.use_checkpointing = False
+        self.dropout: Dropout | None = None
+
+    def drop(self, dropout: Dropout) -> None:
+        """In training drop some of the embeddings, and of what each unit adds, at random."""
+        self.dropout = dropout
+        for block in self.blk:
+            assert isinstance(block, Block)
+            block.dropout = dropout
 
     def forward(
         self, tokens: Tensor, positions: Tensor | None = None, cache: KVCache | JoinedCache | None = None
@@ -80,6 +95,8 @@ class Llama(nn.Module):
             positions = torch.arange(t, device=tokens.device) if cache is None else cache.positions(t)
         rotations = self.rope.rotations(positions)
         x = self.token_embd(tokens)
+        if self.dropout is not None and self.training:
+            x = x * self.dropout.mask(x, 0)
         for block in self.blk:
             if self.use_checkpointing and torch.is_grad_enabled() and cache is None:
                 x = recomputed(block, x, rotations)

@@ -6,43 +6,47 @@ import contextlib
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
 from llamakit.errors import FormatError
 from llamakit.files import remove_stale_temporaries, replace_with_link
-from llamakit.formats.adapter import Adapter, transposed_pair, write_adapter
-from llamakit.formats.base import ModelFile
+from llamakit.formats.adapter import transposed_pair
 from llamakit.formats.gguf import GGUFFile, TensorData, write_gguf
 from llamakit.ggml import GGMLType
-from llamakit.training.config import FinetuneConfig
+from llamakit.training.config import LoopOptions
 from llamakit.training.report import Saving
-from llamakit.training.state import MOMENT_SUFFIXES, Progress, TrainState, Weights, tensors_of
+from llamakit.training.state import Progress, TrainState
 
 VERSION_KEY = "llamakit.checkpoint.version"
 _VERSION = 1
 _STATE_KEY, _HASH_KEY = "llamakit.checkpoint.state", "llamakit.checkpoint.sha256"
 
 
-def file_name(template: str, config: FinetuneConfig, iteration: int | None) -> Path:
+TrainingType = Literal["finetune_lora", "train_model"]
+"""What is trained; the words of llama.cpp's two tools."""
+
+
+def file_name(template: str, config: LoopOptions, iteration: int | None) -> Path:
     """The template with the first occurrence of the pattern replaced by the iteration, or by LATEST (None)."""
     value = config.fn_latest if iteration is None else str(iteration)
     return Path(template.replace(config.pattern_fn_it, value, 1) if config.pattern_fn_it else template)
 
 
-def write_checkpoint(path: Path, state: TrainState) -> None:
+def write_checkpoint(path: Path, state: TrainState, training_type: TrainingType) -> None:
     """Write a state as GGUF: counters as JSON, arrays as F32 tensors, and a hash of both. Raises SaveError."""
     description = json.dumps(state.description(), sort_keys=True)
-    arrays = {name: np.ascontiguousarray(array, dtype=np.float32) for name, array in tensors_of(state)}
+    arrays = {name: np.ascontiguousarray(array, dtype=np.float32) for name, array in state.arrays.items()}
     write_gguf(
         path,
         metadata={
             "general.architecture": "llama",
             "general.type": "checkpoint",
-            "training.type": "finetune_lora",
+            "training.type": training_type,
             VERSION_KEY: _VERSION,
             _STATE_KEY: description,
             _HASH_KEY: _digest(description, arrays),
@@ -63,8 +67,8 @@ def _digest(description: str, arrays: dict[str, np.ndarray]) -> str:
 def _arrays(file: GGUFFile) -> dict[str, np.ndarray]:
     arrays = {}
     for name, info in file.tensors.items():
-        if info.type != GGMLType.F32 or len(info.shape) != 2:
-            raise FormatError(f"tensor {name} is {info.type.name} of {len(info.shape)} dimensions (expected F32 of 2)")
+        if info.type != GGMLType.F32:
+            raise FormatError(f"tensor {name} is {info.type.name} (expected F32)")
         arrays[name] = file.read(name).view(np.float32).reshape(info.shape)
     return arrays
 
@@ -84,20 +88,21 @@ def _check(file: GGUFFile, description: str) -> None:
 class OldCheckpoint:
     """What is taken from a checkpoint of llama.cpp's finetune: LoRA tensors, ranks by kind, and counters."""
 
-    weights: dict[str, Weights]
+    arrays: dict[str, np.ndarray]
     ranks: dict[str, int]
     progress: Progress
 
 
-def read_checkpoint(path: Path) -> TrainState | OldCheckpoint:
+def read_checkpoint(path: Path, training_type: TrainingType = "finetune_lora") -> TrainState | OldCheckpoint:
     """Read our own checkpoint, checksum verified, or one of llama.cpp's `finetune`. Raises FormatError."""
     with GGUFFile(path) as file:
-        if VERSION_KEY in file.metadata:
+        found = file.metadata.get("training.type")
+        if found == training_type and VERSION_KEY in file.metadata:
             return _read_own(file)
-        if file.metadata.get("training.type") == "finetune_lora":
+        if found == training_type == "finetune_lora":
             return _read_old(file)
     raise FormatError(
-        "is no finetune checkpoint (expected training.type 'finetune_lora')",
+        f"is no checkpoint of this kind of training (expected training.type {training_type!r}, got {found!r})",
         path=path,
         hint=f"see what it is with: llamakit inspect {path}",
     )
@@ -111,23 +116,17 @@ def _read_own(file: GGUFFile) -> TrainState:
         raise FormatError(f"{_STATE_KEY} is missing", path=file.path)
     arrays = _check_hash(file, description)
     state = json.loads(description)
-    weights = {}
-    for name in (n.removesuffix(".lora_a") for n in arrays if n.endswith(".lora_a")):
-        m = [arrays.get(name + suffix) for suffix in MOMENT_SUFFIXES]
-        moments = None if any(x is None for x in m) else tuple(m)
-        weights[name] = Weights(arrays[f"{name}.lora_a"], arrays[f"{name}.lora_b"], moments)  # pyright: ignore[reportArgumentType]
     progress = Progress(**state["progress"])
-    return TrainState(state["identity"], state["settings"], state["place"], progress, weights)
+    return TrainState(state["identity"], state["settings"], state["place"], progress, arrays)
 
 
 def _read_old(file: GGUFFile) -> OldCheckpoint:
     """Layout: compat notes in docs/formats.md. Old A is (I, R), the transpose of today's; old B is (O, R)."""
     try:
         arrays = _arrays_of_old(file)
-        weights = {
-            name: Weights(*transposed_pair(arrays[f"{name}.lora_a"], arrays[f"{name}.lora_b"]))
-            for name in (n.removesuffix(".lora_a") for n in arrays if n.endswith(".lora_a"))
-        }
+        for name in [n.removesuffix(".lora_a") for n in arrays if n.endswith(".lora_a")]:
+            pair = transposed_pair(arrays[f"{name}.lora_a"], arrays[f"{name}.lora_b"])
+            arrays[f"{name}.lora_a"], arrays[f"{name}.lora_b"] = pair
         metadata = file.metadata
         progress = Progress(
             iterations=int(metadata.get("training.iteration_count", 0)),
@@ -139,7 +138,7 @@ def _read_old(file: GGUFFile) -> OldCheckpoint:
         raise FormatError(f"is a broken llama.cpp checkpoint: {error} is missing or wrong", path=file.path) from error
     prefix = "training.lora.rank."
     ranks = {key.removeprefix(prefix): int(metadata[key]) for key in metadata if key.startswith(prefix)}
-    return OldCheckpoint(weights, ranks, progress)
+    return OldCheckpoint(arrays, ranks, progress)
 
 
 def _arrays_of_old(file: GGUFFile) -> dict[str, np.ndarray]:
@@ -155,12 +154,22 @@ def _arrays_of_old(file: GGUFFile) -> dict[str, np.ndarray]:
     return arrays
 
 
-class CheckpointManager:
-    """Writes checkpoint and adapter of an iteration, points -LATEST at them, and clears away old ones."""
+@dataclass(frozen=True)
+class Product:
+    """What is saved beside the checkpoints. template: its name, with the pattern; write: puts it at a path."""
 
-    def __init__(self, config: FinetuneConfig, base: ModelFile) -> None:
-        self._config, self._base = config, base
-        self._templates = [t for t in (config.checkpoint_out, config.lora_out) if t]
+    kind: Literal["adapter", "model"]
+    template: str
+    write: Callable[[Path, Mapping[str, np.ndarray]], None]
+
+
+class CheckpointManager:
+    """Writes checkpoint and product of an iteration, points -LATEST at them, and clears away old ones."""
+
+    def __init__(self, config: LoopOptions, training_type: TrainingType, product: Product) -> None:
+        self._config, self._product = config, product
+        self._type: TrainingType = training_type
+        self._templates = [t for t in (config.checkpoint_out, product.template) if t]
         for template in self._templates:
             name = Path(template).name
             before, pattern, after = name.partition(config.pattern_fn_it) if config.pattern_fn_it else (name, "", "")
@@ -172,22 +181,38 @@ class CheckpointManager:
         """The names under which the newest files are found."""
         return tuple(str(file_name(t, self._config, None)) for t in self._templates)
 
-    def save(self, state: TrainState, adapter: Adapter) -> Iterator[Saving]:
+    def save(self, state: TrainState) -> Iterator[Saving]:
         """Write the files of state's iteration, each reported before it is written. Raises SaveError."""
         state.progress.saved = sorted({*state.progress.saved, state.progress.iterations})
-        yield from self._write("checkpoint", state, lambda path: write_checkpoint(path, state))
-        yield from self.save_adapter(state, adapter)
+        template, progress = self._config.checkpoint_out, state.progress
+        yield from self._write("checkpoint", template, progress, lambda path: write_checkpoint(path, state, self._type))
+        yield from self.save_product(state)
         self._clear_away(state.progress)
 
-    def save_adapter(self, state: TrainState, adapter: Adapter) -> Iterator[Saving]:
-        """Write the adapter alone."""
-        yield from self._write("adapter", state, lambda path: write_adapter(path, adapter, self._base))
+    def save_product(self, state: TrainState) -> Iterator[Saving]:
+        """Write the adapter or model alone."""
+        kind, template = self._product.kind, self._product.template
+        yield from self._write(kind, template, state.progress, lambda path: self._product.write(path, state.arrays))
 
-    def _write(self, kind, state: TrainState, write: Callable[[Path], None]) -> Iterator[Saving]:
-        template = self._config.checkpoint_out if kind == "checkpoint" else self._config.lora_out
+    def mark(self, iteration: int, word: str) -> Iterator[Saving]:
+        """Give the product of an iteration another name, with `word` in place of the number: BEST."""
+        template, pattern = self._product.template, self._config.pattern_fn_it
+        if not template or not pattern or pattern not in Path(template).name:
+            return
+        numbered, marked = file_name(template, self._config, iteration), Path(template.replace(pattern, word, 1))
+        yield Saving(self._product.kind, str(marked))
+        replace_with_link(numbered, marked)
+
+    def _write(
+        self,
+        kind: Literal["checkpoint", "adapter", "model"],
+        template: str,
+        progress: Progress,
+        write: Callable[[Path], None],
+    ) -> Iterator[Saving]:
         if not template:
             return
-        numbered = file_name(template, self._config, state.progress.iterations)
+        numbered = file_name(template, self._config, progress.iterations)
         latest = file_name(template, self._config, None)
         yield Saving(kind, str(numbered))
         write(numbered)

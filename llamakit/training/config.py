@@ -15,21 +15,13 @@ Cache = Literal["auto", "bf16", "none"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class FinetuneConfig(SampleOptions):
-    """Options of `finetune`, named after llama.cpp's flags; an unset rank (None) means its rule applies."""
+class LoopOptions:
+    """What every training run can be told: files, steps, schedule, optimizer, place; named after llama.cpp's flags."""
 
-    model_base: str = ""
-    """GGUF model whose frozen weights the adapter is trained on"""
-    train_data: str = "shakespeare.txt"
-    """UTF-8 text to train on"""
     checkpoint_in: str = "checkpoint.gguf"
     """checkpoint to go on from; a fresh start where it does not exist"""
     checkpoint_out: str = "checkpoint-ITERATION.gguf"
     """name of the checkpoints; empty: none is written"""
-    lora_out: str = "ggml-lora-ITERATION-f32.gguf"
-    """name of the adapters; empty: none is written"""
-    only_write_lora: bool = False
-    """write the adapter of --checkpoint-in and end"""
     pattern_fn_it: str = "ITERATION"
     """what stands for the iteration in file names"""
     fn_latest: str = "LATEST"
@@ -38,9 +30,6 @@ class FinetuneConfig(SampleOptions):
     """save every N iterations; 0: only at the end"""
     keep_last: int = 0
     """keep only the N newest numbered checkpoints and adapters; 0: all"""
-    log_file: str = ""
-    """JSONL file with one object per step"""
-
     adam_iter: int = 256
     """iterations of this run"""
     epochs: int = -1
@@ -51,21 +40,12 @@ class FinetuneConfig(SampleOptions):
     """micro-steps per iteration"""
     seed: int = -1
     """seed of the sample order and the adapter's start; -1: from the clock"""
-    force_reshuffle: bool = False
-    """begin a new shuffled epoch when going on from a checkpoint"""
-    restart_data: bool = False
-    """accept another text than the checkpoint was trained on, from its beginning"""
-
     warmup: int = 100
     """iterations over which the learning rate rises"""
     cos_decay_steps: int = 1000
     """iterations of the cosine decay after the warmup"""
-    cos_decay_restart: float = 1.1
-    """each restarted period is this many times as long as the one before"""
     cos_decay_min: float = 0.1
     """the cosine decay ends at this share of the learning rate"""
-    enable_restart: bool = False
-    """start the cosine decay again when it is over"""
     opt_past: int = 0
     """compare the loss with that of N iterations ago, and stop when it hardly changed; 0: never"""
     opt_delta: float = 1e-5
@@ -88,6 +68,80 @@ class FinetuneConfig(SampleOptions):
     """decay of the second moment"""
     adam_gclip: float = 1.0
     """largest norm of the whole gradient; 0: no clipping"""
+    use_checkpointing: bool = True
+    """recompute activations in the backward pass instead of keeping them"""
+    device: Device = "auto"
+    """where to compute"""
+    dtype: Dtype = "auto"
+    """what to compute in; auto: bf16 where the processor multiplies it fast"""
+    threads: int = 6
+    """CPU threads, at most the cores that there are"""
+
+    def __post_init__(self) -> None:
+        """Raises UsageError naming the flag whose value cannot be."""
+        for flag, value, least in (
+            ("--batch", self.batch, 1),
+            ("--grad-acc", self.grad_acc, 1),
+            ("--adam-iter", self.adam_iter, 0),
+            ("--warmup", self.warmup, 0),
+            ("--cos-decay-steps", self.cos_decay_steps, 0),
+            ("--opt-past", self.opt_past, 0),
+            ("--opt-max-no-improvement", self.opt_max_no_improvement, 0),
+            ("--keep-last", self.keep_last, 0),
+            ("--threads", self.threads, 1),
+            ("--adam-alpha", self.adam_alpha, 0.0),
+            ("--adam-min-alpha", self.adam_min_alpha, 0.0),
+            ("--adam-decay", self.adam_decay, 0.0),
+            ("--adam-gclip", self.adam_gclip, 0.0),
+            ("--adam-epsf", self.adam_epsf, 0.0),
+        ):
+            check_least(flag, value, least)
+        for flag, value in (("--adam-beta1", self.adam_beta1), ("--adam-beta2", self.adam_beta2)):
+            check_share(flag, value)
+        if not 0 <= self.cos_decay_min <= 1:
+            raise UsageError(f"--cos-decay-min is {self.cos_decay_min} (expected a number from 0 to 1)")
+
+
+def check_least(flag: str, value: float, least: float) -> None:
+    """Raises UsageError for a value below the least, or one that is no number."""
+    if not (math.isfinite(value) and value >= least):
+        raise UsageError(f"{flag} is {value} (expected at least {least})")
+
+
+def check_share(flag: str, value: float) -> None:
+    """Raises UsageError for a value outside of [0, 1)."""
+    if not 0 <= value < 1:
+        raise UsageError(f"{flag} is {value} (expected a number from 0 up to, but not including, 1)")
+
+
+def check_positive(flag: str, value: float | None) -> None:
+    """Raises UsageError for a value that is given and not above 0."""
+    if value is not None and not (math.isfinite(value) and value > 0):
+        raise UsageError(f"{flag} is {value} (expected a positive number)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneConfig(SampleOptions, LoopOptions):
+    """Options of `finetune`, named after llama.cpp's flags; an unset rank (None) means its rule applies."""
+
+    model_base: str = ""
+    """GGUF model whose frozen weights the adapter is trained on"""
+    train_data: str = "shakespeare.txt"
+    """UTF-8 text to train on"""
+    lora_out: str = "ggml-lora-ITERATION-f32.gguf"
+    """name of the adapters; empty: none is written"""
+    only_write_lora: bool = False
+    """write the adapter of --checkpoint-in and end"""
+    log_file: str = ""
+    """JSONL file with one object per step"""
+    force_reshuffle: bool = False
+    """begin a new shuffled epoch when going on from a checkpoint"""
+    restart_data: bool = False
+    """accept another text than the checkpoint was trained on, from its beginning"""
+    cos_decay_restart: float = 1.1
+    """each restarted period is this many times as long as the one before"""
+    enable_restart: bool = False
+    """start the cosine decay again when it is over"""
 
     lora_r: int = 4
     """rank of the adapter's matrices"""
@@ -119,67 +173,34 @@ class FinetuneConfig(SampleOptions):
     """rank for ffn_down (default: --lora-r)"""
     rank_ffn_up: int | None = None
     """rank for ffn_up (default: --lora-r)"""
-
     norm_rms_eps: float | None = None
     """epsilon of the norms instead of the model's own"""
     rope_freq_base: float | None = None
     """base of the rotary frequencies instead of the model's own"""
     rope_freq_scale: float | None = None
     """factor on the rotary frequencies instead of the model's own scaling"""
-
-    use_checkpointing: bool = True
-    """recompute activations in the backward pass instead of keeping them"""
-    device: Device = "auto"
-    """where to compute"""
-    dtype: Dtype = "auto"
-    """what to compute in; auto: bf16 where the processor multiplies it fast"""
     weight_cache: Cache = "auto"
     """keep the decoded weights once (bf16), decode them for each use (none), or decide by the free memory (auto)"""
-    threads: int = 6
-    """CPU threads, at most the cores that there are"""
 
     def __post_init__(self) -> None:
         """Raises UsageError naming the flag whose value cannot be."""
-        for flag, value, least in (
-            ("--ctx", self.ctx, 1),
-            ("--batch", self.batch, 1),
-            ("--grad-acc", self.grad_acc, 1),
-            ("--adam-iter", self.adam_iter, 0),
-            ("--warmup", self.warmup, 0),
-            ("--cos-decay-steps", self.cos_decay_steps, 1),
-            ("--lora-r", self.lora_r, 1),
-            ("--opt-past", self.opt_past, 0),
-            ("--opt-max-no-improvement", self.opt_max_no_improvement, 0),
-            ("--keep-last", self.keep_last, 0),
-            ("--threads", self.threads, 1),
-            ("--adam-alpha", self.adam_alpha, 0.0),
-            ("--adam-min-alpha", self.adam_min_alpha, 0.0),
-            ("--adam-decay", self.adam_decay, 0.0),
-            ("--adam-gclip", self.adam_gclip, 0.0),
-            ("--adam-epsf", self.adam_epsf, 0.0),
-            ("--cos-decay-restart", self.cos_decay_restart, 1.0),
-            *((f"--{name.replace('_', '-')}", rank, 0) for name, rank in self._ranks().items() if rank is not None),
-        ):
-            if not (math.isfinite(value) and value >= least):
-                raise UsageError(f"{flag} is {value} (expected at least {least})")
-        for flag, value in (
-            ("--lora-dropout", self.lora_dropout),
-            ("--val-split", self.val_split),
-            ("--adam-beta1", self.adam_beta1),
-            ("--adam-beta2", self.adam_beta2),
-        ):
-            if not 0 <= value < 1:
-                raise UsageError(f"{flag} is {value} (expected a number from 0 up to, but not including, 1)")
-        if not 0 <= self.cos_decay_min <= 1:
-            raise UsageError(f"--cos-decay-min is {self.cos_decay_min} (expected a number from 0 to 1)")
+        super().__post_init__()
+        check_least("--ctx", self.ctx, 1)
+        check_least("--cos-decay-steps", self.cos_decay_steps, 1)
+        check_least("--cos-decay-restart", self.cos_decay_restart, 1.0)
+        check_least("--lora-r", self.lora_r, 1)
+        for name, rank in self._ranks().items():
+            if rank is not None:
+                check_least(f"--{name.replace('_', '-')}", rank, 0)
+        for flag, value in (("--lora-dropout", self.lora_dropout), ("--val-split", self.val_split)):
+            check_share(flag, value)
         for flag, value in (
             ("--lora-alpha", self.lora_alpha),
             ("--norm-rms-eps", self.norm_rms_eps),
             ("--rope-freq-base", self.rope_freq_base),
             ("--rope-freq-scale", self.rope_freq_scale),
         ):
-            if value is not None and not (math.isfinite(value) and value > 0):
-                raise UsageError(f"{flag} is {value} (expected a positive number)")
+            check_positive(flag, value)
 
     def _ranks(self) -> dict[str, int | None]:
         return {name: value for name, value in vars(self).items() if name.startswith("rank_")}

@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +18,25 @@ from llamakit.dataset.order import SampleOrder
 from llamakit.dataset.text import BatchBuilder, TrainingText, read_training_text
 from llamakit.errors import MismatchError, UnsupportedError, UsageError
 from llamakit.files import RunLock, check_writable, is_same_file
-from llamakit.formats.adapter import Adapter
+from llamakit.formats.adapter import Adapter, write_adapter
 from llamakit.formats.open import check_is_model, model_files, open_model, size_on_disk
 from llamakit.formats.stamps import base_stamps
 from llamakit.model import Llama, ModelConfig, RopeScaling, load_config, load_model
 from llamakit.model.device import dtype_name, resolve_device, training_dtype
 from llamakit.model.layers import Dropout
 from llamakit.tokenizer import Tokenizer, load_tokenizer
-from llamakit.training.checkpoint import CheckpointManager, OldCheckpoint, file_name, read_checkpoint
+from llamakit.training.checkpoint import CheckpointManager, OldCheckpoint, Product, file_name, read_checkpoint
 from llamakit.training.config import FinetuneConfig
 from llamakit.training.log import StepLog
 from llamakit.training.loop import Control, Parameters, Trainer
-from llamakit.training.lora import attach_trainable, check_shapes, initial_weights, rank_field, trained_tensors
+from llamakit.training.lora import (
+    attach_trainable,
+    initial_weights,
+    named_pairs,
+    paired,
+    rank_field,
+    trained_tensors,
+)
 from llamakit.training.optim import schedule
 from llamakit.training.plan import make_plan
 from llamakit.training.report import (
@@ -46,6 +54,7 @@ from llamakit.training.state import (
     TrainState,
     changed_settings,
     check_identity,
+    check_shapes,
     make_identity,
     make_settings,
 )
@@ -109,7 +118,8 @@ class _Run:
         self.ranks = self._ranks()
         trained_tensors(self.shape, self.ranks)
         self.seed = self._seed()
-        self.manager = CheckpointManager(config, self.base)
+        product = Product("adapter", config.lora_out, self._write_adapter)
+        self.manager = CheckpointManager(config, "finetune_lora", product)
         yield ModelFacts(self.seed, config.model_base, self.shape, config.ctx, self.ranks, config.alpha)
         yield from self._remarks()
 
@@ -254,20 +264,21 @@ class _Run:
         weights = initial_weights(self.shape, self.ranks, self.seed)
         dropout = Dropout(config.lora_dropout)
         pairs = attach_trainable(model, weights, config.alpha, dropout)
-        parameters = Parameters(pairs, config)
+        parameters = Parameters(named_pairs(pairs), config)
         if self.saved is not None:
-            check_shapes(self.saved.weights, weights, config.checkpoint_in)
-            parameters.restore(self.saved.weights, self.progress.updates)
-            self.saved.weights.clear()
+            check_shapes(self.saved.arrays, parameters.shapes, config.checkpoint_in)
+            parameters.restore(self.saved.arrays, self.progress.updates)
+            self.saved.arrays.clear()
         order = SampleOrder(self.seed, len(text.train.begins), self.progress.order_epoch, self.progress.next_sample)
         bos = _bos(tokenizer, config.model_base)
         eos = bos if tokenizer.eos_id is None else tokenizer.eos_id
         builder = BatchBuilder(text.train, config, bos=bos, eos=eos, n_vocab=self.shape.n_vocab)
-        return Trainer(model.train(), parameters, builder, order, self.progress, config, dropout)
+        factor = partial(schedule, config=config)
+        return Trainer(model.train(), parameters, builder, order, self.progress, config, dropout, factor)
 
     def _facts(self, text: TrainingText, trainer: Trainer) -> Iterator[Report]:
         config, progress = self.config, self.progress
-        trained = sum(tensor.numel() for tensor in trainer.parameters.flat)
+        trained = trainer.parameters.n_numbers
         yield Counters(
             progress.iterations, progress.samples, progress.tokens, progress.epochs, progress.updates,
             4 * trained, 8 * trained, trained,
@@ -311,23 +322,19 @@ class _Run:
                 if evaluation is not None:
                     yield evaluation
                 control.save, last_save = False, progress.iterations
-                yield from self.manager.save(self._state(trainer, identity), self._adapter(trainer))
+                yield from self.manager.save(self._state(trainer, identity))
             trainer.check_diverged()
             if stop or control.signal:
                 self.reason = stop or "interrupted"
                 break
         if last_save < progress.iterations:  # the signal came between a step and the next
-            yield from self.manager.save(self._state(trainer, identity), self._adapter(trainer))
+            yield from self.manager.save(self._state(trainer, identity))
 
     def _state(self, trainer: Trainer, identity: dict[str, Any]) -> TrainState:
         return TrainState(identity, self._settings(), self._place(), self.progress, trainer.parameters.snapshot())
 
-    def _adapter(self, trainer: Trainer) -> Adapter:
-        pairs = {
-            name: (a.detach().cpu().numpy(), b.detach().cpu().numpy())
-            for name, (a, b) in trainer.parameters.pairs.items()
-        }
-        return Adapter(alpha=self.config.alpha, tensors=pairs)
+    def _write_adapter(self, path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+        write_adapter(path, Adapter(alpha=self.config.alpha, tensors=paired(arrays)), self.base)
 
     def write_adapter_only(self) -> Iterator[Report]:
         """--only-write-lora: the adapter of --checkpoint-in."""
@@ -341,11 +348,10 @@ class _Run:
             mine = self._identity(saved.identity["text"])
             adapter_keys = {k: v for k, v in mine.items() if k.startswith(("base ", "rank ", "--lora-alpha"))}
             check_identity(saved.identity, adapter_keys, path=config.checkpoint_in, restart_data=False)
-        check_shapes(saved.weights, initial_weights(self.shape, self.ranks, 0), config.checkpoint_in)
+        start = {name: (w.a, w.b) for name, w in initial_weights(self.shape, self.ranks, 0).items()}
+        check_shapes(saved.arrays, {n: x.shape for n, x in named_pairs(start).items()}, config.checkpoint_in)
         self.progress, self.reason = saved.progress, "the adapter is written"
-        tensors = {name: (w.a, w.b) for name, w in saved.weights.items()}
-        state = TrainState({}, {}, {}, saved.progress, {})
-        yield from self.manager.save_adapter(state, Adapter(alpha=config.alpha, tensors=tensors))
+        yield from self.manager.save_product(TrainState({}, {}, {}, saved.progress, saved.arrays))
 
 
 def _overridden(shape: ModelConfig, config: FinetuneConfig) -> ModelConfig:

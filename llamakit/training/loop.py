@@ -7,23 +7,24 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from llamakit.dataset.order import SampleOrder
-from llamakit.dataset.text import BatchBuilder
+from llamakit.dataset.text import Batch
 from llamakit.errors import DivergedError
 from llamakit.model import Llama
 from llamakit.model.layers import Dropout
-from llamakit.training.config import FinetuneConfig
+from llamakit.training.config import LoopOptions
 from llamakit.training.loss import backpropagate
-from llamakit.training.optim import AdamW, clip_gradient, schedule
+from llamakit.training.optim import AdamW, clip_gradient
 from llamakit.training.report import StepReport
-from llamakit.training.state import Progress, Weights
+from llamakit.training.state import MOMENT_SUFFIXES, Progress
 
 # So many steps in a row without a finite loss, and the run is over.
 _MOST_SKIPPED = 5
@@ -37,37 +38,51 @@ class Control:
     save: bool = False
 
 
+class Batches(Protocol):
+    """Where batches come from."""
+
+    def build(self, order: SampleOrder, batch: int) -> Batch:
+        """The next `batch` rows; the order itself is not moved."""
+        ...
+
+
 class Parameters:
-    """The LoRA pairs that are trained, by base tensor name, and AdamW's state of them."""
+    """What is trained, by name, and AdamW's state of it."""
 
-    def __init__(self, pairs: Mapping[str, tuple[Tensor, Tensor]], config: FinetuneConfig) -> None:
-        self.pairs = dict(pairs)
-        self.flat = [tensor for pair in self.pairs.values() for tensor in pair]
-        self.optimizer = AdamW(self.flat, config)
+    def __init__(self, named: Mapping[str, Tensor], config: LoopOptions) -> None:
+        self.named = dict(named)
+        self.optimizer = AdamW(list(self.named.values()), config)
 
-    def _moments(self) -> dict[str, tuple[Tensor, ...]]:
-        """m and v of A, then of B, by base tensor name."""
-        moments = self.optimizer.moments()
-        return {name: moments[2 * i] + moments[2 * i + 1] for i, name in enumerate(self.pairs)}
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of every tensor, by name."""
+        return {name: tuple(tensor.shape) for name, tensor in self.named.items()}
+
+    @property
+    def n_numbers(self) -> int:
+        """How many numbers are trained."""
+        return sum(tensor.numel() for tensor in self.named.values())
 
     @torch.no_grad()
-    def restore(self, weights: Mapping[str, Weights], updates: int) -> None:
+    def restore(self, arrays: Mapping[str, np.ndarray], updates: int) -> None:
         """Put back what `snapshot` gave; without moments the optimizer starts anew."""
-        moments = self._moments()
-        for name, saved in weights.items():
-            arrays = (saved.a, saved.b, *(saved.moments or ()))
-            for tensor, array in zip((*self.pairs[name], *moments[name]), arrays, strict=False):
-                tensor.copy_(torch.from_numpy(array))
-            if saved.moments is not None:
-                self.optimizer.updates = updates
+        has_moments = False
+        for (name, tensor), moments in zip(self.named.items(), self.optimizer.moments(), strict=True):
+            tensor.copy_(torch.from_numpy(arrays[name]))
+            for suffix, moment in zip(MOMENT_SUFFIXES, moments, strict=True):
+                if name + suffix in arrays:
+                    moment.copy_(torch.from_numpy(arrays[name + suffix]))
+                    has_moments = True
+        self.optimizer.updates = updates if has_moments else 0
 
-    def snapshot(self) -> dict[str, Weights]:
-        """Copies of all pairs and moments, float32."""
-        moments = self._moments() if self.optimizer.updates else {}
-        return {
-            name: Weights(_copy(a), _copy(b), tuple(map(_copy, moments[name])) if moments else None)  # pyright: ignore[reportArgumentType]
-            for name, (a, b) in self.pairs.items()
-        }
+    def snapshot(self) -> dict[str, np.ndarray]:
+        """Copies of all tensors and moments, float32."""
+        arrays = {}
+        for (name, tensor), moments in zip(self.named.items(), self.optimizer.moments(), strict=True):
+            arrays[name] = _copy(tensor)
+            if self.optimizer.updates:
+                arrays |= {name + suffix: _copy(m) for suffix, m in zip(MOMENT_SUFFIXES, moments, strict=True)}
+        return arrays
 
 
 def _copy(tensor: Tensor) -> np.ndarray:
@@ -81,36 +96,38 @@ class Trainer:
         self,
         model: Llama,
         parameters: Parameters,
-        builder: BatchBuilder,
+        batches: Batches,
         order: SampleOrder,
         progress: Progress,
-        config: FinetuneConfig,
+        config: LoopOptions,
         dropout: Dropout,
+        factor: Callable[[int], float],
     ) -> None:
-        self.model, self.parameters, self.builder = model, parameters, builder
+        """factor: share of the learning rate for an iteration, from 1."""
+        self.model, self.parameters, self.batches = model, parameters, batches
         self.order, self.progress, self.config, self.dropout = order, progress, config, dropout
-        self._device = parameters.flat[0].device
+        self._factor = factor
+        self._device = next(iter(parameters.named.values())).device
         self._begin, self._epochs_before, self._skipped = time.perf_counter(), progress.epochs, 0
 
     def step(self, left: int) -> StepReport:
         """One iteration; left: how many are to come. A step without a finite loss and gradient changes nothing."""
         started = time.perf_counter()
-        config, progress = self.config, self.progress
+        config, progress, optimizer = self.config, self.progress, self.parameters.optimizer
         first_sample = min(1 + self.order.next_sample, self.order.count)
-        loss = self._accumulate()
-        gradient = self.parameters.optimizer.take_gradient()
-        norm = clip_gradient(gradient, config.adam_gclip)
+        loss, n_tokens = self._accumulate()
+        norm = clip_gradient(optimizer.gradient, config.adam_gclip)
         progress.iterations += 1
-        factor = schedule(progress.iterations, config)
+        factor = self._factor(progress.iterations)
         skipped = not (math.isfinite(loss) and math.isfinite(norm))
         if skipped:
             self._skipped += 1
         else:
             self._skipped = 0
-            self.parameters.optimizer.step(gradient, factor * config.adam_alpha)
+            optimizer.step(factor * config.adam_alpha)
             progress.updates += 1
+        optimizer.gradient.zero_()
         now = time.perf_counter()
-        n_tokens = config.grad_acc * config.batch * config.ctx
         return StepReport(
             step=progress.iterations,
             loss=loss,
@@ -123,22 +140,30 @@ class Trainer:
             elapsed_s=now - self._begin,
             steps_left=left,
             skipped=skipped,
+            grad_norm=norm,
+            n_tokens=progress.tokens,
         )
 
-    def _accumulate(self) -> float:
-        """Gradients of one iteration's micro-steps; returns the mean token loss of all of them."""
+    def _accumulate(self) -> tuple[float, int]:
+        """Gradients of one iteration's micro-steps; the mean token loss of all of them, and their tokens."""
         config, progress, total = self.config, self.progress, 0.0
-        n_tokens = config.grad_acc * config.batch * config.ctx
-        for micro in range(config.grad_acc):
-            batch = self.builder.build(self.order, config.batch)
+        batches = list(self._next_batches())
+        n_tokens = sum(batch.targets.size for batch in batches)
+        for micro, batch in enumerate(batches):
             self.dropout.key = progress.iterations * config.grad_acc + micro
             inputs, targets = (torch.from_numpy(x).to(self._device) for x in (batch.inputs, batch.targets))
             total += backpropagate(self.model, inputs, targets, 1 / n_tokens)
-            progress.samples += batch.used
-            progress.tokens += config.batch * config.ctx
-            progress.epochs += self.order.advance(batch.used)
         progress.order_epoch, progress.next_sample = self.order.epoch, self.order.next_sample
-        return total / n_tokens
+        return total / n_tokens, n_tokens
+
+    def _next_batches(self) -> Iterator[Batch]:
+        """The micro-batches of one iteration: all are made before the first is used, since all their tokens count."""
+        for _ in range(self.config.grad_acc):
+            batch = self.batches.build(self.order, self.config.batch)
+            self.progress.samples += batch.used
+            self.progress.tokens += batch.targets.size
+            self.progress.epochs += self.order.advance(batch.used)
+            yield batch
 
     @property
     def diverged(self) -> bool:

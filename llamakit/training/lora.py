@@ -5,18 +5,30 @@ Shapes: R rank, I n_in, O n_out.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TypeVar
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from llamakit.dataset.order import counter_normal
-from llamakit.errors import MismatchError, UsageError
+from llamakit.errors import UsageError
 from llamakit.model import Llama, ModelConfig
 from llamakit.model.layers import Dropout
 from llamakit.model.lora import make_lora_leaf
-from llamakit.training.state import Weights
 
 Pair = tuple[Tensor, Tensor]
+_SUFFIXES = (".lora_a", ".lora_b")
+
+
+@dataclass(frozen=True)
+class Weights:
+    """One LoRA pair, A (R, I) and B (O, R) float32."""
+
+    a: np.ndarray
+    b: np.ndarray
 
 
 def trained_tensors(model: ModelConfig, ranks: dict[str, int]) -> dict[str, tuple[int, int, int]]:
@@ -61,18 +73,19 @@ def attach_trainable(model: Llama, weights: dict[str, Weights], alpha: float, dr
     return pairs
 
 
-def check_shapes(saved: dict[str, Weights], expected: dict[str, Weights], path: str) -> None:
-    """Raises MismatchError, naming the tensor and both shapes, unless a checkpoint's pairs are those of this run."""
-    if saved.keys() != expected.keys():
-        names = sorted(saved.keys() ^ expected.keys())
-        raise MismatchError(f"checkpoint and run train different tensors: {', '.join(names[:3])}", path=path)
-    for name, pair in expected.items():
-        for mine, theirs in ((pair.a, saved[name].a), (pair.b, saved[name].b)):
-            if mine.shape != theirs.shape:
-                raise MismatchError(
-                    f"{name} has LoRA shape {list(theirs.shape)} in the checkpoint, and {list(mine.shape)} in this run",
-                    path=path,
-                )
+T = TypeVar("T")
+
+
+def named_pairs(pairs: Mapping[str, tuple[T, T]]) -> dict[str, T]:
+    """The members of all pairs under their names in files: the base tensor's, then `.lora_a` or `.lora_b`."""
+    return {name + suffix: x for name, pair in pairs.items() for suffix, x in zip(_SUFFIXES, pair, strict=True)}
+
+
+def paired(named: Mapping[str, T]) -> dict[str, tuple[T, T]]:
+    """What `named_pairs` took apart; other names are left out."""
+    a, b = _SUFFIXES
+    names = [name.removesuffix(a) for name in named if name.endswith(a)]
+    return {name: (named[name + a], named[name + b]) for name in names}
 
 
 def rank_field(kind: str) -> str:

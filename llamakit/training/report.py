@@ -97,7 +97,8 @@ class StepReport:
 
     sample: the first sample of the step, from 1; sched: factor on --adam-alpha; step_s: seconds of this step alone;
     tok_per_s: its tokens over these; elapsed_s: since training began; skipped: the loss or gradient was not finite,
-    and nothing was changed. val_loss, val_ppl: where the held-out text was evaluated after the step.
+    and nothing was changed; grad_norm: before clipping; n_tokens: trained on since the start. val_loss, val_ppl: where
+    the held-out text was evaluated after the step.
     """
 
     step: int
@@ -111,26 +112,65 @@ class StepReport:
     elapsed_s: float
     steps_left: int
     skipped: bool
+    grad_norm: float = 0.0
+    n_tokens: int = 0
     val_loss: float | None = None
     val_ppl: float | None = None
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Mean loss and perplexity of held-out tokens. when: before the first step, at a save, or at the end."""
+    """Mean loss and perplexity of held-out tokens. when: before the first step, at a save, or at the end.
+
+    n_tokens: of so many held-out ones (n_held_out). step: after which; train_loss: of as many windows of the training
+    text; bits_per_byte: the held-out loss over the text's UTF-8 bytes; is_best: none before was lower.
+    """
 
     when: Literal["start", "save", "end"]
     loss: float
     ppl: float
     n_tokens: int
     n_held_out: int
+    step: int = 0
+    train_loss: float | None = None
+    bits_per_byte: float | None = None
+    is_best: bool = False
+
+
+@dataclass(frozen=True)
+class NewModel:
+    """What `train` is about to train, on what and where; iterations, tokens: what lies behind it."""
+
+    seed: int
+    config: ModelConfig
+    n_parameters: int
+    tokens_per_iteration: int
+    grad_acc: int
+    batch: int
+    ctx: int
+    n_train_tokens: int
+    n_validation_tokens: int
+    device: str
+    dtype: str
+    threads: int
+    iterations: int
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What the model says to a prompt after a step."""
+
+    step: int
+    prompt: str
+    text: str
 
 
 @dataclass(frozen=True)
 class Saving:
     """A file is about to be written."""
 
-    kind: Literal["checkpoint", "adapter"]
+    kind: Literal["checkpoint", "adapter", "model"]
     path: str
 
 
@@ -146,5 +186,17 @@ class Finished:
 
 
 Report = (
-    Loading | Remark | ModelFacts | Counters | DataFacts | Plan | Begin | StepReport | Evaluation | Saving | Finished
+    Loading
+    | Remark
+    | ModelFacts
+    | NewModel
+    | Counters
+    | DataFacts
+    | Plan
+    | Begin
+    | StepReport
+    | Evaluation
+    | Sample
+    | Saving
+    | Finished
 )

@@ -1,11 +1,8 @@
-"""Everything that a resume needs, and whether a resume is allowed.
-
-Shapes: R rank, I n_in, O n_out.
-"""
+"""Everything that a resume needs, and whether a resume is allowed."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -30,30 +27,26 @@ class Progress:
     best_loss: float | None = None
     no_improvement: int = 0
     past_losses: list[float] = field(default_factory=list)
+    best_evaluation: float | None = None
+    evaluations_without_best: int = 0
     saved: list[int] = field(default_factory=list)
 
 
 @dataclass
-class Weights:
-    """One LoRA pair, A (R, I) and B (O, R) float32, with Adam's two moments of each (None: not known)."""
-
-    a: np.ndarray
-    b: np.ndarray
-    moments: tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray] | None = None
-
-
-@dataclass
 class TrainState:
-    """identity: what must be the same; settings: what the command line may change; place: where it was computed."""
+    """identity: what must be the same; settings: what the command line may change; place: where it was computed.
+
+    arrays: every trained tensor, float32, by name; behind `.m` and `.v` Adam's two moments of it, where they are known.
+    """
 
     identity: dict[str, Any]
     settings: dict[str, Any]
     place: dict[str, Any]
     progress: Progress
-    weights: dict[str, Weights]
+    arrays: dict[str, np.ndarray]
 
     def description(self) -> dict[str, Any]:
-        """All but the weights, as plain JSON values."""
+        """All but the arrays, as plain JSON values."""
         return {
             "identity": self.identity,
             "settings": self.settings,
@@ -61,6 +54,8 @@ class TrainState:
             "progress": asdict(self.progress),
         }
 
+
+MOMENT_SUFFIXES = (".m", ".v")
 
 _SAMPLE_FLAGS = (
     "sample_start",
@@ -90,6 +85,25 @@ _SETTINGS = (
     "lora_dropout",
 )
 _MODEL_FLAGS = ("norm_rms_eps", "rope_freq_base", "rope_freq_scale")
+
+
+def trained_names(arrays: Mapping[str, np.ndarray]) -> list[str]:
+    """The names of the trained tensors, without those of their moments."""
+    return [name for name in arrays if not name.endswith(MOMENT_SUFFIXES)]
+
+
+def check_shapes(saved: Mapping[str, np.ndarray], expected: Mapping[str, tuple[int, ...]], path: str) -> None:
+    """Raises MismatchError, naming the tensor and both shapes, unless a checkpoint's tensors are those of this run."""
+    names = trained_names(saved)
+    if set(names) != expected.keys():
+        different = sorted(set(names) ^ expected.keys())
+        raise MismatchError(f"checkpoint and run train different tensors: {', '.join(different[:3])}", path=path)
+    for name, shape in expected.items():
+        if saved[name].shape != shape:
+            raise MismatchError(
+                f"{name} has shape {list(saved[name].shape)} in the checkpoint, and {list(shape)} in this run",
+                path=path,
+            )
 
 
 def flag(name: str) -> str:
@@ -128,7 +142,11 @@ def check_identity(saved: Mapping[str, Any], now: Mapping[str, Any], *, path: st
             "text": "give --restart-data to go on with the new text from its beginning",
             "base file": "use the very file that the checkpoint was trained on",
         }
-        what = {"text": "the training text (sha256)", "base file": "the base model's file (fingerprint)"}
+        what = {
+            "text": "the training text (sha256)",
+            "vocabulary": "the vocabulary (sha256)",
+            "base file": "the base model's file (fingerprint)",
+        }
         raise MismatchError(
             f"{what.get(key, key)} is {_shown(saved[key])} in the checkpoint, and {_shown(value)} in this run",
             path=path,
@@ -151,16 +169,3 @@ def _shown(value: Any) -> str:
     if value is None:
         return "not given"
     return repr(value) if isinstance(value, str) else str(value)
-
-
-def tensors_of(state: TrainState) -> Iterator[tuple[str, np.ndarray]]:
-    """Every array of the state with its name in a checkpoint, in a fixed order."""
-    for name, weights in state.weights.items():
-        yield f"{name}.lora_a", weights.a
-        yield f"{name}.lora_b", weights.b
-        if weights.moments is not None:
-            for suffix, moment in zip(MOMENT_SUFFIXES, weights.moments, strict=True):
-                yield f"{name}{suffix}", moment
-
-
-MOMENT_SUFFIXES = (".lora_a.m", ".lora_a.v", ".lora_b.m", ".lora_b.v")

@@ -65,6 +65,27 @@ def test_the_old_command_runs_as_written(place, capsys):
     assert read_adapter(place / "lora-LATEST.bin").stamps is not None
 
 
+def test_tensorboard_is_reported_to(place, capsys):
+    """Beside the log by default; the same command goes on with the same folder."""
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    (place / "logs").mkdir()
+    words = [*shlex.split(COMMAND), "--adam-iter", "2", "--ctx", "16", "--log-file", "logs/log.jsonl"]
+    for _ in range(2):
+        assert run([*words, "--report-to", "tensorboard"]) == 0
+    events = EventAccumulator(str(place / "logs" / "tensorboard"))
+    events.Reload()
+    logged = [json.loads(line) for line in (place / "logs" / "log.jsonl").read_text().splitlines()]
+    assert [event.step for event in events.Scalars("train/loss")] == [1, 2, 3, 4]
+    assert [event.value for event in events.Scalars("train/loss")] == pytest.approx([line["loss"] for line in logged])
+    assert [event.step for event in events.Scalars("validation/loss")] == [0, 2, 4]
+    assert run([*words, "--report-to", "tensorboard", "--report-dir", "elsewhere"]) == 0
+    assert any((place / "elsewhere").iterdir())
+    assert run([*words, "--report-to", "tensorboard", "--report-dir", "base.gguf"]) == 2
+    assert "base.gguf: is a file, the folder of the events is needed" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("kind", ["meta", "huggingface"])
 def test_a_folder_is_a_base(place, capsys, kind):
     """The adapter of a folder is at home on the folder and on the GGUF made of it, whatever context was named."""

@@ -24,7 +24,9 @@ from tests.helpers import assert_parity
 
 
 def test_finetune() -> None:
-    assert_parity(finetune, FinetuneConfig, cli_only=("config", "json", "n_gpu_layers", "offline"))
+    assert_parity(
+        finetune, FinetuneConfig, cli_only=("config", "json", "n_gpu_layers", "offline", "report_to", "report_dir")
+    )
 
 
 def test_generate() -> None:

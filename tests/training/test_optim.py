@@ -48,15 +48,14 @@ def test_updates_are_those_of_ggmls_adam():
     optimizer = AdamW([matrix, single], config)
     for t in range(1, 6):
         for p in (matrix, single):
-            p.grad = torch.randn(p.shape)
+            p.grad.copy_(torch.randn(p.shape))
             g = p.grad.double().numpy()
             m[p] = 0.9 * m[p] + 0.1 * g
             v[p] = 0.999 * v[p] + 0.001 * g * g
             decay = 1 - 0.1 * 1e-2 if p is matrix else 1.0
             x[p] = x[p] * decay - 1e-2 / (1 - 0.9**t) * m[p] / (np.sqrt(v[p] / (1 - 0.999**t)) + 1e-8)
-        optimizer.step(optimizer.take_gradient(), 1e-2)
+        optimizer.step(1e-2)
         for p, moments in zip((matrix, single), optimizer.moments(), strict=True):
-            assert p.grad is None
             assert np.allclose(p.detach().numpy(), x[p], rtol=1e-5, atol=1e-6)
             assert np.allclose(moments[0], m[p], rtol=1e-5) and np.allclose(moments[1], v[p], rtol=1e-5)
 

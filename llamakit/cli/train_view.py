@@ -1,0 +1,157 @@
+"""How training from scratch looks: llama2.c's lines on stdout, a progress bar on a terminal, one JSON at the end."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Iterator
+from types import TracebackType
+
+from llamakit.cli import render
+from llamakit.dataset.prepare import Prepared, Reading, TrainingVocabulary, VocabularyReady
+from llamakit.dataset.prepare import Report as PrepareReport
+from llamakit.training.report import (
+    Begin,
+    Evaluation,
+    Finished,
+    Loading,
+    NewModel,
+    Remark,
+    Report,
+    Sample,
+    Saving,
+    StepReport,
+)
+from llamakit.training.train_config import TrainConfig
+
+
+class TrainView:
+    """Renders the reports of one run."""
+
+    def __init__(self, config: TrainConfig, *, json: bool) -> None:
+        self._config, self._json = config, json
+        self._bar = render.Progress("training", total=config.adam_iter, fields=("loss", "lr", "tok/s"))
+        self._last: dict[str, object] = {}
+        self._evaluation: dict[str, object] = {}
+        self.training = False
+
+    def __enter__(self) -> TrainView:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.training:
+            self._bar.__exit__(kind, error, trace)
+
+    def show(self, report: Report | PrepareReport) -> None:
+        """Render one report."""
+        match report:
+            case Loading():
+                render.loading(report.path)
+            case Remark():
+                (render.note if report.level == "note" else render.warn)(report.text)
+            case Begin():
+                self.training = True
+                self._bar.__enter__()
+                self._bar.update(report.first_iteration)
+            case StepReport():
+                self._step(report)
+            case Finished():
+                self._finish(report)
+            case _:
+                if isinstance(report, Evaluation):
+                    self._evaluation = dataclasses.asdict(report)
+                for line in _lines(report):
+                    self._say(line)
+
+    def _say(self, line: str) -> None:
+        if self._json or (self.training and self._bar.visible):
+            self._bar.log(line)
+        else:
+            render.say(line)
+            sys.stdout.flush()
+
+    def _step(self, step: StepReport) -> None:
+        self._last = dataclasses.asdict(step)
+        self._bar.update(step.step, loss=f"{step.loss:.4f}", lr=f"{step.lr:.2e}", **{"tok/s": f"{step.tok_per_s:.0f}"})
+        if not self._bar.visible or not render.is_terminal(sys.stdout):
+            line = (
+                f"{step.step} | loss {step.loss:.4f} | lr {step.lr:e} | {1000 * step.step_s:.2f}ms"
+                f" | {step.tok_per_s:.0f} tok/s"
+            )
+            (render.log if self._json else render.say)(line)
+            if not self._json:
+                sys.stdout.flush()
+        if step.skipped:
+            render.warn(f"iteration {step.step}: the loss or its gradient is not finite; the step was skipped")
+
+    def _finish(self, finished: Finished) -> None:
+        self._bar.__exit__(None, None, None)
+        self.training = False
+        if finished.reason and finished.reason != "all iterations are done":
+            self._say(f"ended: {finished.reason}")
+        self._say(f"{finished.iterations} iterations, {render.human_duration(finished.total_s)}")
+        for file in finished.files:
+            self._say(f"wrote {file}")
+        if self._json:
+            render.print_json(
+                {
+                    "reason": finished.reason,
+                    "total_s": finished.total_s,
+                    "iterations": finished.iterations,
+                    "files": finished.files,
+                    "last_step": self._last,
+                    "evaluation": self._evaluation,
+                }
+            )
+
+
+def _lines(report: Report | PrepareReport) -> Iterator[str]:
+    match report:
+        case Reading():
+            yield f"reading {report.n_files} files, {render.human_bytes(report.n_bytes)}"
+        case TrainingVocabulary():
+            yield f"training a vocabulary of {report.n_vocab} tokens"
+        case VocabularyReady():
+            yield f"vocabulary: {report.n_vocab} tokens"
+        case Prepared():
+            yield (
+                f"data: {report.n_documents} documents, {report.n_tokens} tokens,"
+                f" {report.bytes_per_token:.2f} bytes per token, {report.n_validation_tokens} held out"
+            )
+            yield f"Saved {report.path}, average seqlen: {report.n_tokens / max(1, report.n_documents):.2f}"
+        case NewModel():
+            yield from _model_lines(report)
+        case Evaluation():
+            yield _evaluation_line(report)
+        case Sample():
+            yield f"sample {report.step}: {report.prompt}{report.text}"
+        case Saving():
+            yield f"saving {report.kind} to {report.path}"
+
+
+def _model_lines(model: NewModel) -> Iterator[str]:
+    shape = model.config
+    yield f"tokens per iteration will be: {model.tokens_per_iteration:,}"
+    yield (
+        f"breaks down as: {model.grad_acc} grad accum steps * 1 processes * {model.batch} batch size"
+        f" * {model.ctx} max seq len"
+    )
+    yield (
+        f"model: {model.n_parameters:,} parameters: {shape.n_embd} wide, {shape.n_layer} blocks, {shape.n_head} heads"
+        f" ({shape.n_head_kv} for keys and values), feed-forward {shape.n_ff}, vocabulary {shape.n_vocab}"
+        f"{', tied' if shape.tied_output else ''}"
+    )
+    yield f"data: {model.n_train_tokens:,} tokens to train on, {model.n_validation_tokens:,} held out"
+    yield f"computing on {model.device} in {model.dtype}, {model.threads} threads; seed {model.seed}"
+    if model.iterations:
+        yield f"going on from iteration {model.iterations}, {model.tokens:,} tokens"
+
+
+def _evaluation_line(found: Evaluation) -> str:
+    train = "" if found.train_loss is None else f"train loss {found.train_loss:.4f}, "
+    if not found.n_tokens:
+        return f"step {found.step}: {train}nothing is held out"
+    bits = "" if found.bits_per_byte is None else f", {found.bits_per_byte:.4f} bits per byte"
+    return f"step {found.step}: {train}val loss {found.loss:.4f}{bits}{' (best)' if found.is_best else ''}"

@@ -1,0 +1,120 @@
+"""Leaves whose weights are trained themselves: float32, multiplied in the activations' dtype.
+
+Shapes: N tokens (any leading axes), I = n_in, O = n_out, C n_embd, V n_vocab.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from llamakit.model.elementwise import Function, Lazy, identity
+
+
+class TrainedLinear(nn.Module):
+    """y = x W^T + bias; W (O, I) and bias (O,) float32, both trained."""
+
+    def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None = None) -> None:
+        super().__init__()
+        self.weight, self.bias = weight, bias
+        self._rounded, self._version = torch.empty(0), -1
+
+    def rounded(self, dtype: torch.dtype) -> Tensor:
+        """W in dtype, rounded anew only when an update has changed it."""
+        weight = self.weight.detach()
+        if weight.dtype == dtype:
+            return weight
+        if self._version != self.weight._version or self._rounded.dtype != dtype:
+            self._rounded, self._version = weight.to(dtype), self.weight._version
+        return self._rounded
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., I) -> (..., O), in x's dtype."""
+        return project_trained(x, self)[0]
+
+
+class TrainedEmbedding(nn.Module):
+    """Rows of W (V, C) float32, in dtype."""
+
+    def __init__(self, weight: nn.Parameter, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.weight, self.dtype = weight, dtype
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """int64 (B, T) -> (B, T, C)."""
+        return _LookUp.apply(self.weight, tokens, self.dtype)
+
+
+class _LookUp(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, weight: Tensor, tokens: Tensor, dtype: torch.dtype) -> Tensor:
+        ctx.weight = weight
+        ctx.save_for_backward(tokens)
+        return weight[tokens].to(dtype)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
+        (tokens,) = ctx.saved_tensors
+        weight: Tensor = ctx.weight
+        # Only the rows of a batch's tokens change: a gradient of the whole matrix is made where there is none yet.
+        into = torch.zeros_like(weight) if weight.grad is None else weight.grad
+        into.index_add_(0, tokens.flatten(), grad.flatten(0, -2).to(into.dtype))
+        return (into if weight.grad is None else None), None, None
+
+
+def _rows(x: Tensor) -> Tensor:
+    """(..., I) -> (N, I), also of a single row (I,)."""
+    return x.reshape(-1, x.shape[-1])
+
+
+def _collect(parameter: Tensor, gradient: Tensor) -> Tensor | None:
+    """Add to the parameter's gradient in place, without a float32 copy; what is left for autograd to add, if any."""
+    if parameter.grad is None:
+        return gradient.to(parameter.dtype)
+    parameter.grad.add_(gradient)
+    return None
+
+
+class _Project(torch.autograd.Function):
+    """Several linears of one input h: y_i = h W_i^T + b_i; dh = sum_i dy_i W_i; dW_i = dy_i^T h; db_i = sum dy_i.
+
+    Instead of h the tensors are kept that it is computed from.
+    """
+
+    @staticmethod
+    def forward(ctx, layers: tuple[TrainedLinear, ...], function: Function, n_tensors: int, *tensors: Tensor):
+        tensors = tensors[:n_tensors]
+        h = _rows(function(*tensors)[0])
+        ctx.layers, ctx.function = layers, function
+        weights = [layer.rounded(h.dtype) for layer in layers]
+        ctx.save_for_backward(*weights, *tensors)
+        biases = [None if layer.bias is None else layer.bias.detach().to(h.dtype) for layer in layers]
+        return tuple(torch.nn.functional.linear(h, w, b) for w, b in zip(weights, biases, strict=True))
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
+        layers: tuple[TrainedLinear, ...] = ctx.layers
+        weights, tensors = ctx.saved_tensors[: len(layers)], ctx.saved_tensors[len(layers) :]
+        result, pullback = ctx.function(*tensors)
+        h = _rows(result)
+        d_weights = [_collect(layer.weight, grad.t() @ h) for layer, grad in zip(layers, grads, strict=True)]
+        d_biases = [
+            _collect(layer.bias, grad.float().sum(0))
+            for layer, grad in zip(layers, grads, strict=True)
+            if layer.bias is not None
+        ]
+        wanted, d_tensors = ctx.needs_input_grad[3 : 3 + len(tensors)], [None] * len(tensors)
+        if any(wanted):
+            dh = grads[0] @ weights[0]
+            for grad, weight in zip(grads[1:], weights[1:], strict=True):
+                dh.addmm_(grad, weight)
+            d_tensors = pullback(dh.view(result.shape), wanted)
+        return None, None, None, *d_tensors, *d_weights, *d_biases
+
+
+def project_trained(x: Lazy | Tensor, *layers: TrainedLinear) -> tuple[Tensor, ...]:
+    """Every layer applied to the same x (..., I); kept for the gradient is what a lazy x is computed from."""
+    function, tensors = x if isinstance(x, Lazy) else Lazy(identity, (x,))
+    parameters = (*(layer.weight for layer in layers), *(layer.bias for layer in layers if layer.bias is not None))
+    ys = _Project.apply(layers, function, len(tensors), *tensors, *parameters)
+    return tuple(y.view(*tensors[0].shape[:-1], -1) for y in ys)

@@ -1,0 +1,349 @@
+"""The verb `train`: a model from nothing, or all weights of one that is there; tells of it in reports."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llamakit.dataset.order import SampleOrder
+from llamakit.dataset.prepare import Report as PrepareReport
+from llamakit.dataset.tokens import Split, hash_tokens
+from llamakit.dataset.windows import Windows
+from llamakit.errors import DataError, UsageError
+from llamakit.files import RunLock, check_writable, is_same_file
+from llamakit.formats.base import ModelFile
+from llamakit.formats.open import check_is_model, open_model, size_on_disk
+from llamakit.formats.stamps import vocabulary_stamp
+from llamakit.model.device import dtype_name, resolve_device, training_dtype
+from llamakit.model.layers import Dropout
+from llamakit.training.blueprint import Blueprint, build, from_file, from_scratch, write_model
+from llamakit.training.checkpoint import CheckpointManager, Product, file_name, read_checkpoint
+from llamakit.training.corpus import Corpus, open_corpus
+from llamakit.training.evaluation import Evaluator
+from llamakit.training.log import StepLog
+from llamakit.training.loop import Control, Parameters, Trainer
+from llamakit.training.optim import decay
+from llamakit.training.report import (
+    Begin,
+    Evaluation,
+    Finished,
+    Loading,
+    NewModel,
+    Remark,
+    Report,
+    Saving,
+)
+from llamakit.training.state import Progress, TrainState, changed_settings, check_identity, check_shapes, flag
+from llamakit.training.train_config import TrainConfig
+
+SCRATCH, RESUME = "scratch", "resume"
+_SETTINGS = (
+    "adam_iter", "batch", "grad_acc", "adam_alpha", "adam_min_alpha", "adam_beta1", "adam_beta2", "adam_decay",
+    "adam_decay_min_ndim", "adam_gclip", "warmup", "lr_schedule", "cos_decay_steps", "cos_decay_min", "dropout",
+)  # fmt: skip
+_OLD_CHECKPOINT = "ckpt.pt"
+
+
+def train(config: TrainConfig, control: Control | None = None) -> Iterator[Report | PrepareReport]:
+    """Train all weights of a model on text or tokens; yields what happens, ends with Finished.
+
+    control: set `signal` to have the running step finished, everything saved and the run ended; `save` to save and
+    go on. Raises LlamakitError: UsageError, FormatError, DataError, MismatchError (exit code 2), SaveError,
+    DivergedError.
+    """
+    started = time.perf_counter()
+    with ExitStack() as stack:
+        run = _Run(config.placed(), control or Control(), stack, started)
+        yield from run.prepare()
+        if config.only_write_model:
+            yield from run.write_model_only()
+        else:
+            yield from StepLog(run.config.log_file, append=run.saved is not None, events=True).follow(run.train())
+        files = run.manager.latest()
+        yield Finished(run.reason, time.perf_counter() - started, run.progress.iterations, files, run.control.signal)
+
+
+class _Run:
+    """One run from start to end; a class because so many of its parts need each other."""
+
+    def __init__(self, config: TrainConfig, control: Control, stack: ExitStack, started: float) -> None:
+        self.config, self.control, self._stack, self._started = config, control, stack, started
+        self.progress, self.reason, self._new_best = Progress(), "", False
+
+    # ---- before training -------------------------------------------------------------------------------------
+
+    def prepare(self) -> Iterator[Report | PrepareReport]:
+        """Open and check everything that can be wrong, cheapest first; the data is ready afterwards."""
+        config = self.config
+        if not config.train_data:
+            hint = "name a text, or a folder of tokens: --train-data FILE"
+            raise UsageError("--train-data is missing", hint=hint)
+        if not (config.model_out or config.checkpoint_out):
+            raise UsageError("--model-out and --checkpoint-out are both empty: nothing would be written")
+        self.device = resolve_device(config.device)
+        self.dtype = training_dtype(config.dtype, self.device)
+        self._claim_outputs()
+        self.saved = self._read_checkpoint_in()
+        self.start, remarks = self._starting_model()
+        self.seed = self._seed()
+        yield from remarks
+        vocabulary = {} if self.start is None else _tokenizer_keys(self.start)
+        self.corpus = yield from open_corpus(config, vocabulary)
+        self.blueprint = self._blueprint(self.corpus)
+        write = lambda path, arrays: write_model(path, arrays, self.blueprint)  # noqa: E731
+        self.manager = CheckpointManager(config, "train_model", Product("model", config.model_out, write))
+
+    def _claim_outputs(self) -> None:
+        config = self.config
+        outputs = [file_name(t, config, None) for t in (config.checkpoint_out, config.model_out) if t]
+        outputs += [Path(config.log_file)] if config.log_file else []
+        twice = next((path for i, path in enumerate(outputs) if path in outputs[:i]), None)
+        if twice is not None:
+            raise UsageError("is named for two of checkpoint, model and log: one would replace the other", path=twice)
+        try:
+            Path(config.out_dir).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UsageError(f"the run's folder cannot be made: {error.strerror}", path=config.out_dir) from error
+        sources = [path for path in (config.train_data, config.vocab_model, config.init_from) if path]
+        for output in outputs:
+            check_writable(output)
+            if any(is_same_file(output, source) for source in sources):
+                raise UsageError("is an input of this run: it would be overwritten", path=output)
+        self._stack.enter_context(RunLock([*outputs, Path(config.out_dir) / "run"]))
+
+    def _read_checkpoint_in(self) -> TrainState | None:
+        """The checkpoint that this run goes on from: where there is one, unless --init-from says scratch."""
+        config = self.config
+        path = Path(config.checkpoint_in)
+        if config.init_from == SCRATCH or not config.checkpoint_in or not os.path.lexists(path):
+            old = Path(config.out_dir) / _OLD_CHECKPOINT
+            if config.init_from == RESUME and not old.exists():
+                hint = "without --init-from a run begins where there is no checkpoint"
+                raise UsageError("there is no such checkpoint to resume from", path=path, hint=hint)
+            return None
+        state = read_checkpoint(path, "train_model")
+        assert isinstance(state, TrainState), "only finetune has checkpoints of the old tool"
+        return state
+
+    def _starting_model(self) -> tuple[ModelFile | None, list[Report]]:
+        """The model whose weights are trained on, if any: --init-from's, or the ckpt.pt of llama2.c that is resumed."""
+        config = self.config
+        path = config.init_from
+        if path == RESUME and self.saved is None:
+            path = str(Path(config.out_dir) / _OLD_CHECKPOINT)
+        if path in ("", SCRATCH, RESUME):
+            return None, []
+        file = open_model(path, n_ctx=config.ctx)
+        check_is_model(file)
+        self._stack.callback(file.close)
+        said: list[Report] = [Loading("model", path, size_on_disk(path))]
+        said += [Remark("note", f"the shape of the model is {path}'s: --embd, --layer, --head, --ff and --tie have no"
+                                " effect")]  # fmt: skip
+        iteration = getattr(file, "iteration", None)
+        if config.init_from == RESUME and isinstance(iteration, int):
+            self.progress.iterations = iteration
+            said += [Remark("note", f"{path} is a checkpoint of llama2.c: its weights and its iteration {iteration} are"
+                                    " taken, its optimizer moments are not")]  # fmt: skip
+        return file, said
+
+    def _seed(self) -> int:
+        if isinstance(self.saved, TrainState) and self.config.seed < 0:
+            return int(self.saved.identity["--seed"])
+        return self.config.seed if self.config.seed >= 0 else int(time.time()) & 0xFFFFFFFF
+
+    def _blueprint(self, corpus: Corpus) -> Blueprint:
+        if self.start is None:
+            return from_scratch(self.config, corpus.vocabulary, corpus.tokenizer.n_vocab, self.seed)
+        blueprint = from_file(self.start, corpus.vocabulary)
+        if self.config.ctx > blueprint.shape.n_ctx:
+            raise UsageError(f"--ctx {self.config.ctx} is more than the model's context of {blueprint.shape.n_ctx}")
+        return blueprint
+
+    # ---- training --------------------------------------------------------------------------------------------
+
+    def train(self) -> Iterator[Report]:
+        """Build the model, go on from the checkpoint, step."""
+        config, corpus = self.config, self.corpus
+        windows = Windows(corpus.data.train, config.ctx)
+        if windows.count < config.batch:
+            raise DataError(
+                f"has {windows.count} windows of {config.ctx} tokens to train on (expected at least --batch"
+                f" {config.batch})",
+                path=config.train_data,
+                hint="give more text, or a smaller --ctx or --batch",
+            )
+        self.identity = self._identity(corpus)
+        yield from self._resume()
+        model, named = build(self.blueprint, self.device, self.dtype)
+        model.use_checkpointing = config.use_checkpointing
+        dropout = Dropout(config.dropout)
+        if config.dropout:
+            model.drop(dropout)
+        parameters = Parameters(named, config)
+        if self.saved is not None:
+            check_shapes(self.saved.arrays, parameters.shapes, config.checkpoint_in)
+            parameters.restore(self.saved.arrays, self.progress.updates)
+            self.saved.arrays.clear()
+        order = SampleOrder(self.seed, windows.count, self.progress.order_epoch, self.progress.next_sample)
+        model.train()
+        trainer = Trainer(model, parameters, windows, order, self.progress, config, dropout, self._factor)
+        evaluator = Evaluator(model, corpus, config, self.device)
+        yield self._facts(parameters)
+        if config.eval_only:
+            self.reason = "the model is evaluated"
+            yield evaluator.evaluate(self.progress.iterations, "end")
+            return
+        yield Begin(self.progress.iterations, max(0, config.adam_iter - self.progress.iterations))
+        yield from self._steps(trainer, evaluator)
+
+    def _facts(self, parameters: Parameters) -> NewModel:
+        config, data, progress = self.config, self.corpus.data, self.progress
+        return NewModel(
+            seed=self.seed,
+            config=self.blueprint.shape,
+            n_parameters=parameters.n_numbers,
+            tokens_per_iteration=config.grad_acc * config.batch * config.ctx,
+            grad_acc=config.grad_acc,
+            batch=config.batch,
+            ctx=config.ctx,
+            n_train_tokens=data.train.n_tokens,
+            n_validation_tokens=data.validation.n_tokens,
+            device=self.device.type,
+            dtype=dtype_name(self.dtype),
+            threads=torch.get_num_threads(),
+            iterations=progress.iterations,
+            tokens=progress.tokens,
+        )
+
+    def _identity(self, corpus: Corpus) -> dict[str, Any]:
+        config, shape = self.config, dataclasses.asdict(self.blueprint.shape)
+        train = corpus.data.train
+        return {
+            "text": train.sha256 or hash_tokens(train),
+            "vocabulary": vocabulary_stamp(corpus.vocabulary),
+            "model": {key: value for key, value in shape.items() if key != "n_ctx"},
+            "--seed": self.seed,
+            "--ctx": config.ctx,
+        }
+
+    def _settings(self) -> dict[str, Any]:
+        return {flag(name): getattr(self.config, name) for name in _SETTINGS} | {"--dtype": dtype_name(self.dtype)}
+
+    def _place(self) -> dict[str, Any]:
+        return {"device": self.device.type, "threads": torch.get_num_threads(), "torch": torch.__version__}
+
+    def _resume(self) -> Iterator[Report]:
+        config, saved = self.config, self.saved
+        if saved is None:
+            return
+        path = config.checkpoint_in
+        yield Loading("checkpoint", path, os.path.getsize(path))
+        self.progress = saved.progress
+        check_identity(saved.identity, self.identity, path=path, restart_data=False)
+        changed = changed_settings(saved.settings, self._settings())
+        if changed:
+            yield Remark("warning", f"the command line changes the checkpoint's settings: {', '.join(changed)}")
+        moved = [f"{k} {v} (was {saved.place[k]})" for k, v in self._place().items() if saved.place.get(k) != v]
+        if moved:
+            yield Remark("note", f"{', '.join(moved)}: results are no longer exact to the last bit")
+
+    def _factor(self, iteration: int) -> float:
+        """Share of --adam-alpha: a linear warmup, then the decay; with a time limit by whichever is further on."""
+        config = self.config
+        share = (iteration - config.warmup) / (config.cos_decay_steps or max(1, config.adam_iter - config.warmup))
+        if self._limit_s:
+            share = max(share, self._time_share())
+        rising = min(1.0, iteration / config.warmup) if config.warmup else 1.0
+        factor = rising * decay(config.lr_schedule, share, config.cos_decay_min)
+        floor = config.adam_min_alpha / config.adam_alpha if config.adam_alpha else 0.0
+        return floor + factor * (1 - floor)
+
+    @property
+    def _limit_s(self) -> float:
+        return 60 * self.config.max_minutes
+
+    def _time_share(self) -> float:
+        """How much of the time for steps has passed; what the end of the run takes is left out of it."""
+        now = time.perf_counter()
+        room = self._limit_s - (self._began - self._started) - self._reserve_s
+        return (now - self._began) / max(room, 1e-9)
+
+    def _steps(self, trainer: Trainer, evaluator: Evaluator) -> Iterator[Report]:
+        config, control, progress = self.config, self.control, self.progress
+        self._began, self._reserve_s = time.perf_counter(), 0.0
+        self.reason, last_save = "all iterations are done", progress.iterations
+        if self._limit_s:
+            self._reserve_s = evaluator.seconds_at_the_end()
+        while progress.iterations < config.adam_iter:
+            left = config.adam_iter - progress.iterations - 1
+            report = trainer.step(left)
+            stop = trainer.why_stop(report) or ("interrupted" if control.signal else "")
+            if not stop and self._limit_s and self._time_share() >= 1:
+                stop = f"--max-minutes {config.max_minutes:g}: the time is over"
+            yield report
+            trainer.check_diverged()
+            last = bool(stop) or left == 0
+            if not control.signal and (last or self._due(config.eval_every)):
+                yield from self._evaluate(evaluator, last=last)
+                if not stop and 0 < config.patience <= progress.evaluations_without_best:
+                    stop = f"--patience {config.patience}: the held-out loss no longer falls"
+            if stop or last or control.save or self._due(config.save_every):
+                control.save, last_save = False, progress.iterations
+                yield from self._save(trainer)
+            if stop:
+                self.reason = stop
+                break
+        if last_save < progress.iterations:
+            yield from self._save(trainer)
+
+    def _due(self, every: int) -> bool:
+        return every > 0 and self.progress.iterations % every == 0
+
+    def _evaluate(self, evaluator: Evaluator, *, last: bool) -> Iterator[Report]:
+        progress = self.progress
+        evaluation: Evaluation = evaluator.evaluate(progress.iterations, "end" if last else "save")
+        best = progress.best_evaluation
+        is_best = evaluation.n_tokens > 0 and (best is None or evaluation.loss < best)
+        if is_best:
+            progress.best_evaluation, progress.evaluations_without_best = evaluation.loss, 0
+        else:
+            progress.evaluations_without_best += 1
+        self._new_best = is_best
+        yield dataclasses.replace(evaluation, is_best=is_best)
+        yield from evaluator.samples(progress.iterations)
+
+    def _save(self, trainer: Trainer) -> Iterator[Saving]:
+        progress = self.progress
+        arrays = trainer.parameters.snapshot()
+        yield from self.manager.save(TrainState(self.identity, self._settings(), self._place(), progress, arrays))
+        if self._new_best:
+            self._new_best = False
+            yield from self.manager.mark(progress.iterations, "BEST")
+
+    def write_model_only(self) -> Iterator[Report]:
+        """--only-write-model: the model of --checkpoint-in."""
+        if self.saved is None:
+            raise UsageError(
+                "--only-write-model needs a checkpoint: --checkpoint-in does not exist", path=self.config.checkpoint_in
+            )
+        expected = {n: tuple(s) for n, s in self.blueprint.names.items() if n != "rope_freqs.weight"}
+        check_shapes(self.saved.arrays, expected, self.config.checkpoint_in)
+        self.progress, self.reason = self.saved.progress, "the model is written"
+        yield from self.manager.save_product(self.saved)
+
+
+def _tokenizer_keys(file: ModelFile) -> dict[str, Any]:
+    has = "tokenizer.ggml.tokens" in file.metadata
+    return {key: value for key, value in file.metadata.items() if key.startswith("tokenizer.")} if has else {}
+
+
+def bytes_per_token(split: Split) -> float | None:
+    """UTF-8 bytes of text that a token stands for; None where nobody counted them."""
+    return split.n_bytes / split.n_tokens if split.n_bytes and split.n_tokens else None
