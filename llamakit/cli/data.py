@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import signal
 import sys
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -27,7 +31,7 @@ from llamakit.cli.data_check import ShownSamples, TemplateOption, TrainOnOption,
 from llamakit.cli.options import COMPUTE, DATA, FILES, OUTPUT, ConfigOption, JsonOption, OfflineOption
 from llamakit.cli.sources import local
 from llamakit.dataset.prepare_config import PrepareConfig
-from llamakit.errors import EXIT_OK, UnsupportedError, UsageError
+from llamakit.errors import EXIT_OK, EXIT_TERMINATED, UnsupportedError, UsageError
 
 if TYPE_CHECKING:
     from llamakit.dataset.prepare import Prepared
@@ -95,12 +99,30 @@ def prepare(
     _print_prepared(run_prepare(settings), json)
 
 
+@contextlib.contextmanager
+def _sigterm_cleans_up() -> Iterator[None]:
+    """SIGTERM leaves as Ctrl-C does: what was half written is removed."""
+
+    def leave(number: int, frame: object) -> None:
+        raise SystemExit(EXIT_TERMINATED)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def run_prepare(settings: PrepareConfig) -> Prepared:
     """Prepare a corpus with a bar on a terminal, and what there is to know on stderr; what came of it."""
     from llamakit.dataset import prepare as verb
 
     result: Prepared | None = None
-    with render.Progress("tokenizing (kB)", total=None, fields=("documents", "tokens")) as bar:
+    bar = render.Progress("tokenizing (kB)", total=None, fields=("documents", "tokens"))
+    with _sigterm_cleans_up(), bar:
         for report in verb.prepare(settings, stdin=sys.stdin.buffer):
             if isinstance(report, verb.Reading):
                 log_reading(report.n_files, report.n_bytes)
