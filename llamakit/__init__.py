@@ -31,6 +31,10 @@ if TYPE_CHECKING:
     from llamakit.conversion.merge_config import MergeConfig
     from llamakit.conversion.quantize import quantize
     from llamakit.conversion.quantize_config import QuantizeConfig
+    from llamakit.dataset.new_tokenizer import train_tokenizer
+    from llamakit.dataset.prepare import prepare
+    from llamakit.dataset.prepare_config import PrepareConfig, TrainTokenizerConfig
+    from llamakit.dataset.tokens import TokenData, open_tokens
     from llamakit.formats.adapter import Adapter, read_adapter, write_adapter, write_adapter_folder
     from llamakit.formats.base import ModelFile, TensorInfo
     from llamakit.formats.open import open_model
@@ -61,10 +65,13 @@ _EXPORTS = {
     "MergeConfig": "llamakit.conversion.merge_config",
     "ModelConfig": "llamakit.model",
     "ModelFile": "llamakit.formats.base",
+    "PrepareConfig": "llamakit.dataset.prepare_config",
     "QTensor": "llamakit.quant",
     "QuantizeConfig": "llamakit.conversion.quantize_config",
     "TensorInfo": "llamakit.formats.base",
+    "TokenData": "llamakit.dataset.tokens",
     "Tokenizer": "llamakit.tokenizer",
+    "TrainTokenizerConfig": "llamakit.dataset.prepare_config",
     "VerifyReport": "llamakit.inference.verify",
     "attach": "llamakit.model",
     "convert": "llamakit.conversion.convert",
@@ -78,8 +85,11 @@ _EXPORTS = {
     "load_tokenizer": "llamakit.tokenizer",
     "merge": "llamakit.conversion.merge",
     "open_model": "llamakit.formats.open",
+    "open_tokens": "llamakit.dataset.tokens",
+    "prepare": "llamakit.dataset.prepare",
     "quantize": "llamakit.conversion.quantize",
     "read_adapter": "llamakit.formats.adapter",
+    "train_tokenizer": "llamakit.dataset.new_tokenizer",
     "verify": "llamakit.inference.verify",
     "write_adapter": "llamakit.formats.adapter",
     "write_adapter_folder": "llamakit.formats.adapter",
@@ -103,11 +113,14 @@ __all__ = [
     "MismatchError",
     "ModelConfig",
     "ModelFile",
+    "PrepareConfig",
     "QTensor",
     "QuantizeConfig",
     "SaveError",
     "TensorInfo",
+    "TokenData",
     "Tokenizer",
+    "TrainTokenizerConfig",
     "UnsupportedError",
     "UsageError",
     "VerifyReport",
@@ -123,8 +136,11 @@ __all__ = [
     "load_tokenizer",
     "merge",
     "open_model",
+    "open_tokens",
+    "prepare",
     "quantize",
     "read_adapter",
+    "train_tokenizer",
     "verify",
     "write_adapter",
     "write_adapter_folder",

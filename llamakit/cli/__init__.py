@@ -25,6 +25,7 @@ from llamakit.cli import (
     compat,
     convert,
     data,
+    data_check,
     doctor,
     finetune,
     generate,
@@ -83,9 +84,9 @@ _COMMANDS = {
 #: group of commands -> (what it says of itself, its group in the help, its commands)
 _GROUPS = {
     "data": (
-        "Turn a corpus into tokens to train on, and look at what a model will see.",
+        "Turn a corpus into tokens to train on, check training data, and look at what a model will see.",
         MORE,
-        {"prepare": data.prepare, "show": data.show},
+        {"prepare": data.prepare, "check": data_check.check, "show": data.show},
     ),
     "tokenizer": ("Make a vocabulary of your own.", MORE, {"train": tokenizer.train}),
 }

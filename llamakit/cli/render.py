@@ -46,6 +46,11 @@ def bold(text: str) -> str:
     return _paint(text, _BOLD, sys.stdout)
 
 
+def good(text: str) -> str:
+    """Text that is green on stdout where that has colours."""
+    return _paint(text, _GREEN, sys.stdout)
+
+
 def curve(text: str, index: int) -> str:
     """A piece of the drawing of curve `index`, from 0, on stdout: neighbours differ in colour."""
     return _paint(text, _CURVES[index % len(_CURVES)], sys.stdout)

@@ -1,6 +1,8 @@
 """Norm and gate: cheap functions that the backward pass computes again, so that their results need not be kept.
 
-On a CPU native code does each in one pass over memory (kernels/train.py), elsewhere torch does. Each gives its result and a pullback, which turns the gradient of the result into those of the function's tensors.
+On a CPU native code does each in one pass over memory (kernels/train.py), elsewhere torch does. Each gives its
+result and a pullback, which turns the gradient of the result into those of the function's tensors.
+
 Shapes: any leading axes, C channels, F n_ff.
 """
 
