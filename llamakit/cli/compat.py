@@ -114,6 +114,7 @@ ALIASES: dict[str, dict[str, str]] = {
     "inspect": {"-m": "", "--model": ""},
     "verify": {},
     "doctor": {},
+    "plot": {},
     **compat_data.ALIASES,
 }
 
@@ -210,6 +211,7 @@ NO_OPS: dict[str, dict[str, tuple[int, str]]] = {
     "inspect": {},
     "verify": {},
     "doctor": {},
+    "plot": {},
     **{command: {} for command in compat_data.ALIASES},
 }
 
