@@ -12,6 +12,7 @@ The text is a random walk over the vocabulary: every token has eight successors,
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import statistics
 import sys
@@ -161,7 +162,8 @@ def child(side: str, job: Job) -> None:
 
     torch.set_num_threads(job.threads)
     started = time.perf_counter()
-    take = our_step(job) if side == "ours" else their_step(job)
+    with contextlib.redirect_stdout(sys.stderr):  # model.py tells what it does; stdout is for answers
+        take = our_step(job) if side == "ours" else their_step(job)
 
     def answer(request: dict[str, Any]) -> Any:
         if "gemm" in request:
