@@ -281,7 +281,7 @@ def train(
 
     options.set_threads(threads)
     control = Control()
-    goes_on = init_from != "scratch" and Path(run_config.placed().checkpoint_in).exists()
+    goes_on = bool(checkpoint_in) and init_from != "scratch" and Path(run_config.placed().checkpoint_in).exists()
     command = shlex.join(["llamakit", *sys.argv[1:]])
     reports = keep_records(run(run_config, control), run_config, command, append=goes_on)
     if report_to == "tensorboard":

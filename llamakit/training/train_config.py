@@ -46,7 +46,7 @@ class TrainConfig(LoopOptions):
     export: tuple[str, ...] = ()
     """formats besides GGUF in which the last model is written: llama2c, hf, modelfile; repeatable"""
     save_every: int = 250
-    """save every N iterations; 0: only at the end"""
+    """save every N iterations; 0: only at the end, and where an evaluation is the best so far"""
     keep_last: int = 2
     """keep only the N newest numbered checkpoints and models; 0: all"""
 
