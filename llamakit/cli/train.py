@@ -13,6 +13,7 @@ import typer
 from llamakit import hub
 from llamakit.cli import loop_options as loop
 from llamakit.cli import options, render
+from llamakit.cli.corpus_options import ErrorsOption
 from llamakit.cli.run_signals import stopping_signals
 from llamakit.cli.sources import local
 from llamakit.errors import EXIT_INTERRUPTED, EXIT_TERMINATED
@@ -48,6 +49,7 @@ def train(
             rich_help_panel=options.DATA,
         ),
     ] = _D.vocab_size,
+    errors: ErrorsOption = _D.errors,
     val_split: Annotated[
         float,
         typer.Option(

@@ -11,6 +11,7 @@ import re
 import shlex
 import time
 from collections.abc import Generator, Iterator
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -179,12 +180,13 @@ def _written(
     documents = Documents(found, config, tokenizer)
     spool = TokenSpool(folder, dtype, bos)
     workers = 1 if found.n_bytes < _WORTH_WORKERS else config.workers or len(os.sched_getaffinity(0))
-    for unit, ids in encoded(documents.units(), tokenizer, path, workers):
-        for piece, tokens in zip(unit.pieces, ids, strict=True):
-            if piece.begins:
-                spool.begin(held_out=piece.held_out)
-            spool.add(tokens, len(piece.text.encode()))
-        yield Encoding(unit.n_read, found.n_bytes, spool.n_documents, spool.n_tokens)
+    with closing(spool):
+        for unit, ids in encoded(documents.units(), tokenizer, path, workers):
+            for piece, tokens in zip(unit.pieces, ids, strict=True):
+                if piece.begins:
+                    spool.begin(held_out=piece.held_out)
+                spool.add(tokens, len(piece.text.encode()))
+            yield Encoding(unit.n_read, found.n_bytes, spool.n_documents, spool.n_tokens)
     sizes = spool.sizes()
     made = {key: getattr(config, key) for key in ("split_on", "text_key", "errors", "val_split", "seed")}
     options = {"val_split": config.val_split, "seed": config.seed, "shard_tokens": config.shard_tokens, "made": made}

@@ -17,7 +17,7 @@ from llamakit.dataset.prepare import prepare
 from llamakit.dataset.prepare_config import PrepareConfig
 from llamakit.dataset.tokens import INDEX, VOCABULARY, TokenData, check_ids, check_vocabulary, holds_tokens, open_tokens
 from llamakit.dataset.tokens_writer import write_vocabulary
-from llamakit.errors import MismatchError, UsageError
+from llamakit.errors import DataError, MismatchError, UsageError
 from llamakit.files import atomic_path, escape_control
 from llamakit.formats.gguf import open_gguf
 from llamakit.formats.stamps import vocabulary_stamp
@@ -119,17 +119,22 @@ def _prepare(
     if folder.is_dir():
         _remove(folder)
     mark.unlink(missing_ok=True)
-    yield from prepare(
-        PrepareConfig(
-            out=folder,
-            inputs=() if is_name else (config.train_data,),
-            name=PLAYS if is_name else None,
-            vocab_model=write_vocabulary(Path(config.out_dir), vocabulary) if vocabulary else None,
-            vocab_size=config.vocab_size or None,
-            val_split=config.val_split,
-            seed=config.seed,
-        )
+    options = PrepareConfig(
+        out=folder,
+        inputs=() if is_name else (config.train_data,),
+        name=PLAYS if is_name else None,
+        vocab_model=write_vocabulary(Path(config.out_dir), vocabulary) if vocabulary else None,
+        vocab_size=config.vocab_size or None,
+        errors=config.errors,
+        val_split=config.val_split,
+        seed=config.seed,
     )
+    try:
+        yield from prepare(options)
+    except DataError as error:
+        if error.path is None:
+            raise DataError(error.reason, path=config.train_data, hint=error.hint) from error
+        raise
     with atomic_path(mark) as temporary:
         temporary.write_text(json.dumps(source, indent=1) + "\n", encoding="ascii")
 
@@ -137,7 +142,9 @@ def _prepare(
 def _remove(folder: Path) -> None:
     """Clear tokens away that are no longer those of the run. Raises UsageError for a folder that holds more."""
     names = sorted(path.name for path in folder.iterdir())
-    ours = {name for name in names if name in (INDEX, VOCABULARY) or name.endswith((".bin", ".bounds"))}
+    ours = {
+        name for name in names if name in (INDEX, VOCABULARY, "tokenizer.model") or name.endswith((".bin", ".bounds"))
+    }
     strange = next((name for name in names if name not in ours), None)
     if strange is None and names and INDEX not in names:
         strange = names[0]
@@ -155,6 +162,7 @@ def _source(config: TrainConfig, vocabulary: Mapping[str, Any], *, is_name: bool
     source: dict[str, Any] = {
         "--vocab-size": config.vocab_size,
         "vocabulary": vocabulary_stamp(vocabulary) if vocabulary else "",
+        "--errors": config.errors,
         "--val-split": config.val_split,
         "--seed": config.seed,
     }

@@ -203,6 +203,7 @@ class _Run:
         model.train()
         trainer = Trainer(model, parameters, windows, order, self.progress, config, dropout, self._factor)
         evaluator = Evaluator(model, corpus, config, self.device)
+        evaluator.check_prompts()
         yield self._facts(parameters)
         if config.eval_only:
             self.reason = "the model is evaluated"
@@ -295,11 +296,11 @@ class _Run:
         while progress.iterations < config.adam_iter:
             left = config.adam_iter - progress.iterations - 1
             report = trainer.step(left)
+            yield report
+            trainer.check_diverged()
             stop = trainer.why_stop(report) or ("interrupted" if control.signal else "")
             if not stop and self._limit_s and self._time_share() >= 1:
                 stop = f"--max-minutes {config.max_minutes:g}: the time is over"
-            yield report
-            trainer.check_diverged()
             last = bool(stop) or left == 0
             if not control.signal and (last or self._due(config.eval_every)):
                 yield from self._evaluate(evaluator, last=last)
@@ -344,9 +345,7 @@ class _Run:
             raise UsageError(
                 "--only-write-model needs a checkpoint: --checkpoint-in does not exist", path=self.config.checkpoint_in
             )
-        check_identity(
-            self.saved.identity, self._model_identity(), path=self.config.checkpoint_in
-        )
+        check_identity(self.saved.identity, self._model_identity(), path=self.config.checkpoint_in)
         expected = {n: tuple(s) for n, s in self.blueprint.names.items() if n != "rope_freqs.weight"}
         check_shapes(self.saved.arrays, expected, self.config.checkpoint_in)
         self.progress, self.reason = self.saved.progress, "the model is written"

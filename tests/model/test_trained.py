@@ -91,8 +91,11 @@ def test_accumulated_gradients_are_those_of_one_large_batch(tied: bool, parts: i
     assert_close(accumulated, {name: grad.double() for name, grad in whole.items()}, 1e-4)
 
 
-def test_gradients_are_added_to_those_that_are_there() -> None:
-    model, named, tokens, targets = setup(tied=True)
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_gradients_are_added_to_those_that_are_there(checkpointing: bool) -> None:
+    """As the optimizer has them: views of one vector, there from the start."""
+    model, named, tokens, targets = setup(tied=True, biases=True)
+    model.use_checkpointing = checkpointing
     _, once = gradients(model, named, tokens, targets)
     for parameter in named.values():
         parameter.grad = torch.ones_like(parameter)
