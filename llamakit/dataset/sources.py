@@ -164,7 +164,7 @@ class Reader:
             except UnicodeDecodeError as error:
                 raise self.error(
                     f"is not UTF-8 text (byte 0x{data[error.start]:02x})",
-                    n_lines + data.count(b"\n", 0, error.start),
+                    self._lines_before() + n_lines + data.count(b"\n", 0, error.start),
                     "--errors replace puts U+FFFD in its place; or convert it first: iconv -f ISO-8859-1 -t UTF-8",
                 ) from error
             if self._errors == "replace":
@@ -172,6 +172,13 @@ class Reader:
             n_lines += data.count(b"\n", 0, n_used)
             pending = data[n_used:]
             yield text
+
+    def _lines_before(self) -> int:
+        """Lines of the file that end before the part of it that is read here."""
+        if not self._start:
+            return 0
+        with self.source.path.open("rb") as file:
+            return file.read(self._start).count(b"\n")
 
     def _raw_blocks(self) -> Iterator[bytes]:
         try:

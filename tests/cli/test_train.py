@@ -139,8 +139,8 @@ def test_bad_input_gives_one_line_and_writes_nothing(
     (place / "typo.toml").write_text("adam-itre = 3\n")
     (place / "unknown.toml").write_text("flux = 3\n")
     assert run([*words(COMMAND), *words(more)]) == 2
-    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    said = errors[0].replace("_", "-") if errors else ""
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith(("error: ", "hint: "))]
+    errors, said = [line for line in lines if line.startswith("error: ")], " ".join(lines).replace("_", "-")
     assert len(errors) == 1 and all(fragment.replace("_", "-") in said for fragment in fragments), errors
     assert not list(place.rglob("checkpoint-*")) and not list(place.rglob("*.tmp-*"))
 
