@@ -1,4 +1,4 @@
-"""Old and other spellings of the commands in the groups `data` and `tokenizer`.
+"""Old and other spellings of the commands in the groups `data` and `tokenizer`; `plot` has none.
 
 Sources: llama2.c's tinystories.py, llama.cpp's train-text-from-scratch, sentencepiece's spm_train.
 """
@@ -21,6 +21,7 @@ ALIASES: dict[str, dict[str, str]] = {
     "data show": {"--vocab": "--vocab-model", "--model": "--vocab-model", "--ctx-size": "--ctx"},
     "data check": {"--model": "-m", "--ctx-size": "--ctx", "--chat-template-file": "--chat-template"},
     "tokenizer train": {"--output": "-o", "-f": "--input", "--file": "--input", "--model-prefix": "-o"},
+    "plot": {},
 }
 
 #: options whose value is a text or a name

@@ -103,7 +103,7 @@ def rewrite_train(words: list[str], notes: list[Note]) -> list[str]:
             out += ["--device", "cpu" if value == "0" else "auto"]
         elif key == "rope-freq-scale":
             value = value if equals else _next(key, queue)
-            if float(value) != 1:
+            if value.strip() not in ("1", "1.0"):
                 raise UnsupportedError(
                     "--rope-freq-scale is not supported", hint="a new model needs no stretched positions"
                 )

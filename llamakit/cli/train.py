@@ -13,6 +13,7 @@ import typer
 from llamakit import hub
 from llamakit.cli import loop_options as loop
 from llamakit.cli import options, render
+from llamakit.cli.corpus_options import ErrorsOption
 from llamakit.cli.run_signals import stopping_signals
 from llamakit.cli.sources import local
 from llamakit.errors import EXIT_INTERRUPTED, EXIT_TERMINATED
@@ -48,6 +49,7 @@ def train(
             rich_help_panel=options.DATA,
         ),
     ] = _D.vocab_size,
+    errors: ErrorsOption = _D.errors,
     val_split: Annotated[
         float,
         typer.Option(
@@ -267,7 +269,8 @@ def train(
     prompts = _D.sample_prompt if sample_prompt is None else tuple(sample_prompt)
     run_config = TrainConfig(**values, sample_prompt=prompts, export=tuple(export or ()))
     if print_config:
-        render.say(as_toml(run_config))
+        for line in as_toml(run_config).splitlines():
+            render.say(line)
         return
     events = Path(report_dir) if report_dir else Path(out_dir) / "tensorboard"
 
@@ -281,7 +284,7 @@ def train(
 
     options.set_threads(threads)
     control = Control()
-    goes_on = init_from != "scratch" and Path(run_config.placed().checkpoint_in).exists()
+    goes_on = bool(checkpoint_in) and init_from != "scratch" and Path(run_config.placed().checkpoint_in).exists()
     command = shlex.join(["llamakit", *sys.argv[1:]])
     reports = keep_records(run(run_config, control), run_config, command, append=goes_on)
     if report_to == "tensorboard":

@@ -74,6 +74,10 @@ class TokenSpool:
         self._starts, self._bytes = array("q"), array("q")
         self._held_out: list[int] = []
 
+    def close(self) -> None:
+        """Close the file of a spool that is given up; `finish` has done so."""
+        self._file.close()
+
     @property
     def n_documents(self) -> int:
         """Documents begun so far."""

@@ -29,7 +29,8 @@ class _Recomputed(torch.autograd.Function):
         x = ctx.saved_tensors[0].detach().requires_grad_(x_too)
         with torch.enable_grad():
             y = weighted_sum(ctx.function(x), grad)
-        gradients = torch.autograd.grad(y, (x, *ctx.parameters) if x_too else ctx.parameters)
+        # A trained matrix adds to the gradient that it has, and then gives none of its own: see model/trained.py.
+        gradients = torch.autograd.grad(y, (x, *ctx.parameters) if x_too else ctx.parameters, allow_unused=True)
         return (gradients[0], None, *gradients[1:]) if x_too else (None, None, *gradients)
 
 

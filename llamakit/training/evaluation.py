@@ -16,7 +16,8 @@ import torch
 
 from llamakit.dataset.tokens import Split
 from llamakit.dataset.windows import even_windows
-from llamakit.inference.completion import generate
+from llamakit.errors import UsageError
+from llamakit.inference.completion import encode_prompt, generate
 from llamakit.inference.config import GenerateConfig
 from llamakit.model import Llama
 from llamakit.training.corpus import Corpus
@@ -51,6 +52,14 @@ class Evaluator:
             train_loss=train_loss,
             bits_per_byte=loss / math.log(2) / per_token if per_token and n_tokens else None,
         )
+
+    def check_prompts(self) -> None:
+        """Raises UsageError for a --sample-prompt that leaves no room in the context: now, not hours later."""
+        room = self._model.config.n_ctx - 1
+        for prompt in self._config.sample_prompt if self._config.sample_tokens else ():
+            n_tokens = len(encode_prompt(self._corpus.tokenizer, prompt))
+            if n_tokens > room:
+                raise UsageError(f"--sample-prompt has {n_tokens} tokens (expected at most {room}, one below --ctx)")
 
     def seconds_at_the_end(self) -> float:
         """Predicted seconds of the last evaluation and its samples, from a short one."""

@@ -40,7 +40,7 @@ def keep_records(
         if isinstance(report, Sample):
             _append(folder / "samples.txt", report)
         if isinstance(report, Finished):
-            if not report.signal:
+            if not (report.signal or config.eval_only):
                 yield from export(config)
             yield from write_run_reports(recorder, folder)
         yield report

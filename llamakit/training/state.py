@@ -87,6 +87,20 @@ _SETTINGS = (
 _MODEL_FLAGS = ("norm_rms_eps", "rope_freq_base", "rope_freq_scale")
 
 
+#: fields of a model's shape -> what decides about them
+_SHAPE_FLAGS = {
+    "n_vocab": "the size of the vocabulary",
+    "n_embd": "--embd",
+    "n_layer": "--layer",
+    "n_head": "--head",
+    "n_head_kv": "--head-kv",
+    "n_ff": "--ff",
+    "rms_eps": "--norm-rms-eps",
+    "rope_base": "--rope-freq-base",
+    "tied_output": "--tie",
+}
+
+
 def trained_names(arrays: Mapping[str, np.ndarray]) -> list[str]:
     """The names of the trained tensors, without those of their moments."""
     return [name for name in arrays if not name.endswith(MOMENT_SUFFIXES)]
@@ -133,13 +147,27 @@ def make_settings(config: FinetuneConfig, dtype: str) -> dict[str, Any]:
     return {flag(name): getattr(config, name) for name in _SETTINGS} | {"--dtype": dtype}
 
 
-def check_identity(saved: Mapping[str, Any], now: Mapping[str, Any], *, path: str, restart_data: bool) -> None:
-    """Refuse to go on from a checkpoint of another run. Raises MismatchError naming both values."""
+_RESTART_HINT = "give --restart-data to go on with the new text from its beginning"
+
+
+def check_identity(
+    saved: Mapping[str, Any],
+    now: Mapping[str, Any],
+    *,
+    path: str,
+    restart_data: bool = False,
+    text_hint: str = _RESTART_HINT,
+) -> None:
+    """Refuse to go on from a checkpoint of another run. Raises MismatchError naming both values.
+
+    A value that is a dict is compared key by key. text_hint: what to do about another text.
+    """
+    saved, now = _flat(saved), _flat(now)
     for key, value in now.items():
         if key not in saved or saved[key] == value or (key == "text" and restart_data):
             continue
         hints = {
-            "text": "give --restart-data to go on with the new text from its beginning",
+            "text": text_hint,
             "base file": "use the very file that the checkpoint was trained on",
         }
         what = {
@@ -152,6 +180,13 @@ def check_identity(saved: Mapping[str, Any], now: Mapping[str, Any], *, path: st
             path=path,
             hint=hints.get(key, "give the checkpoint's value, or another --checkpoint-in to start afresh"),
         )
+
+
+def _flat(identity: Mapping[str, Any]) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in identity.items():
+        flat |= {_SHAPE_FLAGS.get(k, k): v for k, v in value.items()} if isinstance(value, Mapping) else {key: value}
+    return flat
 
 
 def changed_settings(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

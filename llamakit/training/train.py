@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from llamakit.model.device import dtype_name, resolve_device, training_dtype
 from llamakit.model.layers import Dropout
 from llamakit.training.blueprint import Blueprint, build, from_file, from_scratch, write_model
 from llamakit.training.checkpoint import CheckpointManager, Product, file_name, read_checkpoint
-from llamakit.training.corpus import Corpus, open_corpus
+from llamakit.training.corpus import known_vocabulary, open_corpus
 from llamakit.training.evaluation import Evaluator
 from llamakit.training.log import StepLog
 from llamakit.training.loop import Control, Parameters, Trainer
@@ -82,7 +82,7 @@ class _Run:
     def prepare(self) -> Iterator[Report | PrepareReport]:
         """Open and check everything that can be wrong, cheapest first; the data is ready afterwards."""
         config = self.config
-        if not config.train_data:
+        if not (config.train_data or config.only_write_model):
             hint = "name a text, or a folder of tokens: --train-data FILE"
             raise UsageError("--train-data is missing", hint=hint)
         if not (config.model_out or config.checkpoint_out):
@@ -94,9 +94,13 @@ class _Run:
         self.start, remarks = self._starting_model()
         self.seed = self._seed()
         yield from remarks
-        vocabulary = {} if self.start is None else _tokenizer_keys(self.start)
-        self.corpus = yield from open_corpus(config, vocabulary)
-        self.blueprint = self._blueprint(self.corpus)
+        vocabulary: Mapping[str, Any] = {} if self.start is None else _tokenizer_keys(self.start)
+        if config.only_write_model:
+            self.vocabulary = known_vocabulary(config, vocabulary)
+        else:
+            self.corpus = yield from open_corpus(config, vocabulary, resumes=self.saved is not None)
+            self.vocabulary = self.corpus.vocabulary
+        self.blueprint = self._blueprint()
         write = lambda path, arrays: write_model(path, arrays, self.blueprint)  # noqa: E731
         self.manager = CheckpointManager(config, "train_model", Product("model", config.model_out, write))
 
@@ -158,10 +162,11 @@ class _Run:
             return int(self.saved.identity["--seed"])
         return self.config.seed if self.config.seed >= 0 else int(time.time()) & 0xFFFFFFFF
 
-    def _blueprint(self, corpus: Corpus) -> Blueprint:
+    def _blueprint(self) -> Blueprint:
         if self.start is None:
-            return from_scratch(self.config, corpus.vocabulary, corpus.tokenizer.n_vocab, self.seed)
-        blueprint = from_file(self.start, corpus.vocabulary)
+            n_vocab = len(self.vocabulary["tokenizer.ggml.tokens"])
+            return from_scratch(self.config, self.vocabulary, n_vocab, self.seed)
+        blueprint = from_file(self.start, self.vocabulary)
         if self.config.ctx > blueprint.shape.n_ctx:
             raise UsageError(f"--ctx {self.config.ctx} is more than the model's context of {blueprint.shape.n_ctx}")
         return blueprint
@@ -179,7 +184,10 @@ class _Run:
                 path=config.train_data,
                 hint="give more text, or a smaller --ctx or --batch",
             )
-        self.identity = self._identity(corpus)
+        if config.patience and not corpus.data.validation.n_tokens:
+            hint = "hold some of the text out: --val-split 0.1"
+            raise UsageError("--patience needs held-out text, and there is none", hint=hint)
+        self.identity = self._identity(corpus.data.train)
         yield from self._resume()
         model, named = build(self.blueprint, self.device, self.dtype)
         model.use_checkpointing = config.use_checkpointing
@@ -195,6 +203,7 @@ class _Run:
         model.train()
         trainer = Trainer(model, parameters, windows, order, self.progress, config, dropout, self._factor)
         evaluator = Evaluator(model, corpus, config, self.device)
+        evaluator.check_prompts()
         yield self._facts(parameters)
         if config.eval_only:
             self.reason = "the model is evaluated"
@@ -222,16 +231,18 @@ class _Run:
             tokens=progress.tokens,
         )
 
-    def _identity(self, corpus: Corpus) -> dict[str, Any]:
-        config, shape = self.config, dataclasses.asdict(self.blueprint.shape)
-        train = corpus.data.train
+    def _identity(self, train: Split) -> dict[str, Any]:
         return {
             "text": train.sha256 or hash_tokens(train),
-            "vocabulary": vocabulary_stamp(corpus.vocabulary),
-            "model": {key: value for key, value in shape.items() if key != "n_ctx"},
+            **self._model_identity(),
             "--seed": self.seed,
-            "--ctx": config.ctx,
+            "--ctx": self.config.ctx,
         }
+
+    def _model_identity(self) -> dict[str, Any]:
+        shape = dataclasses.asdict(self.blueprint.shape)
+        model = {key: value for key, value in shape.items() if key != "n_ctx"}
+        return {"vocabulary": vocabulary_stamp(self.vocabulary), "model": model}
 
     def _settings(self) -> dict[str, Any]:
         return {flag(name): getattr(self.config, name) for name in _SETTINGS} | {"--dtype": dtype_name(self.dtype)}
@@ -246,7 +257,8 @@ class _Run:
         path = config.checkpoint_in
         yield Loading("checkpoint", path, os.path.getsize(path))
         self.progress = saved.progress
-        check_identity(saved.identity, self.identity, path=path, restart_data=False)
+        hint = "--init-from scratch starts afresh in this folder, another --out-dir keeps both runs"
+        check_identity(saved.identity, self.identity, path=path, text_hint=hint)
         changed = changed_settings(saved.settings, self._settings())
         if changed:
             yield Remark("warning", f"the command line changes the checkpoint's settings: {', '.join(changed)}")
@@ -284,17 +296,17 @@ class _Run:
         while progress.iterations < config.adam_iter:
             left = config.adam_iter - progress.iterations - 1
             report = trainer.step(left)
+            yield report
+            trainer.check_diverged()
             stop = trainer.why_stop(report) or ("interrupted" if control.signal else "")
             if not stop and self._limit_s and self._time_share() >= 1:
                 stop = f"--max-minutes {config.max_minutes:g}: the time is over"
-            yield report
-            trainer.check_diverged()
             last = bool(stop) or left == 0
             if not control.signal and (last or self._due(config.eval_every)):
                 yield from self._evaluate(evaluator, last=last)
                 if not stop and 0 < config.patience <= progress.evaluations_without_best:
                     stop = f"--patience {config.patience}: the held-out loss no longer falls"
-            if stop or last or control.save or self._due(config.save_every):
+            if stop or last or control.save or self._new_best or self._due(config.save_every):
                 control.save, last_save = False, progress.iterations
                 yield from self._save(trainer)
             if stop:
@@ -333,6 +345,7 @@ class _Run:
             raise UsageError(
                 "--only-write-model needs a checkpoint: --checkpoint-in does not exist", path=self.config.checkpoint_in
             )
+        check_identity(self.saved.identity, self._model_identity(), path=self.config.checkpoint_in)
         expected = {n: tuple(s) for n, s in self.blueprint.names.items() if n != "rope_freqs.weight"}
         check_shapes(self.saved.arrays, expected, self.config.checkpoint_in)
         self.progress, self.reason = self.saved.progress, "the model is written"
@@ -342,8 +355,3 @@ class _Run:
 def _tokenizer_keys(file: ModelFile) -> dict[str, Any]:
     has = "tokenizer.ggml.tokens" in file.metadata
     return {key: value for key, value in file.metadata.items() if key.startswith("tokenizer.")} if has else {}
-
-
-def bytes_per_token(split: Split) -> float | None:
-    """UTF-8 bytes of text that a token stands for; None where nobody counted them."""
-    return split.n_bytes / split.n_tokens if split.n_bytes and split.n_tokens else None

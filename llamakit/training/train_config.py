@@ -7,6 +7,7 @@ import json
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from llamakit.dataset.prepare_config import Errors
 from llamakit.errors import UsageError
 from llamakit.training.config import LoopOptions, check_least, check_positive, check_share
 
@@ -27,6 +28,8 @@ class TrainConfig(LoopOptions):
     """model or vocabulary file whose vocabulary is taken: GGUF, tokenizer.model, tokenizer.json"""
     vocab_size: int = 0
     """train a new vocabulary of N pieces on the text; 0: the vocabulary is --vocab-model's or the tokens' own"""
+    errors: Errors = "strict"
+    """what becomes of bytes of the text that are no UTF-8: an error, or U+FFFD"""
     val_split: float = 0.1
     """share of a text's documents that is held out and evaluated"""
     init_from: str = ""
@@ -46,7 +49,7 @@ class TrainConfig(LoopOptions):
     export: tuple[str, ...] = ()
     """formats besides GGUF in which the last model is written: llama2c, hf, modelfile; repeatable"""
     save_every: int = 250
-    """save every N iterations; 0: only at the end"""
+    """save every N iterations; 0: only at the end, and where an evaluation is the best so far"""
     keep_last: int = 2
     """keep only the N newest numbered checkpoints and models; 0: all"""
 

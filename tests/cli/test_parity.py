@@ -13,6 +13,7 @@ from llamakit.cli.merge import merge
 from llamakit.cli.perplexity import perplexity
 from llamakit.cli.quantize import quantize
 from llamakit.cli.tokenizer import train as train_tokenizer
+from llamakit.cli.train import train
 from llamakit.conversion.convert_config import ConvertConfig
 from llamakit.conversion.merge_config import MergeConfig
 from llamakit.conversion.quantize_config import QuantizeConfig
@@ -22,6 +23,7 @@ from llamakit.inference.bench_config import BenchConfig
 from llamakit.inference.config import GenerateConfig, PerplexityConfig
 from llamakit.inference.imatrix_config import ImatrixConfig
 from llamakit.training.config import FinetuneConfig
+from llamakit.training.train_config import TrainConfig
 from tests.helpers import assert_parity
 
 
@@ -29,6 +31,12 @@ def test_finetune() -> None:
     assert_parity(
         finetune, FinetuneConfig, cli_only=("config", "json", "n_gpu_layers", "offline", "report_to", "report_dir")
     )
+
+
+def test_train() -> None:
+    others = ("config", "print_config", "json", "offline", "report_to", "report_dir")
+    repeated = ("sample_prompt", "export")  # None there, tuples here
+    assert_parity(train, TrainConfig, cli_only=(*others, *repeated), config_only=repeated)
 
 
 def test_generate() -> None:
