@@ -267,7 +267,8 @@ def train(
     prompts = _D.sample_prompt if sample_prompt is None else tuple(sample_prompt)
     run_config = TrainConfig(**values, sample_prompt=prompts, export=tuple(export or ()))
     if print_config:
-        render.say(as_toml(run_config))
+        for line in as_toml(run_config).splitlines():
+            render.say(line)
         return
     events = Path(report_dir) if report_dir else Path(out_dir) / "tensorboard"
 
