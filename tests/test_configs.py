@@ -20,7 +20,7 @@ FOLDER = ROOT / "configs"
 SHARED = Path(os.environ.get("LLAMAKIT_SHARED", ROOT.parent / "shared"))
 #: configuration -> tokens of its vocabulary, numbers in the model; those of the stories are llama2.c's published ones
 MODELS = {
-    "tinyshakespeare": (1024, 3_475_712),
+    "tinyshakespeare": (2048, 3_737_856),
     "shakespeare-288": (32000, 15_191_712),
     "stories260K": (512, 260_032),
     "stories15M": (32000, 15_191_712),
