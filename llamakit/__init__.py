@@ -1,4 +1,4 @@
-"""llamakit: fine-tune, run, convert, quantize, merge and compare Llama models, GGUF first, with PyTorch.
+"""llamakit: train, fine-tune, run, convert, quantize, merge and compare Llama models, GGUF first, with PyTorch.
 
 from llamakit import GenerateConfig, generate, load_model, load_tokenizer, open_model
 
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from llamakit.conversion.merge_config import MergeConfig
     from llamakit.conversion.quantize import quantize
     from llamakit.conversion.quantize_config import QuantizeConfig
+    from llamakit.dataset.prepare import prepare
+    from llamakit.dataset.prepare_config import PrepareConfig
     from llamakit.formats.adapter import Adapter, read_adapter, write_adapter, write_adapter_folder
     from llamakit.formats.base import ModelFile, TensorInfo
     from llamakit.formats.open import open_model
@@ -44,6 +46,8 @@ if TYPE_CHECKING:
     from llamakit.tokenizer import Tokenizer, load_tokenizer
     from llamakit.training.config import FinetuneConfig
     from llamakit.training.finetune import finetune
+    from llamakit.training.train import train
+    from llamakit.training.train_config import TrainConfig
 
 #: as in pyproject.toml; reading it from the installed metadata would cost `--help` 30 ms
 __version__ = "0.1.0"
@@ -61,10 +65,12 @@ _EXPORTS = {
     "MergeConfig": "llamakit.conversion.merge_config",
     "ModelConfig": "llamakit.model",
     "ModelFile": "llamakit.formats.base",
+    "PrepareConfig": "llamakit.dataset.prepare_config",
     "QTensor": "llamakit.quant",
     "QuantizeConfig": "llamakit.conversion.quantize_config",
     "TensorInfo": "llamakit.formats.base",
     "Tokenizer": "llamakit.tokenizer",
+    "TrainConfig": "llamakit.training.train_config",
     "VerifyReport": "llamakit.inference.verify",
     "attach": "llamakit.model",
     "convert": "llamakit.conversion.convert",
@@ -79,7 +85,9 @@ _EXPORTS = {
     "merge": "llamakit.conversion.merge",
     "open_model": "llamakit.formats.open",
     "quantize": "llamakit.conversion.quantize",
+    "prepare": "llamakit.dataset.prepare",
     "read_adapter": "llamakit.formats.adapter",
+    "train": "llamakit.training.train",
     "verify": "llamakit.inference.verify",
     "write_adapter": "llamakit.formats.adapter",
     "write_adapter_folder": "llamakit.formats.adapter",
@@ -103,11 +111,13 @@ __all__ = [
     "MismatchError",
     "ModelConfig",
     "ModelFile",
+    "PrepareConfig",
     "QTensor",
     "QuantizeConfig",
     "SaveError",
     "TensorInfo",
     "Tokenizer",
+    "TrainConfig",
     "UnsupportedError",
     "UsageError",
     "VerifyReport",
@@ -123,8 +133,10 @@ __all__ = [
     "load_tokenizer",
     "merge",
     "open_model",
+    "prepare",
     "quantize",
     "read_adapter",
+    "train",
     "verify",
     "write_adapter",
     "write_adapter_folder",
