@@ -27,8 +27,9 @@ help:
 demo: $(VENV)/.material
 	@$(RUN) scripts/demo.py
 
+# A process for each core, four at most; the tests of a file stay together, so that what they share is made once.
 test: $(VENV)/.tests $(VENV)/.material
-	$(RUN) -m pytest -m "not prove"
+	$(RUN) -m pytest -m "not prove" -n auto --maxprocesses 4 --dist loadfile
 
 check: $(VENV)/.checks
 	$(RUN) -m ruff check $(SOURCES)
@@ -69,7 +70,7 @@ $(VENV)/.material: | $(VENV)/.llamakit
 	@touch $@
 
 $(VENV)/.tests: pyproject.toml | $(VENV)/.llamakit
-	@echo "installing what the tests need: pytest, llama.cpp, transformers, peft"
+	@echo "installing what the tests need: pytest, pytest-xdist, llama.cpp, transformers, peft"
 	@$(PIP) --editable '.[test,interop]'
 	@touch $@
 

@@ -31,8 +31,10 @@ if TYPE_CHECKING:
     from llamakit.conversion.merge_config import MergeConfig
     from llamakit.conversion.quantize import quantize
     from llamakit.conversion.quantize_config import QuantizeConfig
+    from llamakit.dataset.new_tokenizer import train_tokenizer
     from llamakit.dataset.prepare import prepare
-    from llamakit.dataset.prepare_config import PrepareConfig
+    from llamakit.dataset.prepare_config import PrepareConfig, TrainTokenizerConfig
+    from llamakit.dataset.tokens import TokenData, open_tokens
     from llamakit.formats.adapter import Adapter, read_adapter, write_adapter, write_adapter_folder
     from llamakit.formats.base import ModelFile, TensorInfo
     from llamakit.formats.open import open_model
@@ -69,8 +71,10 @@ _EXPORTS = {
     "QTensor": "llamakit.quant",
     "QuantizeConfig": "llamakit.conversion.quantize_config",
     "TensorInfo": "llamakit.formats.base",
+    "TokenData": "llamakit.dataset.tokens",
     "Tokenizer": "llamakit.tokenizer",
     "TrainConfig": "llamakit.training.train_config",
+    "TrainTokenizerConfig": "llamakit.dataset.prepare_config",
     "VerifyReport": "llamakit.inference.verify",
     "attach": "llamakit.model",
     "convert": "llamakit.conversion.convert",
@@ -84,10 +88,12 @@ _EXPORTS = {
     "load_tokenizer": "llamakit.tokenizer",
     "merge": "llamakit.conversion.merge",
     "open_model": "llamakit.formats.open",
-    "quantize": "llamakit.conversion.quantize",
+    "open_tokens": "llamakit.dataset.tokens",
     "prepare": "llamakit.dataset.prepare",
+    "quantize": "llamakit.conversion.quantize",
     "read_adapter": "llamakit.formats.adapter",
     "train": "llamakit.training.train",
+    "train_tokenizer": "llamakit.dataset.new_tokenizer",
     "verify": "llamakit.inference.verify",
     "write_adapter": "llamakit.formats.adapter",
     "write_adapter_folder": "llamakit.formats.adapter",
@@ -116,8 +122,10 @@ __all__ = [
     "QuantizeConfig",
     "SaveError",
     "TensorInfo",
+    "TokenData",
     "Tokenizer",
     "TrainConfig",
+    "TrainTokenizerConfig",
     "UnsupportedError",
     "UsageError",
     "VerifyReport",
@@ -133,10 +141,12 @@ __all__ = [
     "load_tokenizer",
     "merge",
     "open_model",
+    "open_tokens",
     "prepare",
     "quantize",
     "read_adapter",
     "train",
+    "train_tokenizer",
     "verify",
     "write_adapter",
     "write_adapter_folder",

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from llamakit.errors import UsageError
 
-_ABI = 2
+_ABI = 3
 _VARIABLE = "LLAMAKIT_NATIVE"
 _PACKAGE = Path(__file__).resolve().parent
 #: sources beside the package: this is a checkout, and the library must be made of them
@@ -42,6 +42,7 @@ _SIGNATURES = {
     "llamakit_pack": (None, [_int, _pointer, _i64, _i64, _i64, _pointer, _pointer, _int]),
     "llamakit_decoder": (_pointer, [_int, _int]),
     "llamakit_scratch_bytes": (_i64, [_int, _pointer, _pointer, _int]),
+    "llamakit_train": (None, [_int, _int, _int, _pointer, _i64, _pointer, _int]),
     "llamakit_forward": (None, [_int, _pointer, _pointer, _pointer, _pointer, _pointer, _int]),
 }
 
@@ -125,6 +126,11 @@ class Library:
         """Packed rows at `rows`, shape (n_rows, n_in), -> tiles."""
         parallel = _gomp_parallel() if n_threads > 1 else None
         self._functions.llamakit_pack(ggml_type, rows, row_bytes, *shape, tiles, parallel, n_threads)
+
+    def train(self, kernel: int, job: ctypes.Structure, n_rows: int, n_threads: int, *, bf16: bool) -> None:
+        """A kernel of native/train.h over n_rows rows."""
+        parallel = _gomp_parallel() if n_threads > 1 else None
+        self._functions.llamakit_train(self._number, kernel, bf16, ctypes.addressof(job), n_rows, parallel, n_threads)
 
     def decoder(self, ggml_type: int) -> int | None:
         """The address of the decoder of a type to float32."""

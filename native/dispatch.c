@@ -6,13 +6,14 @@
 
 #define EXPORT __attribute__((visibility("default")))
 /* Raised whenever a signature below changes; native.py has the same number. */
-#define ABI 2
+#define ABI 3
 
 #define ISA baseline
 #include "codec.h"
 #undef ISA
 #include "engine.h"
 #include "half.h"
+#include "train.h"
 #if defined(__x86_64__)
 #define X86 1
 #endif
@@ -188,6 +189,44 @@ static const engine *engine_of(int isa) {
 #endif
     (void)isa;
     return &plain_engine;
+}
+
+#define DECLARE_TRAIN(isa) extern const train_fn llamakit_train_kernels_##isa[2][N_TRAIN_KERNELS];
+DECLARE_TRAIN(baseline)
+#ifdef X86
+DECLARE_TRAIN(avx2)
+DECLARE_TRAIN(avx512vnni)
+DECLARE_TRAIN(avx512bf16)
+#endif
+
+static const train_fn (*train_kernels_of(int isa))[N_TRAIN_KERNELS] {
+#ifdef X86
+    __builtin_cpu_init();
+    if (isa == 2 && __builtin_cpu_supports("avx512vnni"))
+        return __builtin_cpu_supports("avx512bf16") ? llamakit_train_kernels_avx512bf16 : llamakit_train_kernels_avx512vnni;
+    if (isa > 0) return llamakit_train_kernels_avx2;
+#endif
+    (void)isa;
+    return llamakit_train_kernels_baseline;
+}
+
+typedef struct {
+    train_fn kernel;
+    const train_job *job;
+} train_rows_job;
+
+static void train_rows(const void *data, int64_t start, int64_t stop) {
+    const train_rows_job *job = data;
+    job->kernel(job->job, start, stop);
+}
+
+/* A kernel of train.h over n_rows, job->step of them at a time; bf16: what the numbers are, else float32. */
+EXPORT void llamakit_train(
+    int isa, int kernel, int bf16, const train_job *job, int64_t n_rows, parallel_fn parallel, int n_threads
+) {
+    const train_rows_job rows = {train_kernels_of(isa)[bf16][kernel], job};
+    pieces all = {train_rows, &rows, n_rows, job->step, 0};
+    run(&all, parallel, n_threads);
 }
 
 /* Bytes of 16 rows of n_in weights in the engine's layout, 0 for a type that it does not have. */

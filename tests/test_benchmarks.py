@@ -1,4 +1,5 @@
-"""The benchmarks run: each one's help, and a tiny round of each. What they measure is no test's business."""
+"""The benchmarks run: each one's help, and a tiny round of each, most of them in `make prove`. What they measure is
+no test's business."""
 
 from __future__ import annotations
 
@@ -26,7 +27,7 @@ def bench(script: str, *arguments: str | os.PathLike[str]) -> str:
         capture_output=True,
         check=False,
         text=True,
-        timeout=110,
+        timeout=250,
     )
     assert ran.returncode == 0, ran.stderr
     return ran.stdout
@@ -47,7 +48,7 @@ def test_a_random_model_has_its_shape_and_type(tmp_path: Path) -> None:
         assert len(set(file.metadata["tokenizer.ggml.tokens"])) == 400
 
 
-@pytest.mark.slow
+@pytest.mark.prove
 def test_seven_b_on_a_tiny_model(tmp_path: Path) -> None:
     report = tmp_path / "report.json"
     arguments = ("--model", "tiny-q4_0", "--steps", "2", "--threads", "1", "--dir", tmp_path / "work")
@@ -67,7 +68,7 @@ def test_startup_on_a_tiny_model(tmp_path: Path) -> None:
     assert results["loading_peak_bytes"] > results["imports_bytes"]
 
 
-@pytest.mark.slow
+@pytest.mark.prove
 @pytest.mark.interop
 def test_generate_and_transformers_take_the_same_tokens(tmp_path: Path) -> None:
     if importlib.util.find_spec("transformers") is None:
@@ -98,7 +99,7 @@ def test_generate_and_transformers_take_the_same_tokens(tmp_path: Path) -> None:
     assert not list((tmp_path / "work").iterdir()), "what was written is deleted without --keep"
 
 
-@pytest.mark.slow
+@pytest.mark.prove
 @pytest.mark.interop
 def test_finetune_and_peft_take_the_same_steps(tmp_path: Path) -> None:
     for module in ("transformers", "peft"):
@@ -113,7 +114,7 @@ def test_finetune_and_peft_take_the_same_steps(tmp_path: Path) -> None:
     assert losses["ours"] == pytest.approx(losses["peft"], abs=0.02)
 
 
-@pytest.mark.slow
+@pytest.mark.prove
 @pytest.mark.interop
 def test_convert_and_the_numpy_way_on_a_tiny_folder(tmp_path: Path) -> None:
     if importlib.util.find_spec("safetensors") is None:

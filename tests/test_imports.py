@@ -15,11 +15,13 @@ from tests.helpers import ROOT
 
 HEAVY = {"torch", "numpy", "gguf", "tokenizers", "sentencepiece", "safetensors", "jinja2", "rich"}
 COMMANDS = ("finetune", "generate", "chat", "convert", "merge", "tokenize", "inspect", "verify", "doctor", "perplexity")
+GROUPED = (["data", "prepare"], ["data", "show"], ["tokenizer", "train"])
 CONFIGS = (
     "llamakit.training.config",
     "llamakit.inference.config",
     "llamakit.conversion.convert_config",
     "llamakit.conversion.merge_config",
+    "llamakit.dataset.prepare_config",
 )
 
 _PROBE = """
@@ -42,7 +44,16 @@ def modules_after(code: str) -> set[str]:
     return {name.partition(".")[0] for name in names}
 
 
-@pytest.mark.parametrize("argv", [[], ["--help"], ["--version"], *([command, "--help"] for command in COMMANDS)])
+@pytest.mark.parametrize(
+    "argv",
+    [
+        [],
+        ["--help"],
+        ["--version"],
+        *([command, "--help"] for command in COMMANDS),
+        *([*words, "--help"] for words in GROUPED),
+    ],
+)
 def test_help_loads_nothing_heavy(argv: list[str]) -> None:
     assert not modules_after(_PROBE.format(argv=argv)) & HEAVY
 

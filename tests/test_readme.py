@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import shutil
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +18,7 @@ from tests.tiny import cached_tiny_gguf, tiny_text
 PAGES = ["README.md", "CONTRIBUTING.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
 #: The files that the pages speak of; everything else they make themselves.
 MODELS, TEXTS = ("model.gguf", "base.gguf"), ("text.txt", "shakespeare.txt")
+CHATS = ("chat.jsonl",)
 _BLOCK = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```", re.MULTILINE | re.DOTALL)
 _ITERATIONS = "3"
 
@@ -44,6 +46,8 @@ def directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
         (tmp_path / name).symlink_to(cached_tiny_gguf(n_layer=1))
     for name in TEXTS:
         (tmp_path / name).write_text(tiny_text(8000), encoding="utf-8")
+    for name in CHATS:
+        shutil.copyfile(ROOT / "data" / "llamakit-instruct.jsonl", tmp_path / name)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _pid: {0})  # one thread: a tiny model has no use for more
     threads = torch.get_num_threads()

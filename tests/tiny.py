@@ -326,7 +326,8 @@ def tiny_gguf(
 
 
 @cache
-def _session_directory() -> Path:
+def session_directory() -> Path:
+    """Where files of one test session lie that several tests use; it goes with the process."""
     directory = Path(tempfile.mkdtemp(prefix="llamakit-tiny-"))
     atexit.register(shutil.rmtree, directory, ignore_errors=True)
     return directory
@@ -335,5 +336,5 @@ def _session_directory() -> Path:
 def cached_tiny_gguf(**options: Any) -> Path:
     """`tiny_gguf` written once per test session for each set of options; do not write to the file."""
     key = hashlib.sha256(repr(sorted(options.items())).encode()).hexdigest()[:16]
-    path = _session_directory() / f"{key}.gguf"
+    path = session_directory() / f"{key}.gguf"
     return path if path.exists() else tiny_gguf(path, **options)

@@ -12,6 +12,7 @@ import os
 import sys
 import traceback
 import warnings
+from collections.abc import Collection
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -24,6 +25,7 @@ from llamakit.cli import (
     compat,
     convert,
     data,
+    data_check,
     doctor,
     finetune,
     generate,
@@ -82,9 +84,9 @@ _COMMANDS = {
 #: group of commands -> (what it says of itself, its group in the help, its commands)
 _GROUPS = {
     "data": (
-        "Turn a corpus into tokens to train on, and look at what a model will see.",
+        "Turn a corpus into tokens to train on, check training data, and look at what a model will see.",
         MORE,
-        {"prepare": data.prepare, "show": data.show},
+        {"prepare": data.prepare, "check": data_check.check, "show": data.show},
     ),
     "tokenizer": ("Make a vocabulary of your own.", MORE, {"train": tokenizer.train}),
 }
@@ -116,8 +118,11 @@ def _print_overview(context: typer.Context) -> None:
     print(_OVERVIEW.format(commands="\n".join(lines)))
 
 
-def build_app() -> typer.Typer:
-    """The Typer application with every command, none of which has computed or imported anything heavy yet."""
+def build_app(names: Collection[str] | None = None) -> typer.Typer:
+    """The Typer application with the commands and groups of these names, by default with every one.
+
+    None of them has computed or imported anything heavy yet.
+    """
     app = typer.Typer(
         cls=Group,
         context_settings=CONTEXT_SETTINGS,
@@ -127,10 +132,13 @@ def build_app() -> typer.Typer:
     )
     app.callback()(_root)
     for name, (function, panel) in _COMMANDS.items():
+        if names is not None and name not in names:
+            continue
         settings = {"context_settings": CONTEXT_SETTINGS, "epilog": _EPILOGS.get(name), "rich_help_panel": panel}
         app.command(name, cls=_CLASSES.get(name, Command), **settings)(function)
     for name, (about, panel, commands) in _GROUPS.items():
-        app.add_typer(_group(about, commands), name=name, rich_help_panel=panel)
+        if names is None or name in names:
+            app.add_typer(_group(about, commands), name=name, rich_help_panel=panel)
     return app
 
 
@@ -208,11 +216,16 @@ def _name_of(argv: list[str]) -> str:
 
 
 def _invoke(argv: list[str]) -> object:
-    """Parse and run a command line. A command is called without the root: its options would cost 0.1 s to process."""
-    root: Any = get_command(build_app())
-    command = root.commands.get(argv[0]) if argv else None
-    if command is None:
+    """Parse and run a command line.
+
+    A command is called without the root, whose options would cost 0.1 s to process, and made alone, which spares as
+    much.
+    """
+    if not argv or argv[0] not in {*_COMMANDS, *_GROUPS}:
+        root: Any = get_command(build_app())
         return root.main(args=argv, prog_name="llamakit", standalone_mode=False)
+    alone: Any = get_command(build_app(argv[:1]))
+    command = alone.commands[argv[0]]
     if argv[0] not in _LIGHT and not {"-h", "--help"} & set(argv):
         doctor.say_once_what_is_missing()
     return command.main(args=argv[1:], prog_name=f"llamakit {argv[0]}", standalone_mode=False)

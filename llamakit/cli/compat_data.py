@@ -18,9 +18,10 @@ ALIASES: dict[str, dict[str, str]] = {
         "-t": "--workers",
         "--threads": "--workers",
     },
-    "data show": {"--vocab": "--vocab-model", "-m": "--vocab-model", "--ctx-size": "--ctx"},
+    "data show": {"--vocab": "--vocab-model", "--model": "--vocab-model", "--ctx-size": "--ctx"},
+    "data check": {"--model": "-m", "--ctx-size": "--ctx", "--chat-template-file": "--chat-template"},
     "tokenizer train": {"--output": "-o", "-f": "--input", "--file": "--input", "--model-prefix": "-o"},
 }
 
 #: options whose value is a text or a name
-TEXT_VALUES = ("--input", "--out", "--text-key", "--vocab-model")
+TEXT_VALUES = ("--input", "--out", "--text-key", "--vocab-model", "--chat-template")

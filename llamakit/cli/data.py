@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import signal
 import sys
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -23,10 +27,11 @@ from llamakit.cli.corpus_options import (
     corpus,
     log_reading,
 )
+from llamakit.cli.data_check import ShownSamples, TemplateOption, TrainOnOption, show_samples
 from llamakit.cli.options import COMPUTE, DATA, FILES, OUTPUT, ConfigOption, JsonOption, OfflineOption
 from llamakit.cli.sources import local
 from llamakit.dataset.prepare_config import PrepareConfig
-from llamakit.errors import UnsupportedError, UsageError
+from llamakit.errors import EXIT_OK, EXIT_TERMINATED, UnsupportedError, UsageError
 
 if TYPE_CHECKING:
     from llamakit.dataset.prepare import Prepared
@@ -94,12 +99,30 @@ def prepare(
     _print_prepared(run_prepare(settings), json)
 
 
+@contextlib.contextmanager
+def _sigterm_cleans_up() -> Iterator[None]:
+    """SIGTERM leaves as Ctrl-C does: what was half written is removed."""
+
+    def leave(number: int, frame: object) -> None:
+        raise SystemExit(EXIT_TERMINATED)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def run_prepare(settings: PrepareConfig) -> Prepared:
     """Prepare a corpus with a bar on a terminal, and what there is to know on stderr; what came of it."""
     from llamakit.dataset import prepare as verb
 
     result: Prepared | None = None
-    with render.Progress("tokenizing (kB)", total=None, fields=("documents", "tokens")) as bar:
+    bar = render.Progress("tokenizing (kB)", total=None, fields=("documents", "tokens"))
+    with _sigterm_cleans_up(), bar:
         for report in verb.prepare(settings, stdin=sys.stdin.buffer):
             if isinstance(report, verb.Reading):
                 log_reading(report.n_files, report.n_bytes)
@@ -149,7 +172,12 @@ def _print_prepared(report: Prepared, json: bool) -> None:
 
 def show(
     path: Annotated[
-        str, typer.Argument(metavar="DIR|FILE", help="Folder of tokens, or a .bin file.", show_default=False)
+        str,
+        typer.Argument(
+            metavar="DIR|FILE",
+            help="Folder of tokens, or a .bin file; with -m also text, JSON lines, JSON, CSV or a folder of these.",
+            show_default=False,
+        ),
     ],
     n: Annotated[int, typer.Option("-n", metavar="N", help="Samples to show.", rich_help_panel=OUTPUT)] = 3,
     first: Annotated[
@@ -163,28 +191,34 @@ def show(
         str | None,
         typer.Option(
             "--vocab-model",
+            "-m",
             metavar="FILE",
-            help="Vocabulary of tokens that have none beside them.",
+            help="Vocabulary of tokens that have none beside them; the base of questions and answers.",
             rich_help_panel=FILES,
         ),
     ] = None,
+    chat_template: TemplateOption = None,
+    train_on: TrainOnOption = "assistant",
     ids: Annotated[bool, typer.Option("--ids", help="Print the ids, too.", rich_help_panel=OUTPUT)] = False,
     offline: OfflineOption = False,
     json: JsonOption = False,
     config: ConfigOption = None,
-) -> None:
-    """Print samples as the model will see them: windows of tokens, special ones spelled out."""
+) -> int:
+    """Print samples as the model will see them, special tokens spelled out, and which part is trained."""
     from llamakit.dataset.show import windows
-    from llamakit.dataset.tokens import open_tokens
+    from llamakit.dataset.tokens import holds_tokens, open_tokens
 
     place = Path(path)
+    if vocab_model is not None and place.suffix != ".bin" and place.exists() and not holds_tokens(place):
+        options = ShownSamples(chat_template, train_on, first=first, count=n, ids=ids, json=json, offline=offline)
+        return show_samples(path, vocab_model, options)
     data = open_tokens(_checked(place))
     part = data.train if split == "train" else data.validation
     found = list(windows(data, part, ctx, first=first, n=n))
     tokenizer = _tokenizer(data, local(vocab_model, offline=offline))
     if json:
         render.print_json({"split": split, "samples": [_json_of(window, tokenizer) for window in found]})
-        return
+        return EXIT_OK
     for window in found:
         stop = window.start + len(window.ids)
         at = f"tokens {window.start} to {stop - 1} of {window.file.name}"
@@ -196,6 +230,7 @@ def show(
         render.say()
     if tokenizer is None:
         render.note("no vocabulary is known for these tokens: --vocab-model FILE shows them as text")
+    return EXIT_OK
 
 
 def _checked(path: Path) -> Path:
@@ -208,7 +243,7 @@ def _checked(path: Path) -> Path:
         if not kind.startswith("llama2c"):
             return path
         raise UnsupportedError(f"is no token file ({kind})", path=path, hint=f"llamakit inspect {path}")
-    hint = "make tokens of it with: llamakit data prepare"
+    hint = "make tokens of it with: llamakit data prepare; -m MODEL shows questions and answers"
     raise UnsupportedError("holds no tokens (expected a folder of *.bin shards, or such a file)", path=path, hint=hint)
 
 

@@ -104,6 +104,7 @@ def _write(curves: Sequence[Curves], out: Path, y: Quantity | None, width: int |
     if any(is_same_file(out, run.path) for run in curves):
         raise UsageError("is an input: it would be overwritten", path=out)
     check_writable(out)
+    render.quiet_matplotlib()
     write_figure(curves, out, quantity=y, width=width or 1200, height=height)
 
 

@@ -46,6 +46,11 @@ def bold(text: str) -> str:
     return _paint(text, _BOLD, sys.stdout)
 
 
+def good(text: str) -> str:
+    """Text that is green on stdout where that has colours."""
+    return _paint(text, _GREEN, sys.stdout)
+
+
 def curve(text: str, index: int) -> str:
     """A piece of the drawing of curve `index`, from 0, on stdout: neighbours differ in colour."""
     return _paint(text, _CURVES[index % len(_CURVES)], sys.stdout)
@@ -62,6 +67,14 @@ def prompt(text: str, *, for_readline: bool) -> str:
 def _line(label: str, code: str, text: str) -> None:
     sys.stdout.flush()
     print(_paint(label, code, sys.stderr) + escape_control(text), file=sys.stderr, flush=True)
+
+
+def quiet_matplotlib() -> None:
+    """Have matplotlib say errors alone: that it looks for fonts, or has no home to keep them in, helps nobody here.
+    Before it is imported, since it speaks then already."""
+    import logging
+
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)
 
 
 def error(text: str) -> None:

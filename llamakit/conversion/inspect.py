@@ -47,6 +47,7 @@ _OTHERS = {
     "gzip": "gzip archive",
     "text": "text",
     "directory": "folder",
+    "tokens": "folder of tokens to train on",
 }
 
 #: kinds that hold a model which is read in GGUF's words
@@ -342,6 +343,7 @@ def _next_commands(kind: str, file: ModelFile | None, path: Path | None = None) 
         "llama2c-tokenizer": (("llamakit", "generate", "-m", "MODEL.bin", "-z", name),),
         "text": ((*finetune, "BASE.gguf", "--train-data", name),),
         "peft": lora,
+        "tokens": (("llamakit", "data", "show", name),),
         "imatrix": (("llamakit", "quantize", "--imatrix", name, "MODEL.gguf", "Q4_K_M"),),
     }.get(kind, ())
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,3 +30,33 @@ class SampleOptions:
     """start each sample at a random place"""
     val_split: float = 0.05
     """share of the tokens, the last ones, that is held out and evaluated; 0: none"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatOptions:
+    """How questions and answers become samples, and samples become rows of a batch."""
+
+    chat_template: str | None = None
+    """template instead of the base's own: a name, or a file with Jinja"""
+    train_on: Literal["all", "assistant", "last"] = "assistant"
+    """which tokens have a loss: all, those of the answers, or those of the last answer"""
+    long_samples: Literal["cut", "window"] = "cut"
+    """samples that are longer than the context are cut, or become several"""
+    pack: bool = True
+    """several short samples share a row; else rows of like lengths share a batch"""
+    on_error: Literal["stop", "skip"] = "stop"
+    """a sample that cannot be used stops the run, or is left out and counted"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckConfig:
+    """What the doctor of training data looks at."""
+
+    ctx: int = 0
+    """tokens per sequence; 0: the model's"""
+    chat_template: str | None = None
+    """template instead of the base's own: a name, or a file with Jinja"""
+    train_on: Literal["all", "assistant", "last"] = "assistant"
+    """which tokens have a loss: all, those of the answers, or those of the last answer"""
+    long_samples: Literal["cut", "window"] = "cut"
+    """samples that are longer than the context are cut, or become several"""

@@ -84,9 +84,13 @@ class _Process:
 
     def __init__(self, vocabulary: Path) -> None:
         command = [sys.executable, "-c", _PROGRAM, json.dumps(sys.path), str(vocabulary)]
-        self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
-        )
+        try:
+            self._process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+            )
+        except OSError as error:
+            reason = f"a process that tokenizes cannot be started: {error.strerror}"
+            raise LlamakitError(reason, hint="--workers 1 needs none") from error
 
     def encode(self, parts: Sequence[Part]) -> list[np.ndarray]:
         texts = [text.encode() for text, _ in parts]

@@ -6,6 +6,7 @@ the disk in the order in which it was read. The folder appears under its name wh
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shlex
@@ -148,6 +149,12 @@ def _given_vocabulary(config: PrepareConfig) -> dict[str, Any]:
             "both --vocab-model and --vocab-size are given",
             hint="--vocab-model takes a vocabulary as it is, --vocab-size makes a new one from the text",
         )
+    if config.vocab_size is None and kind == "llama2c-tokenizer":
+        raise UsageError(
+            "is a llama2.c vocabulary, which does not say how many tokens it has",
+            path=config.vocab_model,
+            hint="say it with --vocab-size N",
+        )
     return vocabulary_only(config.vocab_model, config.vocab_size)
 
 
@@ -177,14 +184,14 @@ def _written(
     dtype = dtype_for(tokenizer.n_vocab, config.dtype)
     yield VocabularyReady(tokenizer.n_vocab, tokenizer.model, config.vocab_model, tuple(tokenizer.warnings))
     documents = Documents(found, config, tokenizer)
-    spool = TokenSpool(folder, dtype, bos)
-    workers = 1 if found.n_bytes < _WORTH_WORKERS else config.workers or len(os.sched_getaffinity(0))
-    for unit, ids in encoded(documents.units(), tokenizer, path, workers):
-        for piece, tokens in zip(unit.pieces, ids, strict=True):
-            if piece.begins:
-                spool.begin(held_out=piece.held_out)
-            spool.add(tokens, len(piece.text.encode()))
-        yield Encoding(unit.n_read, found.n_bytes, spool.n_documents, spool.n_tokens)
+    with contextlib.closing(TokenSpool(folder, dtype, bos)) as spool:
+        workers = 1 if found.n_bytes < _WORTH_WORKERS else config.workers or len(os.sched_getaffinity(0))
+        for unit, ids in encoded(documents.units(), tokenizer, path, workers):
+            for piece, tokens in zip(unit.pieces, ids, strict=True):
+                if piece.begins:
+                    spool.begin(held_out=piece.held_out)
+                spool.add(tokens, len(piece.text.encode()))
+            yield Encoding(unit.n_read, found.n_bytes, spool.n_documents, spool.n_tokens)
     sizes = spool.sizes()
     made = {key: getattr(config, key) for key in ("split_on", "text_key", "errors", "val_split", "seed")}
     options = {"val_split": config.val_split, "seed": config.seed, "shard_tokens": config.shard_tokens, "made": made}

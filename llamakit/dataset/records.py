@@ -6,6 +6,7 @@ import csv
 import json
 import re
 from collections.abc import Iterator, Mapping
+from itertools import chain
 from typing import Any, NamedTuple
 
 from llamakit.dataset.plays import plain_text
@@ -123,7 +124,8 @@ def _json(reader: Reader, config: CorpusConfig) -> Iterator[str]:
 def _values(reader: Reader) -> Iterator[tuple[Any, int]]:
     """(value, line) of each element of a list, or of each of several values in a row."""
     blocks = reader.blocks()
-    text, at, line, in_list, first = "", 0, 1, False, True
+    text, at, line = "", 0, 1
+    in_list, wanted = False, "start"  # then "value" or "comma" where that alone may follow, "either" behind [
     while True:
         match = _NOT_SPACE.search(text, at)
         if match is None:
@@ -135,19 +137,21 @@ def _values(reader: Reader) -> Iterator[tuple[Any, int]]:
         line += text.count("\n", at, match.start())
         at = match.start()
         char = text[at]
-        if first and char == "[":
-            in_list, at = True, at + 1
-        elif in_list and char == "]":
-            yield from _nothing_after(reader, text[at + 1 :], blocks, line)
+        if wanted == "start" and char == "[":
+            in_list, wanted, at = True, "either", at + 1
+        elif in_list and char == "]" and wanted != "value":
+            _nothing_after(reader, text[at + 1 :], blocks, line)
             return
-        elif in_list and char == "," and not first:
-            at += 1
+        elif wanted == "comma":
+            if char != ",":
+                raise reader.error(f"is no JSON: {char!r} between two records (expected a comma)", line)
+            wanted, at = "value", at + 1
         else:
             found = _value(reader, text, at, blocks, line)
             yield found.value, line
             text, at = found.text, found.end
             line += text.count("\n", found.start, at)
-        first = False
+            wanted = "comma" if in_list else "value"
     if in_list:
         raise reader.error("the list of records is not closed: the file was cut off", line)
 
@@ -180,12 +184,10 @@ def _value(reader: Reader, text: str, at: int, blocks: Iterator[str], line: int)
     return _Found(value, text, at, end)
 
 
-def _nothing_after(reader: Reader, text: str, blocks: Iterator[str], line: int) -> Iterator[Any]:
-    while text or (text := next(blocks, "")):
-        if not text.isspace():
+def _nothing_after(reader: Reader, text: str, blocks: Iterator[str], line: int) -> None:
+    for rest in chain((text,), blocks):
+        if rest and not rest.isspace():
             raise reader.error("something stands behind the list of records", line)
-        text = ""
-    return iter(())
 
 
 def _table(reader: Reader, config: CorpusConfig) -> Iterator[str]:
@@ -195,7 +197,7 @@ def _table(reader: Reader, config: CorpusConfig) -> Iterator[str]:
     if head is None:
         return
     delimiter = max(_DELIMITERS, key=head.count)
-    rows = csv.reader(_chained(head, lines), delimiter=delimiter, strict=True)
+    rows = csv.reader(chain((head,), lines), delimiter=delimiter, strict=True)
     try:
         columns = next(rows, [])
         key = _key(dict.fromkeys(columns), config)
@@ -211,8 +213,3 @@ def _table(reader: Reader, config: CorpusConfig) -> Iterator[str]:
                 yield row[at].strip()
     except csv.Error as error:
         raise reader.error(f"is no sound CSV: {error}", rows.line_num) from error
-
-
-def _chained(head: str, lines: Iterator[str]) -> Iterator[str]:
-    yield head
-    yield from lines

@@ -164,7 +164,7 @@ class Reader:
             except UnicodeDecodeError as error:
                 raise self.error(
                     f"is not UTF-8 text (byte 0x{data[error.start]:02x})",
-                    n_lines + data.count(b"\n", 0, error.start),
+                    n_lines + data.count(b"\n", 0, error.start) + self._lines_before(),
                     "--errors replace puts U+FFFD in its place; or convert it first: iconv -f ISO-8859-1 -t UTF-8",
                 ) from error
             if self._errors == "replace":
@@ -172,6 +172,14 @@ class Reader:
             n_lines += data.count(b"\n", 0, n_used)
             pending = data[n_used:]
             yield text
+
+    def _lines_before(self) -> int:
+        """Line breaks before the part that is read."""
+        n = done = 0
+        with self.source.path.open("rb") as file:
+            while done < self._start and (block := file.read(min(_BLOCK_BYTES, self._start - done))):
+                n, done = n + block.count(b"\n"), done + len(block)
+        return n
 
     def _raw_blocks(self) -> Iterator[bytes]:
         try:

@@ -94,6 +94,10 @@ class TokenSpool:
         self.n_tokens += len(tokens)
         self._bytes[-1] += n_bytes
 
+    def close(self) -> None:
+        """Nothing comes any more."""
+        self._file.close()
+
     def sizes(self) -> np.ndarray:
         """Tokens of each document, (n,) int64, BOS included."""
         return (
@@ -118,7 +122,7 @@ class TokenSpool:
         `seed`; those that were begun as held out are all of it where there are any. made: how it came to be, for the
         index. Raises DataError where no document came, OSError where the disk refuses.
         """
-        self._file.close()
+        self.close()
         if not self._starts:
             raise DataError("there is no text in it: not one document", hint="look at what was given with: head FILE")
         held = self._choose(val_split, seed)

@@ -47,6 +47,7 @@ _UNSUPPORTED: dict[str, tuple[str, str | None]] = {
     "llama2c-tokenizer": ("is a llama2.c vocabulary, not a model", "give it with -z, and the model with -m"),
     "imatrix": ("is an importance matrix, not a model", "llamakit quantize takes it with --imatrix"),
     "gzip": ("is compressed", "unpack it first: gunzip"),
+    "tokens": ("is a folder of tokens to train on, not a model", "llamakit data show prints samples of it"),
 }
 
 
@@ -54,8 +55,8 @@ def sniff(path: str | os.PathLike[str]) -> str:
     """The kind of a file or directory, from its first bytes.
 
     One of: gguf, llama2c, llama2c-tokenizer, ggla, ggml, zip (PyTorch's), pickle, safetensors, sentencepiece, gzip,
-    imatrix (the .dat form), huggingface, meta, peft, directory, empty, text, unknown. Nothing is promised about the
-    rest of the file, but for a .dat, which has no magic. Raises UsageError when it cannot be read.
+    imatrix (the .dat form), huggingface, meta, peft, tokens, directory, empty, text, unknown. Nothing is promised
+    about the rest of the file, but for a .dat, which has no magic. Raises UsageError when it cannot be read.
     """
     if os.path.isdir(path):
         return _folder_kind(Path(path))
@@ -72,7 +73,17 @@ def _folder_kind(folder: Path) -> str:
         return "peft"
     if not weights and (folder / PARAMS).is_file() and any(SHARD.fullmatch(name) for name in os.listdir(folder)):
         return "meta"
-    return "huggingface" if (folder / "config.json").is_file() else "directory"
+    if (folder / "config.json").is_file():
+        return "huggingface"
+    return "tokens" if _is_tokens(folder / "index.json") else "directory"
+
+
+def _is_tokens(index: Path) -> bool:
+    """Whether it begins as the index of a folder that `data prepare` wrote."""
+    if not index.is_file():
+        return False
+    with FileSource(index) as source:
+        return b'"llamakit.tokens"' in source.read(0, min(_HEAD_BYTES, source.size)).tobytes()
 
 
 def _kind(head: bytes, size: int) -> str:

@@ -20,7 +20,7 @@ def vocabulary_only(
 ) -> dict[str, Any]:
     """The `tokenizer.*` metadata of a GGUF file of any architecture, a Hugging Face folder, a tokenizer.model
     (SentencePiece's, or tiktoken's with the special tokens of Llama 3.1 and later), a tokenizer.json (with the
-    tokenizer_config.json beside it), or a llama2.c tokenizer.bin.
+    tokenizer_config.json beside it), a folder of tokens, or a llama2.c tokenizer.bin.
 
     n_vocab: the model's number of tokens; tokenizer.bin needs it, shorter vocabularies are padded with [PADi]. pre:
     how BPE cuts words, where a tokenizer.json is not recognised.
@@ -32,8 +32,8 @@ def vocabulary_only(
     kind = sniff(path)
     if kind in ("huggingface", "directory"):
         return read_vocabulary(path, n_vocab, pre=pre)
-    if kind == "gguf":
-        return _of_gguf(path)
+    if kind in ("gguf", "tokens"):
+        return _of_gguf(path if kind == "gguf" else member(path, "vocab.gguf"))
     if kind == "llama2c-tokenizer":
         if n_vocab is None:
             hint = "give the model with it, which knows the number of tokens"

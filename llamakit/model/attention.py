@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from llamakit.kernels import train
 from llamakit.model.cache import JoinedCache, KVCache
 
 # Queries per tile: large enough for efficient products, small enough that the tile's scores stay in the L2 cache.
@@ -34,7 +35,10 @@ def _tile_softmax(q: Tensor, k: Tensor, start: int, stop: int, scale: float) -> 
     """
     n, g, _, d = q.shape
     tile = q[:, :, start:stop].reshape(n, g * (stop - start), d)
-    scores = torch.bmm(tile, k[:, :stop].transpose(1, 2)).mul_(scale)
+    scores = torch.bmm(tile, k[:, :stop].transpose(1, 2))
+    if train.usable(scores):
+        return train.causal_softmax_(scores, start, stop - start, scale)
+    scores.mul_(scale)
     scores.view(n, g, stop - start, stop)[..., start:].masked_fill_(_future(stop - start), -math.inf)
     return torch.softmax(scores, dim=-1)
 
@@ -74,7 +78,10 @@ class _CausalAttention(torch.autograd.Function):
             dv[:, :stop].baddbmm_(weights.transpose(1, 2), grad_tile)
             d_weights = torch.bmm(grad_tile, v[:, :stop].transpose(1, 2))
             # The tiles' mask needs no care here: a masked weight is 0, and so is its gradient.
-            d_scores = torch.ops.aten._softmax_backward_data(d_weights, weights, -1, weights.dtype).mul_(scale)
+            if train.usable(weights, d_weights):
+                d_scores = train.softmax_back_(weights, d_weights, start, stop - start, scale)
+            else:
+                d_scores = torch.ops.aten._softmax_backward_data(d_weights, weights, -1, weights.dtype).mul_(scale)
             dq[:, :, start:stop] = torch.bmm(d_scores, k[:, :stop]).view(n, g, stop - start, d)
             dk[:, :stop].baddbmm_(d_scores.transpose(1, 2), q_tile)
         return dq, dk, dv

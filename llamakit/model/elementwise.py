@@ -1,6 +1,8 @@
 """Norm and gate: cheap functions that the backward pass computes again, so that their results need not be kept.
 
-Each gives its result and a pullback, which turns the gradient of the result into those of the function's tensors.
+On a CPU native code does each in one pass over memory (kernels/train.py), elsewhere torch does. Each gives its
+result and a pullback, which turns the gradient of the result into those of the function's tensors.
+
 Shapes: any leading axes, C channels, F n_ff.
 """
 
@@ -12,6 +14,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from llamakit.kernels import train
 
 Pullback = Callable[[Tensor, Sequence[bool]], tuple[Tensor | None, ...]]
 """(gradient of the result, which tensors want one) -> gradients of the tensors."""
@@ -29,6 +33,13 @@ def rms_norm(x: Tensor, weight: Tensor, *, eps: float) -> tuple[Tensor, Pullback
 
     x (..., C), weight (C,) float32; computed in float32, the result is in x's dtype.
     """
+    if train.usable(x) and weight.dtype == torch.float32:
+
+        def fused(grad: Tensor, wanted: Sequence[bool]) -> tuple[Tensor | None, ...]:
+            dx, d_weight = train.rms_norm_back(x, weight, grad, eps, weight_too=wanted[1])
+            return dx if wanted[0] else None, d_weight
+
+        return train.rms_norm(x, weight, eps), fused
     normed = x.to(torch.float32, copy=True)
     length = torch.linalg.vector_norm(normed, dim=-1, keepdim=True)
     inverse = length.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
@@ -47,6 +58,8 @@ def rms_norm(x: Tensor, weight: Tensor, *, eps: float) -> tuple[Tensor, Pullback
 
 def gated_silu(gate: Tensor, up: Tensor) -> tuple[Tensor, Pullback]:
     """silu(gate) * up, both (..., F) (Shazeer 2020, arXiv 2002.05202), in their dtype."""
+    if train.usable(gate, up):
+        return train.gate(gate, up), lambda grad, _: train.gate_back(gate, up, grad)
     silu = F.silu(gate)
 
     def pullback(grad: Tensor, _: Sequence[bool]) -> tuple[Tensor, Tensor]:

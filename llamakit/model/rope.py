@@ -10,6 +10,7 @@ import math
 import torch
 from torch import Tensor
 
+from llamakit.kernels import train
 from llamakit.model.config import ModelConfig
 
 
@@ -73,8 +74,20 @@ class Rope:
 
 def rotate(x: Tensor, rotations: Tensor) -> Tensor:
     """x (..., D) with its pairs turned by rotations (..., D/2) complex64, without a gradient; computed in float32."""
+    if train.usable(x) and rotations.dtype == torch.complex64 and x.dim() == 4 and rotations.dim() > 2:
+        return train.rotate(_in_rows(x), rotations, _by_head(x), back=False)
     pairs = torch.view_as_complex(x.float().view(*x.shape[:-1], -1, 2))
     return torch.view_as_real(pairs * rotations).view(x.shape).to(x.dtype)
+
+
+def _in_rows(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _by_head(x: Tensor) -> Tensor:
+    """Room for (B, T, H, D) that lies in memory as (B, H, T, D), as attention takes it."""
+    b, t, h, d = x.shape
+    return torch.empty(b, h, t, d, dtype=x.dtype).transpose(1, 2)
 
 
 class _ApplyRope(torch.autograd.Function):
@@ -88,6 +101,8 @@ class _ApplyRope(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
         (rotations,) = ctx.saved_tensors
+        if train.usable(grad):
+            return train.rotate(_in_rows(grad), rotations, torch.empty(grad.shape, dtype=grad.dtype), back=True), None
         return rotate(grad.contiguous(), rotations.conj()), None
 
 

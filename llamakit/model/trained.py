@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from llamakit.kernels import train
 from llamakit.model.elementwise import Function, Lazy, identity
 
 
@@ -24,8 +25,12 @@ class TrainedLinear(nn.Module):
         weight = self.weight.detach()
         if weight.dtype == dtype:
             return weight
-        if self._version != self.weight._version or self._rounded.dtype != dtype:
-            self._rounded, self._version = weight.to(dtype), self.weight._version
+        if self._rounded.dtype != dtype or self._rounded.device != weight.device:
+            with torch.inference_mode(False):  # the copy outlives the call
+                self._rounded, self._version = torch.empty_like(weight, dtype=dtype), -1
+        if self._version != self.weight._version:
+            self._rounded.copy_(weight)
+            self._version = self.weight._version
         return self._rounded
 
     def forward(self, x: Tensor) -> Tensor:
@@ -71,7 +76,10 @@ def _collect(parameter: Tensor, gradient: Tensor) -> Tensor | None:
     """Add to the parameter's gradient in place, without a float32 copy; what is left for autograd to add, if any."""
     if parameter.grad is None:
         return gradient.to(parameter.dtype)
-    parameter.grad.add_(gradient)
+    if train.usable(gradient) and gradient.is_contiguous():
+        train.accumulate_(parameter.grad, gradient)
+    else:
+        parameter.grad.add_(gradient)
     return None
 
 

@@ -10,9 +10,9 @@ import codecs
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
-from itertools import chain
+from itertools import accumulate, chain
 
-from llamakit.errors import UsageError
+from llamakit.errors import UnsupportedError, UsageError
 from llamakit.tokenizer.vocabulary import Attr, Vocabulary
 
 _C_SPACES = " \t\n\v\f\r"  # isspace() of the C locale
@@ -96,6 +96,38 @@ class Tokenizer(ABC):
         if add_special and self.add_eos and self.eos_id is not None:
             ids.append(self.eos_id)
         return ids
+
+    def encode_with_ends(self, text: str, *, add_special: bool = True) -> tuple[list[int], list[int]]:
+        """What `encode` gives for a text, special tokens in it read as such, and where in the text's UTF-8 bytes each
+        token ends.
+
+        A token of `add_special` ends where the text begins, or at its end; a space that the vocabulary puts before a
+        text has no place of its own. Raises UnsupportedError where a token cannot be traced to the bytes that it stands
+        for: the vocabulary lacks some of them.
+        """
+        text = _well_formed(text)
+        data, at, after_special = text.encode(), 0, True
+        ids: list[int] = []
+        ends: list[int] = []
+        if add_special and self.add_bos and self.bos_id is not None:
+            ids, ends = [self.bos_id], [0]
+        for fragment in self._fragments(text, True):
+            if isinstance(fragment, int):
+                found, written = [fragment], self.vocabulary.tokens[fragment].encode("utf-8", "surrogateescape")
+                places = [len(written)]
+            else:
+                found, written = self._encode_text(fragment, after_special), fragment.encode()
+                places = _places([self.piece(id, special=True) for id in found], fragment)
+            # A special token may take the spaces beside it away: nothing else can lie between two fragments.
+            begin = data.index(written, at)
+            at = begin + len(written)
+            ids += found
+            ends += [begin + place for place in places]
+            after_special = isinstance(fragment, int)
+        if add_special and self.add_eos and self.eos_id is not None:
+            ids.append(self.eos_id)
+            ends.append(len(data))
+        return ids, ends
 
     def may_cut(self, text: str, at: int) -> bool:
         """Whether ids(text) = ids(text[:at]) + ids(text[at:], continued) is sure, for an `at` before or after a line
@@ -188,6 +220,25 @@ class Tokenizer(ABC):
             parts = ([f] if isinstance(f, int) else _take_out(f, token, id, attr) for f in fragments)
             fragments = list(chain.from_iterable(parts))
         return fragments
+
+
+def _places(pieces: list[bytes], text: str) -> list[int]:
+    """Where each of the tokens of a text ends in its bytes; a space before the text counts as none of it."""
+    joined, written = b"".join(pieces), text.encode()
+    own: list[int] | None = None
+    if joined not in (written, b" " + written):
+        # A vocabulary that spells spaces U+2581 takes a U+2581 in the text for a space.
+        written = text.replace("\u2581", " ").encode()
+        if joined not in (written, b" " + written):
+            raise UnsupportedError("the vocabulary has no tokens for some of the text: it cannot be traced")
+        own = [0]
+        for letter in text:
+            size = len(letter.encode())
+            own += [own[-1] + size] if letter == "\u2581" else [own[-1] + n for n in range(1, size + 1)]
+    places = list(accumulate(map(len, pieces), initial=len(written) - len(joined)))[1:]
+    if places and places[0] < 0:
+        places[0] = 0
+    return places if own is None else [own[place] for place in places]
 
 
 def _well_formed(text: str) -> str:

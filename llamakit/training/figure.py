@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -76,11 +75,7 @@ def _matplotlib() -> Iterator[None]:
     """matplotlib with our style for a while: no window, nobody's matplotlibrc, its global settings as before."""
     hint = "pip install matplotlib"
     try:
-        fresh = "matplotlib" not in sys.modules
         import matplotlib
-
-        if fresh:  # else it would tell on stderr that it makes its cache of fonts; nobody else uses it here
-            matplotlib.set_loglevel("ERROR")
         import matplotlib.figure
     except ImportError as error:
         raise UnsupportedError("pictures of curves need the package matplotlib", hint=hint) from error

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from llamakit.kernels import train
 from llamakit.model import Llama
 from llamakit.model.recompute import weighted_sum
 from llamakit.model.trained import TrainedLinear
@@ -26,6 +27,10 @@ class _CrossEntropySum(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, logits: Tensor, targets: Tensor, weight: float) -> Tensor:
+        if train.usable(logits) and logits.is_contiguous():
+            losses = train.cross_entropy_(logits, targets, weight if ctx.needs_input_grad[0] else 0.0)
+            ctx.save_for_backward(logits)
+            return losses.sum(dtype=torch.float64).float()
         n, v = logits.shape
         total = torch.zeros((), dtype=torch.float64, device=logits.device)
         rows = max(1, _TILE_LOGITS // v)

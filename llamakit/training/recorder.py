@@ -165,7 +165,7 @@ def _model_facts(report: ModelFacts | NewModel | Counters) -> dict[str, object]:
         return facts | {
             "parameters": report.n_parameters,
             "tokens per iteration": report.tokens_per_iteration,
-            "computed on": f"{report.device} in {report.dtype}, {report.threads} threads",
+            "computed on": f"{report.device} in {report.dtype}, threads: {report.threads}",
         }
     ranks = ", ".join(f"{kind} {rank}" for kind, rank in report.ranks.items() if rank)
     return {"base": report.path} | facts | {"ranks": ranks, "alpha": report.alpha}

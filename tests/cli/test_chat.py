@@ -287,7 +287,7 @@ class Terminal:
 
     def until(self, text: str) -> str:
         """What was shown up to this text and with it."""
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 250
         while text not in self.seen:
             assert time.monotonic() < deadline, self.seen
             if select.select([self.fd], [], [], 1)[0]:
@@ -376,6 +376,6 @@ def test_ctrl_c_ends_a_pipe(tmp_path):
         process.stdin.flush()
         text = process.stdout.read(5)
         process.send_signal(signal.SIGINT)
-        rest, stderr = process.communicate(timeout=60)
+        rest, stderr = process.communicate(timeout=250)
     assert process.returncode == 130
     assert text and rest.endswith(b"\n") and b"Traceback" not in stderr

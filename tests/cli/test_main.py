@@ -35,8 +35,11 @@ def test_help_lists_main_commands_first_and_has_no_escapes() -> None:
 
 
 @pytest.mark.parametrize("name", ["finetune", "generate", "quantize", "tokenize", "inspect"])
-def test_every_command_documents_every_option(name: str) -> None:
-    result = cli(name, "--help", env={"COLUMNS": "200"})
+def test_every_command_documents_every_option(
+    name: str, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    result = called(capfd, name, "--help")
     assert result.returncode == 0 and "\x1b" not in result.stdout
     lines = result.stdout.splitlines()
     options = [i for i, line in enumerate(lines) if line.startswith("  -")]
@@ -120,7 +123,7 @@ def test_debug_shows_the_traceback() -> None:
 def test_a_closed_pipe_is_no_error() -> None:
     shell = f"'{sys.executable}' -m llamakit --help | head -c 1"
     result = subprocess.run(
-        ["bash", "-c", shell], capture_output=True, text=True, check=False, env=_environment(), timeout=60
+        ["bash", "-c", shell], capture_output=True, text=True, check=False, env=_environment(), timeout=250
     )
     assert result.stdout == "U" and not result.stderr
 
@@ -130,7 +133,7 @@ def test_a_full_disk_behind_stdout_is_one_line() -> None:
     with open("/dev/full", "w") as full:
         result = subprocess.run(
             [sys.executable, "-m", "llamakit", "--help"],
-            stdout=full, stderr=subprocess.PIPE, text=True, check=False, env=_environment(), timeout=60,
+            stdout=full, stderr=subprocess.PIPE, text=True, check=False, env=_environment(), timeout=250,
         )  # fmt: skip
     assert_error(result, 3, "error: cannot write: No space left on device")
     assert len(result.stderr.splitlines()) == 2
@@ -139,7 +142,7 @@ def test_a_full_disk_behind_stdout_is_one_line() -> None:
 def test_install_completion_writes_to_the_home_of_the_user(tmp_path: Path) -> None:
     shell = f"'{sys.executable}' -m llamakit --install-completion; exit $?"
     result = subprocess.run(
-        ["bash", "-c", shell], capture_output=True, text=True, check=False, timeout=60,
+        ["bash", "-c", shell], capture_output=True, text=True, check=False, timeout=250,
         env=_environment(HOME=str(tmp_path), SHELL="/bin/bash"),
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
@@ -164,7 +167,7 @@ def test_shell_completion(shell: str) -> None:
 def test_show_completion_prints_a_script() -> None:
     shell = f"'{sys.executable}' -m llamakit --show-completion; exit $?"
     result = subprocess.run(
-        ["bash", "-c", shell], capture_output=True, text=True, check=False, env=_environment(), timeout=60
+        ["bash", "-c", shell], capture_output=True, text=True, check=False, env=_environment(), timeout=250
     )
     assert result.returncode == 0 and "_LLAMAKIT_COMPLETE" in result.stdout
 

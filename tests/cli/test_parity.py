@@ -4,15 +4,20 @@ from __future__ import annotations
 
 from llamakit.cli.bench import bench
 from llamakit.cli.convert import convert
+from llamakit.cli.data import prepare
+from llamakit.cli.data_check import check
 from llamakit.cli.finetune import finetune
 from llamakit.cli.generate import generate
 from llamakit.cli.imatrix import imatrix
 from llamakit.cli.merge import merge
 from llamakit.cli.perplexity import perplexity
 from llamakit.cli.quantize import quantize
+from llamakit.cli.tokenizer import train as train_tokenizer
 from llamakit.conversion.convert_config import ConvertConfig
 from llamakit.conversion.merge_config import MergeConfig
 from llamakit.conversion.quantize_config import QuantizeConfig
+from llamakit.dataset.config import CheckConfig
+from llamakit.dataset.prepare_config import PrepareConfig, TrainTokenizerConfig
 from llamakit.inference.bench_config import BenchConfig
 from llamakit.inference.config import GenerateConfig, PerplexityConfig
 from llamakit.inference.imatrix_config import ImatrixConfig
@@ -98,3 +103,19 @@ def test_bench() -> None:
     files = ("models", "lora", "lora_scaled", "force", "offline", "config")
     others = ("no_warmup", "threads", "device", "dtype", "output", "output_err", "progress", "verbose")
     assert_parity(bench, BenchConfig, cli_only=(*lists, *files, *others), config_only=(*lists, "warmup"))
+
+
+def test_data_check() -> None:
+    assert_parity(check, CheckConfig, cli_only=("sources", "model", "offline", "json", "config"))
+
+
+def test_data_prepare() -> None:
+    # Typer cannot tell an empty list from none; what is required is asked for in a line of our own.
+    own = ("inputs", "out", "vocab_model")
+    assert_parity(prepare, PrepareConfig, cli_only=("input_option", "offline", "json", "config", *own), config_only=own)
+
+
+def test_tokenizer_train() -> None:
+    own = ("inputs", "out", "vocab_size")
+    others = ("input_option", "offline", "json", "config")
+    assert_parity(train_tokenizer, TrainTokenizerConfig, cli_only=(*others, *own), config_only=own)

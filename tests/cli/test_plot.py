@@ -95,6 +95,14 @@ def test_a_png(place: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert json.loads(both.stdout)["file"] == "lr.png" and Path("lr.png").exists()
 
 
+@pytest.mark.slow
+def test_a_png_without_a_word_where_there_is_no_home(place: Path) -> None:
+    """matplotlib would tell of the cache of fonts that it cannot keep."""
+    environment = {"HOME": str(place / "small" / "metrics.jsonl"), "TMPDIR": str(place)}
+    result = cli("plot", "small", "-o", "x.png", cwd=place, env=environment)
+    assert (result.returncode, result.stderr) == (0, "") and (place / "x.png").exists()
+
+
 def test_json(place: Path, capfd: pytest.CaptureFixture[str]) -> None:
     value = json.loads(called(capfd, "plot", "small", "large", "--json").stdout)
     small, large = value["runs"]

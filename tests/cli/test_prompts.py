@@ -139,7 +139,7 @@ def test_ctrl_c_ends_many_prompts_with_130(prompts):
             while b"at once" not in child.stderr.readline():
                 assert child.poll() is None
             child.send_signal(signal.SIGINT)
-            stdout, stderr = child.communicate(timeout=60)
+            stdout, stderr = child.communicate(timeout=250)
     finally:
         signal.signal(signal.SIGINT, before)
     assert child.returncode == 130, stderr

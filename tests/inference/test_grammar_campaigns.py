@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import json
+from collections import deque
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from llamakit.cli.loading import Loaded, load
 from llamakit.errors import LlamakitError
 from llamakit.formats.open import open_model
 from llamakit.inference.config import GenerateConfig
+from llamakit.inference.continuation import Continuation
 from llamakit.inference.grammar import open_grammar
 from llamakit.inference.sampling import Sampler
-from llamakit.model import KVCache, Llama, load_model
 from llamakit.tokenizer import Tokenizer, load_tokenizer
 from llamakit.tokenizer.chat import encode_chat
 from tests.inference.schemas import SCHEMAS, assert_valid
@@ -24,47 +25,48 @@ from tests.smollm import smollm2_path
 from tests.tiny import cached_tiny_gguf
 
 pytestmark = pytest.mark.prove
-N_RUNS, LONGEST = 200, 400
+N_RUNS, AT_ONCE, LONGEST = 200, 50, 400
 
 
 @pytest.fixture(scope="module")
-def smollm2() -> tuple[Llama, Tokenizer]:
-    file = open_model(smollm2_path())
-    return load_model(file), load_tokenizer(file)
+def smollm2() -> Loaded:
+    return load(smollm2_path(), threads=1)
 
 
-@torch.inference_mode()
-def _continuations(model: Llama, tokenizer: Tokenizer, ids: list[int], config: GenerateConfig) -> list[str | None]:
-    """One for each seed below N_RUNS, all in one batch, None where one has no end within LONGEST tokens."""
-    samplers = [
-        Sampler(GenerateConfig(json_schema=config.json_schema, seed=seed), ids, grammar=open_grammar(config, tokenizer))
-        for seed in range(N_RUNS)
-    ]
-    cache = KVCache(model.config, batch=N_RUNS, n_ctx=len(ids) + LONGEST, dtype=torch.float32)
-    pieces, ended = [b""] * N_RUNS, [False] * N_RUNS
-    tokens = torch.tensor([ids] * N_RUNS)
-    for _ in range(LONGEST):
-        logits = model.logits(model(tokens, cache=cache)[:, -1]).numpy()
-        drawn = [0] * N_RUNS
-        for i in (i for i in range(N_RUNS) if not ended[i]):
-            drawn[i] = samplers[i].sample(logits[i])
-            is_end_token = drawn[i] in tokenizer.eog_ids
-            pieces[i] += b"" if is_end_token else tokenizer.piece(drawn[i])
-            ended[i] = is_end_token or samplers[i].is_complete
-        if all(ended):
-            break
-        tokens = torch.tensor(drawn)[:, None]
-    return [piece.decode() if end else None for piece, end in zip(pieces, ended, strict=True)]
+def _continuations(model: Loaded, ids: list[int], schema: str) -> list[str | None]:
+    """One for each seed below N_RUNS, AT_ONCE of them in each step, None where one has no end within LONGEST tokens.
+
+    Who comes next takes over the context of who is done, and the prompt in it.
+    """
+    free = [model.engine.context(len(ids) + LONGEST) for _ in range(AT_ONCE)]
+    texts, waiting = [""] * N_RUNS, deque(range(N_RUNS))
+    running: list[tuple[int, Continuation]] = []
+    ended: set[int] = set()
+    while waiting or running:
+        while waiting and free:
+            config = GenerateConfig(json_schema=schema, seed=waiting.popleft(), n_predict=LONGEST)
+            sampler = Sampler(config, ids, grammar=open_grammar(config, model.tokenizer))
+            running.append((config.seed, Continuation(model.tokenizer, free.pop(), ids, config, sampler)))
+        logits = model.engine.feed_batch([(run.context, run.pending) for _, run in running])
+        for (seed, run), row in zip(running, logits, strict=True):
+            token = run.take(row)
+            texts[seed] += token.text if token is not None else ""
+            if run.reason is not None:
+                texts[seed] += run.done().text
+                free.append(run.context)
+                ended |= {seed} if run.reason == "end" else set()
+        running = [(seed, run) for seed, run in running if run.reason is None]
+    return [text if seed in ended else None for seed, text in enumerate(texts)]
 
 
-@pytest.mark.timeout(3600)
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("name", SCHEMAS)
 def test_two_hundred_texts_of_the_real_model_end_parse_and_validate(name, smollm2, record_property):
-    model, tokenizer = smollm2
     schema = SCHEMAS[name]
     question = f"Give me an example of this JSON schema: {json.dumps(schema)[:200]}"
-    ids = encode_chat(tokenizer, [{"role": "user", "content": question}])
-    texts = _continuations(model, tokenizer, ids, GenerateConfig(json_schema=json.dumps(schema)))
+    ids = encode_chat(smollm2.tokenizer, [{"role": "user", "content": question}])
+    texts = _continuations(smollm2, ids, json.dumps(schema))
+    assert len(texts) == N_RUNS
     for text in texts:
         assert text is not None, "it came to no end"
         assert_valid(text, schema)

@@ -71,8 +71,8 @@ def test_every_type_gives_the_logits_of_the_torch_model(type, isa):
     limit = 3e-3 if type == "F16" else limit  # the cache is float16
     logits = last_logits(runner, [IDS])
     assert error(logits, expected) < limit
-    # What a token gives does not depend on what is computed together with it.
-    assert (last_logits(runner, one_by_one(IDS)) == logits).all()
+    # What a token gives does not depend on what is computed together with it, nor on the number of threads.
+    assert (last_logits(engine(path, 1), one_by_one(IDS)) == logits).all()
     assert (last_logits(runner, [IDS[:20], IDS[20:21], IDS[21:]]) == logits).all()
 
 
@@ -98,7 +98,9 @@ def test_every_shape_gives_the_logits_of_the_torch_model(options, isa):
         runner = engine(path, n_threads)
         runner._llama.n_threads = n_threads  # a tiny model takes one by itself
         assert error(last_logits(runner, [IDS]), expected) < EXACT
-        assert error(last_logits(runner, one_by_one(IDS)), expected) < EXACT
+        # Threads that wait for each other at each token take long where something else runs, too.
+        parts = one_by_one(IDS) if n_threads == 1 else [IDS[:-9], *one_by_one(IDS[-9:])]
+        assert error(last_logits(runner, parts), expected) < EXACT
 
 
 def test_a_long_context_is_read_in_chunks():

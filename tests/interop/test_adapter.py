@@ -13,7 +13,7 @@ from llamakit.inference.config import GenerateConfig
 from llamakit.model import attach, load_model
 from llamakit.tokenizer import load_tokenizer
 from tests.interop.llama_server import LlamaServer
-from tests.smollm import f32_copy, smollm2_path
+from tests.smollm import smollm2_f32, smollm2_path
 from tests.tiny import cached_tiny_gguf, tiny_text
 from tests.training.runs import run
 
@@ -54,28 +54,34 @@ def test_a_trained_adapter_writes_the_same_text_there_as_here(tmp_path, options)
 PROMPTS = ("To be, or not to be", "The king said", "My lord,", "Once upon a time", "What news from")
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(400)  # a minute of two cores; more where they are shared
-def test_on_the_real_model(tmp_path):
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize(
+    ("prompts", "n", "every"),
+    [
+        pytest.param(PROMPTS[1:2], 16, 28, marks=pytest.mark.slow),
+        pytest.param(PROMPTS, 64, 6, marks=pytest.mark.prove),
+    ],
+    ids=["one", "all"],
+)
+def test_on_the_real_model(tmp_path, prompts, n, every):
     """F32 copy: base and adapter give llama.cpp's text. Packed file: its perplexity on held-out text falls."""
-    packed = smollm2_path()
-    copy = f32_copy(packed, tmp_path / "f32.gguf")
+    packed, copy = smollm2_path(), smollm2_f32()
     (tmp_path / "text.txt").write_text(tiny_text(12000, 5))
     run(tmp_path, model_base=str(packed), adam_iter=12, save_every=0, batch=4, ctx=48, dtype="auto")
     file = tmp_path / "lora-LATEST.bin"
     adapter = read_adapter(file)
     base, tuned = LlamaServer(copy), LlamaServer(copy, lora=[(file, 1.0)])
     n_changed = 0
-    for prompt, here in zip(PROMPTS, greedy(copy, PROMPTS, 64, adapter), strict=True):
-        there = tuned.greedy(prompt, 64)
+    for prompt, here in zip(prompts, greedy(copy, prompts, n, adapter), strict=True):
+        there = tuned.greedy(prompt, n)
         assert here == there
-        n_changed += there != base.greedy(prompt, 64)
+        n_changed += there != base.greedy(prompt, n)
     assert n_changed
     text = load_tokenizer(open_model(packed)).encode(tiny_text(1500, 99))[:120]
-    before, after = (_perplexity(LlamaServer(packed, lora=lora), text) for lora in ([], [(file, 1.0)]))
+    before, after = (_perplexity(LlamaServer(packed, lora=lora), text, every) for lora in ([], [(file, 1.0)]))
     assert after < 0.9 * before
 
 
-def _perplexity(server, tokens, every=6):
+def _perplexity(server, tokens, every):
     losses = [-server.log_probs(tokens[:n], 49152)[tokens[n]] for n in range(8, len(tokens), every)]
     return math.exp(np.mean(losses))

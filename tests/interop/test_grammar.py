@@ -24,7 +24,7 @@ from tests.tiny import cached_tiny_gguf
 
 pytestmark = pytest.mark.interop
 NUMBERS = pytest.mark.parametrize(
-    "n_cases", [60, pytest.param(2000, marks=[pytest.mark.prove, pytest.mark.timeout(1200)])]
+    "n_cases", [60, pytest.param(2000, marks=[pytest.mark.prove, pytest.mark.timeout(1800)])]
 )
 JSON = r"""
 root   ::= object

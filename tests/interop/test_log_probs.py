@@ -8,7 +8,7 @@ from llamakit.formats.open import open_model
 from llamakit.model import load_model
 from tests.interop.llama_server import LlamaServer
 from tests.model.test_llama import VARIANTS as TINY_VARIANTS
-from tests.smollm import f32_copy, smollm2_path
+from tests.smollm import smollm2_f32
 from tests.tiny import cached_tiny_gguf
 
 pytestmark = pytest.mark.interop
@@ -103,8 +103,8 @@ def test_transformers_agrees_on(variant):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-def test_both_agree_on_the_real_model(tmp_path):
-    path = f32_copy(smollm2_path(), tmp_path / "f32.gguf")
+def test_both_agree_on_the_real_model():
+    path = smollm2_f32()
     tokens = tokens_of(path, 33)
     mine = ours(path, tokens)
     with torch.no_grad():

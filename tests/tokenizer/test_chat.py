@@ -39,6 +39,14 @@ def test_several_conversations_and_the_error_of_each():
     assert isinstance(long, FormatError) and "too many" in long.reason
 
 
+def test_what_hugging_face_adds_to_jinja():
+    looped = (
+        "{% for m in messages %}{% if loop.index0 == 1 %}{% break %}{% endif %}"
+        "{% generation %}{{ m.content }}{% endgeneration %}|{% endfor %}"
+    )
+    assert render_chat(tokenizer_with(looped), HELLO * 3) == "hello|"
+
+
 def test_no_template_is_said():
     with pytest.raises(UnsupportedError, match="no chat template"):
         render_chat(tokenizer_with(None), HELLO)

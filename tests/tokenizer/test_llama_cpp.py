@@ -159,16 +159,22 @@ def test_the_real_vocabularies() -> None:
         compare(load(path), llama_vocab(path), 300, seed=7)
 
 
-@pytest.mark.slow
-def test_the_whole_of_shakespeare() -> None:
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("smollm2", marks=pytest.mark.slow),
+        pytest.param("models/ggml-vocab-llama-spm.gguf", marks=pytest.mark.prove),
+        pytest.param("models/ggml-vocab-llama-bpe.gguf", marks=pytest.mark.prove),
+    ],
+)
+def test_the_whole_of_shakespeare(name: str) -> None:
     from tests.smollm import smollm2_path
 
     text = shared("data/tinyshakespeare.txt").read_text(encoding="utf-8")
-    models = shared("models")
-    for path in (models / "ggml-vocab-llama-spm.gguf", models / "ggml-vocab-llama-bpe.gguf", smollm2_path()):
-        ours, theirs = load(path), llama_vocab(path)
-        assert_same(ours, theirs, text)
-        assert_same_vocabulary(ours, theirs)
+    path = smollm2_path() if name == "smollm2" else shared(name)
+    ours, theirs = load(path), llama_vocab(path)
+    assert_same(ours, theirs, text)
+    assert_same_vocabulary(ours, theirs)
 
 
 @pytest.mark.prove

@@ -50,7 +50,7 @@ def test_the_metrics_of_train_are_read(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     for begin, resumed in ((0, False), (2, True)):
         steps = [
-            StepReport(n, 3.0, 1e-3, 1.0, n, 9, 0.5, 100.0, 0.5, 0, False, grad_norm=0.25, n_tokens=50)
+            StepReport(n, 3.0, 1e-3, 1.0, n, 9, 0.5, 100.0, 0.5, 0, False, grad_norm=0.25, n_tokens=50 * n)
             for n in (begin + 1, begin + 2)
         ]
         bpb = 1.5 if resumed else None

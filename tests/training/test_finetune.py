@@ -259,18 +259,19 @@ def test_a_second_run_on_the_same_outputs_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        ({"lora_out": "/nowhere/lora.gguf"}, "cannot be written"),
+        ({"lora_out": "nowhere/lora.gguf"}, "cannot be written"),
         ({"model_base": ""}, "--model-base is missing"),
-        ({"model_base": "/nowhere/base.gguf"}, "No such file"),
+        ({"model_base": "nowhere/base.gguf"}, "No such file"),
         ({"lora_r": 1000}, "rank 1000"),
         ({"ctx": 100000}, "--ctx 100000"),
         ({"rank_wq": 0, "rank_wk": 0, "rank_wv": 0, "rank_wo": 0, "rank_ffn_gate": 0, "rank_ffn_up": 0,
           "rank_ffn_down": 0}, "nothing to train"),
         ({"only_write_lora": True}, "needs a checkpoint"),
-        ({"train_data": "/nowhere/text.txt"}, "No such file"),
+        ({"train_data": "nowhere/text.txt"}, "No such file"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_is_refused_before_anything_is_written(tmp_path, options, reason):
+def test_what_cannot_be_is_refused_before_anything_is_written(tmp_path, monkeypatch, options, reason):
+    monkeypatch.chdir(tmp_path)  # where nobody else makes a folder of that name
     with pytest.raises(LlamakitError, match=reason) as caught:
         run(tmp_path, **options)
     assert caught.value.exit_code == 2

@@ -69,6 +69,6 @@ def test_a_few_kills(tmp_path):
 
 
 @pytest.mark.prove
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(3000)
 def test_two_hundred_kills(tmp_path):
     campaign(tmp_path, 200)

@@ -1,0 +1,166 @@
+"""native/train.h's kernels on torch tensors: what a training step does to rows between its matrix products.
+
+They take contiguous CPU tensors of bfloat16 or float32, compute in float32, and give the same bits with any number of
+threads. Where `usable` says no, the caller does the same in torch.
+
+Shapes: N rows, n numbers of a row; B batch, T tokens, H heads, D head dimension.
+"""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from llamakit.native import Library, library
+
+(_RMS_NORM, _RMS_NORM_BACK, _GATE, _GATE_BACK, _ROTATE, _CAUSAL_SOFTMAX, _SOFTMAX_BACK, _CROSS_ENTROPY, _ACCUMULATE) = (
+    range(9)
+)
+_TYPES = (torch.bfloat16, torch.float32)
+# Numbers of a piece of work: some microseconds, so that threads end together.
+_PIECE = 16384
+# Rows whose share of a norm's gradient is added up in one place: not for the number of threads to decide.
+_ROWS = 64
+
+
+class _Job(ctypes.Structure):
+    """train_job of native/train.h."""
+
+    _fields_ = (
+        ("x", ctypes.c_void_p * 3), ("out", ctypes.c_void_p * 2),
+        ("n", ctypes.c_int64), ("step", ctypes.c_int64), ("n_tokens", ctypes.c_int64), ("n_heads", ctypes.c_int64),
+        ("first", ctypes.c_int64), ("tile", ctypes.c_int64), ("strides", ctypes.c_int64 * 8), ("scale", ctypes.c_float),
+    )  # fmt: skip
+
+
+def usable(*tensors: Tensor) -> bool:
+    """Whether the kernels take these: of one type that they know, on the CPU, and the library is there."""
+    return (
+        library() is not None
+        and tensors[0].dtype in _TYPES
+        and all(x.device.type == "cpu" and x.dtype == tensors[0].dtype for x in tensors)
+    )
+
+
+def _run(
+    kernel: int,
+    inputs: tuple[Tensor, ...],
+    outputs: tuple[Tensor | None, ...],
+    n: int,
+    n_rows: int,
+    *,
+    bf16: bool,
+    scale: float = 1.0,
+    step: int = 0,
+    **more: int,
+) -> None:
+    found = library()
+    assert isinstance(found, Library), "the caller asked `usable`"
+    job = _Job(n=n, step=step or max(1, _PIECE // n), scale=scale, **more)
+    job.x[:] = [x.data_ptr() for x in inputs] + [None] * (3 - len(inputs))
+    job.out[:] = [None if x is None else x.data_ptr() for x in outputs] + [None] * (2 - len(outputs))
+    found.train(kernel, job, n_rows, torch.get_num_threads(), bf16=bf16)
+
+
+def _is_bf16(x: Tensor) -> bool:
+    return x.dtype == torch.bfloat16
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight; x (..., n), weight (n,) float32."""
+    x, y = x.contiguous(), torch.empty(x.shape, dtype=x.dtype)
+    n = x.shape[-1]
+    _run(_RMS_NORM, (x, weight.contiguous()), (y,), n, x.numel() // n, bf16=_is_bf16(x), scale=eps)
+    return y
+
+
+def rms_norm_back(
+    x: Tensor, weight: Tensor, grad: Tensor, eps: float, *, weight_too: bool
+) -> tuple[Tensor, Tensor | None]:
+    """The gradients of x (..., n), and of the weight (n,) float32 where it is wanted."""
+    x, grad, dx = x.contiguous(), grad.contiguous(), torch.empty(x.shape, dtype=x.dtype)
+    n = x.shape[-1]
+    n_rows = x.numel() // n
+    parts = torch.empty(-(-n_rows // _ROWS), n) if weight_too else None
+    _run(
+        _RMS_NORM_BACK, (x, weight.contiguous(), grad), (dx, parts), n, n_rows,
+        bf16=_is_bf16(x), scale=eps, step=_ROWS,
+    )  # fmt: skip
+    return dx, None if parts is None else parts.sum(0)
+
+
+def gate(gates: Tensor, ups: Tensor) -> Tensor:
+    """silu(gates) * ups, of one shape."""
+    gates, ups = gates.contiguous(), ups.contiguous()
+    y = torch.empty(gates.shape, dtype=gates.dtype)
+    _run(_GATE, (gates, ups), (y,), gates.shape[-1], gates.numel() // gates.shape[-1], bf16=_is_bf16(gates))
+    return y
+
+
+def gate_back(gates: Tensor, ups: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of both."""
+    gates, ups, grad = gates.contiguous(), ups.contiguous(), grad.contiguous()
+    d_gates, d_ups = (torch.empty(gates.shape, dtype=gates.dtype) for _ in range(2))
+    n = gates.shape[-1]
+    _run(_GATE_BACK, (gates, ups, grad), (d_gates, d_ups), n, gates.numel() // n, bf16=_is_bf16(gates))
+    return d_gates, d_ups
+
+
+def rotate(x: Tensor, rotations: Tensor, out: Tensor, *, back: bool = False) -> Tensor:
+    """x (B, T, H, D) with its pairs turned, into `out` of that shape; both of any strides but along D.
+
+    rotations: (T, 1, D/2) or (B, T, 1, D/2) complex64. back: turned the other way.
+    """
+    b, t, h, d = x.shape
+    turns = torch.view_as_real(rotations).contiguous()
+    job = {"n_tokens": t, "n_heads": h}
+    per_batch = t * d if rotations.dim() == 4 else 0
+    strides = (*x.stride()[:3], *out.stride()[:3], per_batch, d)
+    found = library()
+    assert isinstance(found, Library), "the caller asked `usable`"
+    wanted = _Job(n=d, step=max(1, _PIECE // d), scale=-1.0 if back else 1.0, **job)
+    wanted.x[:], wanted.out[:] = [x.data_ptr(), turns.data_ptr(), None], [out.data_ptr(), None]
+    wanted.strides[:] = list(strides)
+    found.train(_ROTATE, wanted, b * t * h, torch.get_num_threads(), bf16=_is_bf16(x))
+    return out
+
+
+def causal_softmax_(scores: Tensor, first: int, tile: int, scale: float) -> Tensor:
+    """softmax(scale * scores) in place, (N, n) contiguous; row r sees the keys up to first + r % tile, no others."""
+    n = scores.shape[-1]
+    _run(
+        _CAUSAL_SOFTMAX, (), (scores,), n, scores.numel() // n,
+        bf16=_is_bf16(scores), scale=scale, first=first, tile=tile,
+    )  # fmt: skip
+    return scores
+
+
+def softmax_back_(weights: Tensor, grad: Tensor, first: int, tile: int, scale: float) -> Tensor:
+    """The gradient of causal_softmax_'s scores, in place of that of its result."""
+    n = weights.shape[-1]
+    _run(
+        _SOFTMAX_BACK, (weights,), (grad,), n, weights.numel() // n,
+        bf16=_is_bf16(weights), scale=scale, first=first, tile=tile,
+    )  # fmt: skip
+    return grad
+
+
+def cross_entropy_(logits: Tensor, targets: Tensor, weight: float) -> Tensor:
+    """-log softmax(logits)[target], (N,) float32, of logits (N, n) contiguous; they become weight times its gradient.
+
+    targets: (N,) int64. weight 0: the logits stay.
+    """
+    n_rows, n = logits.shape
+    losses = torch.empty(n_rows)
+    targets = targets.contiguous()
+    _run(_CROSS_ENTROPY, (logits, targets), (logits, losses), n, n_rows, bf16=_is_bf16(logits), scale=weight, step=4)
+    return losses
+
+
+def accumulate_(total: Tensor, x: Tensor) -> Tensor:
+    """total += x; total float32, x of any type that the kernels know, both contiguous and of one shape."""
+    n = x.shape[-1]
+    _run(_ACCUMULATE, (x,), (total,), n, x.numel() // n, bf16=_is_bf16(x))
+    return total
