@@ -36,8 +36,9 @@ def _values(name: str) -> dict[str, Any]:
 
 
 def _config(name: str) -> TrainConfig:
-    values = _values(name)
-    return TrainConfig(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+    lists = {key: tuple(value) for key, value in _values(name).items() if isinstance(value, list)}
+    options: dict[str, Any] = {**_values(name), **lists}
+    return TrainConfig(**options)
 
 
 def _count(vocab: int, config: TrainConfig) -> int:
