@@ -1,4 +1,4 @@
-"""llamakit: fine-tune, run, convert, quantize, merge and compare Llama models, GGUF first, with PyTorch.
+"""llamakit: train, fine-tune, run, convert, quantize, merge and compare Llama models, GGUF first, with PyTorch.
 
 from llamakit import GenerateConfig, generate, load_model, load_tokenizer, open_model
 
@@ -48,6 +48,8 @@ if TYPE_CHECKING:
     from llamakit.tokenizer import Tokenizer, load_tokenizer
     from llamakit.training.config import FinetuneConfig
     from llamakit.training.finetune import finetune
+    from llamakit.training.train import train
+    from llamakit.training.train_config import TrainConfig
 
 #: as in pyproject.toml; reading it from the installed metadata would cost `--help` 30 ms
 __version__ = "0.1.0"
@@ -71,6 +73,7 @@ _EXPORTS = {
     "TensorInfo": "llamakit.formats.base",
     "TokenData": "llamakit.dataset.tokens",
     "Tokenizer": "llamakit.tokenizer",
+    "TrainConfig": "llamakit.training.train_config",
     "TrainTokenizerConfig": "llamakit.dataset.prepare_config",
     "VerifyReport": "llamakit.inference.verify",
     "attach": "llamakit.model",
@@ -89,6 +92,7 @@ _EXPORTS = {
     "prepare": "llamakit.dataset.prepare",
     "quantize": "llamakit.conversion.quantize",
     "read_adapter": "llamakit.formats.adapter",
+    "train": "llamakit.training.train",
     "train_tokenizer": "llamakit.dataset.new_tokenizer",
     "verify": "llamakit.inference.verify",
     "write_adapter": "llamakit.formats.adapter",
@@ -120,6 +124,7 @@ __all__ = [
     "TensorInfo",
     "TokenData",
     "Tokenizer",
+    "TrainConfig",
     "TrainTokenizerConfig",
     "UnsupportedError",
     "UsageError",
@@ -140,6 +145,7 @@ __all__ = [
     "prepare",
     "quantize",
     "read_adapter",
+    "train",
     "train_tokenizer",
     "verify",
     "write_adapter",

@@ -73,7 +73,9 @@ def _shortened(words: list[str]) -> list[str]:
     """The same command with few iterations: nothing is learnt from more of them here."""
     if "--adam-iter" in words:
         at = words.index("--adam-iter") + 1
-        words = [*words[:at], _ITERATIONS, *words[at + 1 :]]
+        # train counts all iterations, finetune those of this run: a later, larger number must stay the larger one
+        few = str(int(words[at]) // 100) if words[0] == "train" else _ITERATIONS
+        words = [*words[:at], few, *words[at + 1 :]]
     return words
 
 

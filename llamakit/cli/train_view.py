@@ -8,8 +8,9 @@ from collections.abc import Iterator
 from types import TracebackType
 
 from llamakit.cli import render
-from llamakit.dataset.prepare import Prepared, Reading, TrainingVocabulary, VocabularyReady
+from llamakit.dataset.prepare import Encoding, Prepared, Reading, TrainingVocabulary, VocabularyReady
 from llamakit.dataset.prepare import Report as PrepareReport
+from llamakit.files import as_argument
 from llamakit.training.report import (
     Begin,
     Evaluation,
@@ -30,7 +31,11 @@ class TrainView:
 
     def __init__(self, config: TrainConfig, *, json: bool) -> None:
         self._config, self._json = config, json
-        self._bar = render.Progress("training", total=config.adam_iter, fields=("loss", "lr", "tok/s"))
+        # A clock that ends the run is what is left to see of it, not the iterations that it never comes to.
+        self._limit_s = 60 * config.max_minutes
+        what, total = ("training (s)", round(self._limit_s)) if self._limit_s else ("training", config.adam_iter)
+        self._bar = render.Progress(what, total=total, fields=("step", "loss", "lr", "tok/s"))
+        self._reading: render.Progress | None = None
         self._last: dict[str, object] = {}
         self._evaluation: dict[str, object] = {}
         self.training = False
@@ -41,8 +46,15 @@ class TrainView:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._read()
         if self.training:
             self._bar.__exit__(kind, error, trace)
+
+    def _read(self) -> None:
+        """The bar of the text that is read is done."""
+        if self._reading is not None:
+            self._reading.__exit__(None, None, None)
+            self._reading = None
 
     def show(self, report: Report | PrepareReport) -> None:
         """Render one report."""
@@ -54,7 +66,10 @@ class TrainView:
             case Begin():
                 self.training = True
                 self._bar.__enter__()
-                self._bar.update(report.first_iteration)
+                if not self._limit_s:
+                    self._bar.update(report.first_iteration)
+            case Encoding():
+                self._encoding(report)
             case StepReport():
                 self._step(report)
             case Finished():
@@ -62,8 +77,12 @@ class TrainView:
             case _:
                 if isinstance(report, Evaluation):
                     self._evaluation = dataclasses.asdict(report)
+                if isinstance(report, Prepared):
+                    self._read()
                 for line in _lines(report):
                     self._say(line)
+                for warning in _warnings(report):
+                    render.warn(warning)
 
     def _say(self, line: str) -> None:
         if self._json or (self.training and self._bar.visible):
@@ -72,9 +91,25 @@ class TrainView:
             render.say(line)
             sys.stdout.flush()
 
+    def _encoding(self, report: Encoding) -> None:
+        """A bar for a text that takes a while, before training has its own."""
+        if self._reading is None:
+            fields = ("documents", "tokens")
+            self._reading = render.Progress("tokenizing (kB)", total=report.n_bytes_total // 1000, fields=fields)
+            self._reading.__enter__()
+        tokens = render.human_count(report.n_tokens)
+        self._reading.update(report.n_bytes // 1000, documents=report.n_documents, tokens=tokens)
+
     def _step(self, step: StepReport) -> None:
         self._last = dataclasses.asdict(step)
-        self._bar.update(step.step, loss=f"{step.loss:.4f}", lr=f"{step.lr:.2e}", **{"tok/s": f"{step.tok_per_s:.0f}"})
+        done = min(step.elapsed_s, self._limit_s) if self._limit_s else step.step
+        self._bar.update(
+            done,
+            step=step.step if self._limit_s else "",
+            loss=f"{step.loss:.4f}",
+            lr=f"{step.lr:.2e}",
+            **{"tok/s": f"{step.tok_per_s:.0f}"},
+        )
         if not self._bar.visible or not render.is_terminal(sys.stdout):
             line = (
                 f"{step.step} | loss {step.loss:.4f} | lr {step.lr:e} | {1000 * step.step_s:.2f}ms"
@@ -94,6 +129,11 @@ class TrainView:
         self._say(f"{finished.iterations} iterations, {render.human_duration(finished.total_s)}")
         for file in finished.files:
             self._say(f"wrote {file}")
+        model = next((file for file in finished.files if file == self._config.latest_model()), None)
+        if model is not None and not finished.signal:
+            render.hint(
+                f"llamakit generate -m {as_argument(model)}; curves: llamakit plot {as_argument(self._config.out_dir)}"
+            )
         if self._json:
             render.print_json(
                 {
@@ -110,7 +150,8 @@ class TrainView:
 def _lines(report: Report | PrepareReport) -> Iterator[str]:
     match report:
         case Reading():
-            yield f"reading {report.n_files} files, {render.human_bytes(report.n_bytes)}"
+            files = f"{report.n_files} file{'s' if report.n_files != 1 else ''}"
+            yield f"reading {files}, {render.human_bytes(report.n_bytes)}"
         case TrainingVocabulary():
             yield f"training a vocabulary of {report.n_vocab} tokens"
         case VocabularyReady():
@@ -126,9 +167,22 @@ def _lines(report: Report | PrepareReport) -> Iterator[str]:
         case Evaluation():
             yield _evaluation_line(report)
         case Sample():
-            yield f"sample {report.step}: {report.prompt}{report.text}"
+            yield f"sample {report.step}:"
+            yield from (f"    {line}" for line in f"{report.prompt}{report.text}".split("\n"))
         case Saving():
             yield f"saving {report.kind} to {report.path}"
+
+
+def _warnings(report: Report | PrepareReport) -> Iterator[str]:
+    match report:
+        case Reading():
+            if report.n_left_out:
+                yield f"{report.n_left_out} files of the folder are left out: their names do not say text"
+        case VocabularyReady():
+            yield from report.warnings
+        case Prepared():
+            if report.n_duplicates:
+                yield f"{report.n_duplicates} documents were there before; they are kept"
 
 
 def _model_lines(model: NewModel) -> Iterator[str]:
