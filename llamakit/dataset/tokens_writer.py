@@ -98,10 +98,6 @@ class TokenSpool:
         self.n_tokens += len(tokens)
         self._bytes[-1] += n_bytes
 
-    def close(self) -> None:
-        """Nothing comes any more."""
-        self._file.close()
-
     def sizes(self) -> np.ndarray:
         """Tokens of each document, (n,) int64, BOS included."""
         return (

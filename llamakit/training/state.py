@@ -185,7 +185,8 @@ def check_identity(
 def _flat(identity: Mapping[str, Any]) -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in identity.items():
-        flat |= {_SHAPE_FLAGS.get(k, k): v for k, v in value.items()} if isinstance(value, Mapping) else {key: value}
+        parts: dict[str, Any] = dict(value) if isinstance(value, Mapping) else {}
+        flat |= {_SHAPE_FLAGS.get(name, name): part for name, part in parts.items()} if parts else {key: value}
     return flat
 
 

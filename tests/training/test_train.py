@@ -121,7 +121,7 @@ def test_the_files_of_a_run(tmp_path: Path) -> None:
 
 def test_the_best_model_is_the_one_that_was_evaluated_and_is_kept(tmp_path: Path) -> None:
     """Where an evaluation is the best so far the model is saved, whatever --save-every says, and outlives --keep-last."""
-    options = {"adam_alpha": 0.1, "lr_schedule": "constant", "val_split": 0.3}
+    options = {"adam_alpha": 1.0, "lr_schedule": "constant", "val_split": 0.3}  # far too much: it gets worse
     reports = run_train(tmp_path, adam_iter=40, save_every=7, keep_last=1, **options)
     evaluations = of(Evaluation, reports)
     best = [e.step for e in evaluations if e.is_best][-1]
