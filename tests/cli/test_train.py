@@ -168,7 +168,9 @@ def test_a_signal_saves_and_ends_with_its_code(place: Path, number: int, code: i
     assert process.returncode == code, err
     assert "Traceback" not in err and "finishing this step" in err
     state = read_checkpoint(place / "run/checkpoint-LATEST.gguf", "train_model")
-    assert f"{state.progress.iterations} | loss" in out
+    assert f"{state.progress.iterations} iterations" in out
+    steps = [json.loads(line) for line in (place / "run/metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in steps if "event" not in line][-1] == state.progress.iterations
     again = cli(*words(COMMAND), "--adam-iter", str(state.progress.iterations + 1), cwd=place)
     assert again.returncode == 0, again.stderr
 
