@@ -29,7 +29,7 @@ def _future(n: int) -> Tensor:
 
 
 def segment_starts(segments: Tensor) -> Tensor:
-    """The place where the segment of each token begins, (B, T) int64, of segments (B, T) that lie one behind another."""
+    """The place where the segment of each token begins, (B, T) int64, of segments (B, T) that lie in one piece each."""
     places = torch.arange(segments.shape[1], device=segments.device).expand(segments.shape)
     begins = torch.ones(segments.shape, dtype=torch.bool, device=segments.device)
     begins[:, 1:] = segments[:, 1:] != segments[:, :-1]

@@ -39,6 +39,11 @@ class Rows:
     positions: Tensor | None = None
     segments: Tensor | None = None
 
+    def to(self, device: torch.device) -> Rows:
+        """The same on a device."""
+        rest = (x if x is None else x.to(device) for x in (self.trained, self.positions, self.segments))
+        return Rows(self.tokens.to(device), self.targets.to(device), *rest)
+
 
 def rows_of(batch: Batch | ChatBatch, device: torch.device) -> Rows:
     """A batch as a model takes it."""

@@ -44,7 +44,8 @@ def samples(n_vocab: int, sizes: tuple[int, ...] = (9, 3, 7, 12, 2)) -> ChatData
 
 def model_of(**options: int) -> tuple[Llama, dict[str, Tensor]]:
     model = load_model(open_model(cached_tiny_gguf(type="Q8_0", **options)), dtype=torch.float32)
-    weights = initial_weights(model.config, dict.fromkeys(KINDS, 2) | dict.fromkeys(REST, 0), seed=1)
+    ranks: dict[str, int] = {kind: 2 if kind in KINDS else 0 for kind in (*KINDS, *REST)}
+    weights = initial_weights(model.config, ranks, seed=1)
     generator = np.random.default_rng(0)
     for pair in weights.values():
         pair.b[:] = generator.normal(size=pair.b.shape) * 0.05
