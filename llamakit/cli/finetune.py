@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
 import signal
+import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -18,7 +20,7 @@ from llamakit.errors import EXIT_INTERRUPTED, EXIT_TERMINATED
 from llamakit.training.config import FinetuneConfig
 
 _D = FinetuneConfig()
-_NOT_CONFIG = ("config", "sample_prompt", "n_gpu_layers", "offline", "json", "report_to", "report_dir")
+_NOT_CONFIG = ("config", "sample_prompt", "n_gpu_layers", "offline", "json", "report_to", "report_dir", "report")
 
 
 def finetune(
@@ -62,6 +64,7 @@ def finetune(
     ] = _D.log_file,
     report_to: loop.ReportToOption = "none",
     report_dir: loop.ReportDirOption = "",
+    report: loop.ReportOption = "",
     adam_iter: loop.AdamIterOption = _D.adam_iter,
     epochs: loop.EpochsOption = _D.epochs,
     batch: loop.BatchOption = _D.batch,
@@ -350,16 +353,19 @@ def finetune(
     from llamakit.cli.finetune_view import View
     from llamakit.training.finetune import finetune as run
     from llamakit.training.loop import Control
+    from llamakit.training.run_folder import keep_report
     from llamakit.training.tensorboard import follow
 
     options.set_threads(threads)
     control = Control()
     reports = run(run_config, control)
+    if report:
+        reports = keep_report(reports, run_config, shlex.join(["llamakit", *sys.argv[1:]]), report)
     if report_to == "tensorboard":
         reports = follow(reports, events)
     with View(run_config, json=json) as view, stopping_signals(control, view):
-        for report in reports:
-            view.show(report)
+        for told in reports:
+            view.show(told)
     codes: dict[int, int] = {signal.SIGINT: EXIT_INTERRUPTED, signal.SIGTERM: EXIT_TERMINATED}
     raise typer.Exit(codes.get(control.signal, 0))
 

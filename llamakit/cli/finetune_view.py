@@ -25,6 +25,7 @@ from llamakit.training.report import (
     Sample,
     Saving,
     StepReport,
+    Verified,
 )
 
 _RANK_NAMES = (
@@ -63,6 +64,7 @@ class View:
         self._dt_s: float | None = None
         self._last: dict[str, object] = {}
         self._said: dict[str, list[Sample]] = {}
+        self._verified: dict[str, float] | None = None
         self.training = False
 
     def __enter__(self) -> View:
@@ -91,6 +93,10 @@ class View:
                 self._steps_before = report.first_iteration
             case Sample():
                 self._sample(report)
+            case Verified():
+                self._verified = {"max_dlogit": report.difference, "change": report.change}
+                for line in _lines(report):
+                    self._say(line)
             case Finished():
                 self._finish(report)
             case _:
@@ -136,8 +142,15 @@ class View:
             self._say(f"main: ended: {finished.reason}")
         self._say(f"main: total training time: {render.clock(finished.total_s)}")
         if self._json:
-            summary = {"reason": finished.reason, "total_s": finished.total_s, "iterations": finished.iterations,
-                       "files": finished.files, "last_step": self._last, "samples": self._asked()}  # fmt: skip
+            summary = {
+                "reason": finished.reason,
+                "total_s": finished.total_s,
+                "iterations": finished.iterations,
+                "files": finished.files,
+                "last_step": self._last,
+                "samples": self._asked(),
+                "verified": self._verified,
+            }
             render.print_json(summary)
 
 
@@ -181,6 +194,12 @@ def _lines(report: Report) -> Iterator[str]:
                 f"main: held-out loss = {report.loss:.4f}, perplexity = {report.ppl:.3f}"
                 f" ({report.n_tokens} of {report.n_held_out} tokens)"
             )
+        case Verified():
+            yield (
+                f"main: verified: max |dlogit| = {report.difference:.3g} between {report.path} on the base and the"
+                f" trained model ({report.n_tokens} tokens)"
+            )
+            yield f"main: the adapter changes the base: max |dlogit| = {report.change:.3g}"
         case Saving():
             function = "save_checkpoint_lora_file" if report.kind == "checkpoint" else "save_as_llama_lora"
             yield f"{function}: saving to {report.path}"

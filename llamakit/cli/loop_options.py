@@ -67,6 +67,15 @@ ReportDirOption = Annotated[
         rich_help_panel=options.FILES,
     ),
 ]
+ReportOption = Annotated[
+    str,
+    typer.Option(
+        "--report",
+        metavar="FOLDER",
+        help="Folder for report.html, the whole run on one page, report.json and metrics.jsonl; empty: none.",
+        rich_help_panel=options.FILES,
+    ),
+]
 AdamIterOption = Annotated[
     int, typer.Option("--adam-iter", help="Iterations of this run.", rich_help_panel=options.TRAINING)
 ]

@@ -40,6 +40,7 @@ from llamakit.training.lora import (
 )
 from llamakit.training.optim import schedule
 from llamakit.training.plan import make_plan
+from llamakit.training.proof import N_TOKENS, logits_of, prove
 from llamakit.training.report import (
     Begin,
     ChatFacts,
@@ -222,16 +223,22 @@ class _Run:
             config=self.shape,
             for_training=True,
         )
+        before = self.progress.iterations
         trainer = self._trainer(model, data)
         is_chat = isinstance(data.facts, ChatFacts)
-        self.answers = Answers(model, tokenizer, config.sample_prompt, config.sample_tokens, as_messages=is_chat)
+        answers = Answers(model, tokenizer, config.sample_prompt, config.sample_tokens, as_messages=is_chat)
         yield from self._facts(data, trainer)
         whole = config.save_best or config.patience > 0  # evaluations are held against each other
         held_out = HeldOut(data.held_out, model, self.device, whole=whole)
         if held_out and not self.progress.iterations:
             yield held_out.evaluate("start")
-        yield from self.answers.samples(self.progress.iterations)
-        yield from self._steps(trainer, held_out, identity)
+        yield from answers.samples(before)
+        yield from self._steps(trainer, held_out, answers, identity)
+        if config.lora_out and self.progress.iterations > before and not self.control.signal:
+            tokens = torch.from_numpy(data.first[: min(N_TOKENS, config.ctx)].astype(np.int64)).to(self.device)
+            logits = logits_of(model, tokens)
+            del model, trainer, held_out, answers  # the base is loaded once more
+            yield from self._proof(tokens, logits)
 
     def _identity(self, text_hash: str) -> dict[str, Any]:
         return make_identity(
@@ -305,7 +312,9 @@ class _Run:
         )
         yield Begin(progress.iterations, config.adam_iter)
 
-    def _steps(self, trainer: Trainer, held_out: HeldOut, identity: dict[str, Any]) -> Iterator[Report]:
+    def _steps(
+        self, trainer: Trainer, held_out: HeldOut, answers: Answers, identity: dict[str, Any]
+    ) -> Iterator[Report]:
         config, control, progress = self.config, self.control, self.progress
         last_save, self.reason = progress.iterations, "all iterations are done"
         for left in range(config.adam_iter - 1, -1, -1):
@@ -325,7 +334,7 @@ class _Run:
                 if evaluation is not None:
                     yield evaluation
                 if not control.signal:
-                    yield from self.answers.samples(report.step)
+                    yield from answers.samples(report.step)
                 control.save, last_save = False, progress.iterations
                 yield from self.manager.save(self._state(trainer, identity))
                 if config.save_best and evaluation is not None and evaluation.is_best:
@@ -336,6 +345,16 @@ class _Run:
                 break
         if last_save < progress.iterations:  # the signal came between a step and the next
             yield from self.manager.save(self._state(trainer, identity))
+
+    def _proof(self, tokens: torch.Tensor, logits: torch.Tensor) -> Iterator[Report]:
+        """The adapter that was just written, on a fresh base; logits: what the trained model says to tokens."""
+        load = partial(load_model, self.base, device=self.device, dtype=self.dtype, weight_cache="none",
+                       config=self.shape)  # fmt: skip
+        path = file_name(self.config.lora_out, self.config, self.progress.iterations)
+        verified = prove(path, self.base, load, tokens, logits, self.dtype)
+        yield verified
+        if not verified.change:
+            yield Remark("warning", f"the adapter is so small that no logit changes in {dtype_name(self.dtype)}")
 
     def _judged(self, evaluation: Evaluation) -> Evaluation:
         """An evaluation, and whether it is the best so far."""

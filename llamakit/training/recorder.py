@@ -14,6 +14,7 @@ from llamakit.training.curves import Curves, metrics_file, read_curves
 from llamakit.training.figure import save_figure
 from llamakit.training.page import write_report
 from llamakit.training.report import (
+    ChatFacts,
     Counters,
     DataFacts,
     Evaluation,
@@ -24,6 +25,7 @@ from llamakit.training.report import (
     Remark,
     Sample,
     StepReport,
+    Verified,
 )
 from llamakit.training.summary import RunFile, RunSummary, run_files
 
@@ -71,6 +73,11 @@ class Recorder:
                     self._data["validation tokens"] = report.n_validation_tokens
             case DataFacts():
                 self._data |= _data_facts(report)
+            case ChatFacts():
+                self._data |= _chat_facts(report)
+            case Verified():
+                self._results["max |dlogit| of the adapter read back"] = report.difference
+                self._results["max |dlogit| against the base"] = report.change
             case Plan():
                 self._results["predicted peak memory, bytes"] = report.memory_bytes
                 self._results["predicted seconds"] = round(report.total_s, 1)
@@ -179,3 +186,20 @@ def _data_facts(report: DataFacts) -> dict[str, object]:
         "different tokens": report.n_unique_tokens,
         "validation tokens": report.n_validation_tokens,
     }
+
+
+def _chat_facts(report: ChatFacts) -> dict[str, object]:
+    facts: dict[str, object] = {
+        "questions and answers": report.path,
+        "records": report.n_records,
+        "records left out": report.n_skipped,
+        "samples": report.n_samples,
+        "training tokens": report.n_tokens,
+        "tokens with a loss": report.n_trained,
+        "rows of an epoch": report.n_rows,
+        "held-out samples": report.n_held_out,
+        "samples cut": report.n_cut,
+        "tokens cut": report.n_cut_tokens,
+        "samples in windows": report.n_windowed,
+    }
+    return facts | {f"records: {schema}": n for schema, n in report.schemas.items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TypeVar
@@ -15,8 +16,11 @@ from llamakit.files import atomic_path
 from llamakit.formats.base import ModelFile
 from llamakit.formats.open import open_model
 from llamakit.inference.verify import verify
+from llamakit.training.config import FinetuneConfig
+from llamakit.training.log import StepLog
 from llamakit.training.recorder import Recorder, write_run_reports
 from llamakit.training.report import Begin, Finished, Remark, Sample, Saving
+from llamakit.training.summary import RunFile, run_files
 from llamakit.training.train_config import EXPORTS, TrainConfig, as_toml
 
 _Told = TypeVar("_Told")
@@ -43,6 +47,30 @@ def keep_records(
             if not (report.signal or config.eval_only):
                 yield from export(config)
             yield from write_run_reports(recorder, folder)
+        yield report
+
+
+def keep_report(
+    reports: Iterable[_Told], config: FinetuneConfig, command: str, folder: str | os.PathLike[str]
+) -> Iterator[_Told | Remark]:
+    """Pass the reports of `finetune` on, and write the report of the run into a folder, which is made, at the end; on
+    the way metrics.jsonl in it, which a resumed run goes on with.
+
+    command: the shell's line that does the same again. Raises SaveError.
+    """
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SaveError(f"cannot make the folder of the report: {error.strerror or error}", path=folder) from error
+    goes_on = bool(config.checkpoint_in) and os.path.lexists(config.checkpoint_in)
+    recorder = Recorder("llamakit finetune", command, config)
+    metrics = StepLog(str(folder / "metrics.jsonl"), append=goes_on, events=True)
+    for report in metrics.follow(recorder.follow(reports)):
+        if isinstance(report, Finished):
+            made = [path for path in map(Path, report.files) if path.exists()]
+            outside = [RunFile(os.path.relpath(path, folder), path.stat().st_size) for path in made]
+            yield from write_run_reports(recorder, folder, files=[*run_files(folder), *outside])
         yield report
 
 

@@ -260,3 +260,27 @@ def test_a_model_in_parts_gives_the_same_adapter(place):
         adapters.append((place / "out.gguf").read_bytes())
     assert adapters[0] == adapters[1]
     assert run(["finetune", "--model-base", base, "--lora-out", str(parts[2]), *shlex.split(options)]) == 2
+
+
+def test_questions_and_answers(place, capfd):
+    """What a user sees of a chat: the data, the answers before and after, and the proof."""
+    rows = [f'{{"prompt": "Who is {n}?", "completion": "The king {n}."}}' for n in range(9)]
+    (place / "chat.jsonl").write_text("\n".join([*rows, '{"prompt": "x", "completion": ""}']) + "\n")
+    words = shlex.split(
+        "finetune --model-base base.gguf --train-data chat.jsonl --chat-template llama2 --on-error skip --adam-iter 2"
+        " --save-best --val-split 0.2 --sample-prompt Who? --sample-tokens 3 --report page --warmup 1 --no-pack"
+    )
+    result = called(capfd, *words)
+    assert result.returncode == 0, result.stderr
+    lines = result.stdout.splitlines()
+    for line in ("main: questions and answers from chat.jsonl", "main: number of records: 10 (9 prompt/completion)",
+                 "main: number of samples: 7", "main: rows of an epoch: 7, a sample each", "main: held-out samples: 2",
+                 'main: asked "Who?"', "main:   before: ", "main:   after:  ", "main: verified: max |dlogit| = ",
+                 "main: the adapter changes the base: max |dlogit| = "):  # fmt: skip
+        assert any(found.startswith(line) for found in lines), line
+    assert "chat.jsonl:10" in result.stderr and "skipped" in result.stderr
+    assert (place / "ggml-lora-BEST-f32.gguf").exists() and (place / "page" / "report.html").exists()
+    summary = json.loads(called(capfd, *words, "--json").stdout)
+    assert summary["samples"][0]["prompt"] == "Who?" and summary["verified"]["max_dlogit"] < 1
+    assert_error(called(capfd, *words[:5], "--checkpoint-in", "", "--chat-template", "llama2"), 2, "chat.jsonl:10")
+    assert_error(called(capfd, *words, "--checkpoint-in", "", "--adam-alpha", "0"), 1, "the adapter changes nothing")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -9,12 +10,26 @@ from typing import Any
 import pytest
 
 from llamakit.errors import DataError, LlamakitError, MismatchError, UsageError
-from llamakit.formats.adapter import read_adapter
+from llamakit.formats.adapter import Adapter, read_adapter
+from llamakit.formats.base import ModelFile
+from llamakit.training import proof
 from llamakit.training.checkpoint import read_checkpoint
-from llamakit.training.report import ChatFacts, Evaluation, Finished, Remark, Report, Sample, Saving, StepReport
+from llamakit.training.finetune import finetune
+from llamakit.training.report import (
+    ChatFacts,
+    Evaluation,
+    Finished,
+    Remark,
+    Report,
+    Sample,
+    Saving,
+    StepReport,
+    Verified,
+)
+from llamakit.training.run_folder import keep_report
 from tests.helpers import render_in_this_process
 from tests.tiny import cached_tiny_gguf, tiny_text
-from tests.training.runs import losses, run
+from tests.training.runs import losses, run, run_config
 
 
 @pytest.fixture(autouse=True)
@@ -197,3 +212,46 @@ def test_held_out_data_of_its_own(tmp_path: Path) -> None:
 def test_a_base_without_a_template_is_refused(tmp_path: Path) -> None:
     with pytest.raises(LlamakitError, match="template"):
         chat(tmp_path, chat_template=None, model_base=str(cached_tiny_gguf(type="Q8_0")))
+
+
+def test_the_adapter_is_proven_at_the_end(tmp_path: Path) -> None:
+    for dtype in ("f32", "bf16"):
+        where = tmp_path / dtype
+        where.mkdir()
+        (found,) = of(Verified, chat(where, dtype=dtype, adam_iter=3, adam_alpha=0.02, lora_dropout=0.2))
+        assert found.path.endswith("lora-3.bin") and found.n_tokens > 10
+        assert found.difference <= 1e-4 and found.change > 0.01
+
+
+def test_an_adapter_that_changes_nothing_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(LlamakitError, match="the adapter changes nothing") as error:
+        chat(tmp_path, adam_iter=2, adam_alpha=0.0)
+    assert error.value.exit_code == 1
+
+
+def test_an_adapter_that_is_not_what_was_trained_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def read(path: Path, base: ModelFile) -> Adapter:
+        adapter = read_adapter(path, base)
+        return dataclasses.replace(adapter, alpha=3 * adapter.alpha)
+
+    monkeypatch.setattr(proof, "read_adapter", read)
+    with pytest.raises(LlamakitError, match="what was written is not what was trained"):
+        chat(tmp_path, adam_iter=3, adam_alpha=0.1, warmup=0)
+
+
+def test_the_report_of_a_run(tmp_path: Path) -> None:
+    config = run_config(tmp_path, train_data=str(chat_file(tmp_path)), chat_template="llama2", ctx=128,
+                        sample_prompt=("Who?",), sample_tokens=3)  # fmt: skip
+    list(keep_report(finetune(config), config, "llamakit finetune ...", tmp_path / "report"))
+    found = json.loads((tmp_path / "report" / "report.json").read_text())
+    assert found["data"]["samples"] == 11 and found["data"]["records: prompt/completion"] == 12
+    assert [s["step"] for s in found["samples"]] == [0, 2, 4]
+    assert found["perplexity"]["before"] and found["perplexity"]["after"]
+    assert found["results"]["max |dlogit| of the adapter read back"] <= 1e-4
+    assert len(found["curves"]["steps"]["loss"]) == 4
+    assert {"../lora-LATEST.bin", "../chk-LATEST.gguf", "metrics.jsonl"} <= {f["name"] for f in found["files"]}
+    page = (tmp_path / "report" / "report.html").read_text()
+    assert "Who?" in page and "tokens with a loss" in page
+    list(keep_report(finetune(config), config, "llamakit finetune ...", tmp_path / "report"))
+    found = json.loads((tmp_path / "report" / "report.json").read_text())
+    assert len(found["curves"]["steps"]["loss"]) == 8 and found["curves"]["n_resumed"] == 1
