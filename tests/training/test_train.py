@@ -14,6 +14,7 @@ import torch
 
 from llamakit.errors import FormatError, LlamakitError, MismatchError, UsageError
 from llamakit.files import RunLock
+from llamakit.formats.gguf import write_gguf
 from llamakit.formats.open import open_model
 from llamakit.model.config import ModelConfig
 from llamakit.training.blueprint import build, from_scratch
@@ -25,6 +26,7 @@ from llamakit.training.state import TrainState
 from llamakit.training.train import train
 from llamakit.training.train_config import TrainConfig
 from tests.dataset.token_folders import documents, tiny_vocabulary, write_folder
+from tests.formats.torch_models import llama2c_checkpoint
 from tests.tiny import cached_tiny_gguf, tiny_text
 from tests.training.runs import run as run_finetune
 from tests.training.train_runs import EXACT, run_train, train_config
@@ -500,3 +502,28 @@ def test_bytes_that_are_no_text_can_be_replaced(tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_bytes(tiny_text(2000).encode() + b"\xff\xfe" + tiny_text(2000, 1).encode())
     assert "--errors replace" in refused(tmp_path)
     assert len(of(StepReport, run_train(tmp_path, errors="replace"))) == 4
+
+
+@pytest.mark.parametrize("prefix", ["", "_orig_mod."])
+@pytest.mark.parametrize("init_from", ["resume", "FILE"])
+def test_a_checkpoint_of_llama2c_is_gone_on_with(tmp_path: Path, prefix: str, init_from: str) -> None:
+    (tmp_path / "out").mkdir()
+    path = llama2c_checkpoint(tmp_path / "out/ckpt.pt", prefix=prefix)
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for name in ("a.bin", "b.bin"):
+        (np.arange(500, dtype=np.uint16) % 37 + 3).tofile(bare / name)
+    vocabulary = token_list(tmp_path / "v.gguf", 40)
+    first = 5 if init_from == "resume" else 0
+    options = {"train_data": str(bare), "vocab_model": str(vocabulary), "sample_tokens": 0, "adam_iter": first + 2}
+    reports = run_train(tmp_path, **options, init_from=str(path) if init_from == "FILE" else init_from)
+    assert [step.step for step in of(StepReport, reports)] == [first + 1, first + 2]
+    if init_from == "resume":
+        assert any("its optimizer moments are not" in remark.text for remark in of(Remark, reports))
+
+
+def token_list(path: Path, n_vocab: int) -> Path:
+    """A vocabulary of so many tokens: the first of a tiny model's."""
+    keys = {key: value[:n_vocab] if isinstance(value, list) else value for key, value in tiny_vocabulary().items()}
+    write_gguf(path, metadata={"general.architecture": "llama", "general.type": "model", **keys}, tensors=())
+    return path
