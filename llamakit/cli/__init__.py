@@ -33,6 +33,7 @@ from llamakit.cli import (
     perplexity,
     quantize,
     render,
+    serve,
     tokenize,
     verify,
 )
@@ -61,6 +62,7 @@ _COMMANDS = {
     "finetune": (finetune.finetune, MAIN),
     "generate": (generate.generate, MAIN),
     "chat": (chat.chat, MAIN),
+    "serve": (serve.serve, MAIN),
     "convert": (convert.convert, MAIN),
     "quantize": (quantize.quantize, MAIN),
     "merge": (merge.merge, MAIN),

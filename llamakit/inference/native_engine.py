@@ -56,6 +56,12 @@ class NativeContext:
         self.cache.move(start, keep, end - start, lambda keys: rotate(keys, turn))
         self.n_past = end - discard
 
+    def copy(self, other: Context, n_past: int) -> None:
+        """Hold what another context of the same engine and size has seen first: n_past tokens, and no others."""
+        assert isinstance(other, NativeContext) and other.n_ctx == self.n_ctx, "a context of this engine and size"
+        self.cache.copy(other.cache, n_past)
+        self.n_past = n_past
+
 
 class NativeEngine:
     """A model file on the CPU. config: its hyper-parameters; code: see `native_library`."""

@@ -107,6 +107,12 @@ class Cache:
         self._tiles.copy_(keys.unflatten(1, (-1, _TILE)).transpose(2, 3))
         self._rows[:, to : to + n] = self._rows[:, start : start + n].clone()
 
+    def copy(self, other: Cache, n: int) -> None:
+        """Hold the first n positions of another cache of the same size, keys by whole tiles."""
+        n_tiles = _rounded(n, _TILE) // _TILE
+        self._tiles[:, :n_tiles] = other._tiles[:, :n_tiles]
+        self._rows[:, :n] = other._rows[:, :n]
+
 
 class _Arena:
     """Memory for matrices in large pages, where the system has them: reading it costs few address translations.
