@@ -178,7 +178,7 @@ class Slots:
         unknown = next((name for name in adapters or {} if name not in self.adapters), None)
         if unknown is not None:
             raise UsageError(f"there is no adapter {unknown!r}", hint=f"known: {', '.join(self.adapters) or 'none'}")
-        check_grammar(config)
+        check_grammar(config, name="the grammar" if config.grammar else "the schema")
         ids = checked_prompt(self._engine, self._tokenizer, prompt, config)
         return Task(
             ids=ids, config=config, sampler=new_sampler(self._tokenizer, ids, config), user=user, timeout_s=timeout_s,
@@ -376,7 +376,7 @@ class Slots:
         step_s = time.perf_counter() - started
         n_tokens = sum(n for _, n in shares)
         if n_tokens >= _LEAST_SHARE and len(shares) < n_tokens:
-            self._s_per_token = step_s / n_tokens  # the last is the best guess: others use the machine, too
+            self._s_per_token = step_s / n_tokens  # the last is the best guess
         self.totals.n_steps += 1
         self.totals.step_s += step_s
         for (slot, n), logits in zip(shares, batch, strict=True):

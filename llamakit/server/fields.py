@@ -34,7 +34,7 @@ class ApiError(Exception):
 
 def api_error(error: LlamakitError) -> ApiError:
     """An error of the library as a client should see it: its own mistake is a 400, what failed here a 500."""
-    message = f"{error.reason}; {error.hint}" if error.hint else error.reason
+    message = f"{error}; {error.hint}" if error.hint else str(error)
     if isinstance(error, UsageError) and "the context holds" in error.reason:
         return ApiError(400, error.reason, param="messages", code="context_length_exceeded")
     if isinstance(error, MismatchError) or type(error) is LlamakitError:

@@ -162,7 +162,7 @@ class Ollama:
             async for last in pieces:
                 texts.append(last["message"]["content"] if is_chat else last["response"])
                 logprobs += last.get("logprobs", [])
-            last |= self._piece(record.model, "".join(texts), is_chat)
+            last |= self._piece(record.model, "".join(texts), is_chat) | {"done": True}
             return JSONResponse(last | ({"logprobs": logprobs} if logprobs else {}))
         except BaseException:
             running.cancel()

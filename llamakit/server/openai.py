@@ -242,9 +242,9 @@ class _Answer:
             offsets.append(self._offsets[index])
             self._offsets[index] += len(token.text)
         return {
-            "tokens": [e["token"] for e in entries],
+            "tokens": [_key(e) for e in entries],
             "token_logprobs": [e["logprob"] for e in entries],
-            "top_logprobs": [{top["token"]: top["logprob"] for top in e["top_logprobs"]} for e in entries],
+            "top_logprobs": [{_key(top): top["logprob"] for top in e["top_logprobs"]} for e in entries],
             "text_offset": offsets,
         }
 
@@ -275,6 +275,12 @@ class _Answer:
             "predicted_per_second": round(done.decode_tok_per_s, 3),
             "seed": done.seed,
         }
+
+
+def _key(entry: Mapping[str, Any]) -> str:
+    """The text of a token, or its bytes where they are none: two of those may not look alike."""
+    data = bytes(entry["bytes"])
+    return entry["token"] if data == entry["token"].encode() else "bytes:" + "".join(f"\\x{b:02x}" for b in data)
 
 
 async def _answered(answer: _Answer, body: Body, path: str) -> Answer:

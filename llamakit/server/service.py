@@ -267,7 +267,7 @@ def _content(item: Body) -> str:
 
 
 def refuse_unsupported(body: Body, names: Mapping[str, str]) -> None:
-    """Raise ApiError for a field that changes the answer and that nobody here understands. names: field -> what it is."""
+    """Raise ApiError for a field that changes the answer and is not understood. names: field -> what it is."""
     for name, what in names.items():
         if body.get(name):
             raise ApiError(400, f"{what} are not supported", param=name, code="unsupported_parameter")
