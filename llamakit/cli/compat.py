@@ -10,7 +10,7 @@ import difflib
 from collections.abc import Iterable
 from typing import Literal
 
-from llamakit.cli import compat_bench
+from llamakit.cli import compat_bench, compat_serve
 from llamakit.cli.compat_convert import rewrite_convert
 from llamakit.errors import UnsupportedError, UsageError
 
@@ -108,6 +108,7 @@ ALIASES: dict[str, dict[str, str]] = {
         "--from-chunk": "--chunk",
     },
     "bench": {"--model": "-m"},
+    "serve": compat_serve.ALIASES,
     "run": {},
     "tokenize": {"--model": "-m", "--prompt": "-p", "--file": "-f"},
     "inspect": {"-m": "", "--model": ""},
@@ -121,7 +122,7 @@ ALIASES["chat"] = {old: new for old, new in ALIASES["generate"].items() if old n
 #: llama.cpp's -hf user/repo[:QUANT] and -hff FILE -> the option that names the model, as hf:...
 _HUB_MODEL = {
     "finetune": "--model-base", "generate": "-m", "chat": "-m", "imatrix": "-m", "merge": "-m", "convert": "-m",
-    "quantize": "-m", "tokenize": "-m", "inspect": "-m", "perplexity": "-m", "bench": "-m",
+    "quantize": "-m", "tokenize": "-m", "inspect": "-m", "perplexity": "-m", "bench": "-m", "serve": "-m",
 }  # fmt: skip
 _HUB_REPO, _HUB_FILE = ("-hf", "-hfr", "--hf-repo"), ("-hff", "--hf-file")
 
@@ -203,6 +204,7 @@ NO_OPS: dict[str, dict[str, tuple[int, str]]] = {
     "perplexity": _MEASURING,
     "imatrix": _MEASURING,
     "bench": compat_bench.NO_EFFECT,
+    "serve": {**_PLACING, **compat_serve.NO_EFFECT},
     "run": {},
     "tokenize": {"--log-disable": (0, "what is no token goes to stderr: 2>/dev/null silences it")},
     "inspect": {},
@@ -232,6 +234,7 @@ _REFUSED: dict[str, dict[str, str]] = {
         "--ppl-stride": "chunks are always measured side by side; -c sets their length",
     },
     "bench": compat_bench.REFUSED,
+    "serve": compat_serve.REFUSED,
 }  # fmt: skip
 
 # Options whose value is a text or a name, which may itself begin with a dash and is never rewritten.
@@ -243,6 +246,7 @@ _TEXT_VALUES = frozenset(
         "--chat-template", "--chat-template-file", "--lora-out", "--pattern-fn-it", "--fn-latest",
         "--kl-divergence-base", "--dry-sequence-breaker",
         "-r", "--reverse-prompt", "--stop", "--in-prefix", "--in-suffix", "--prompts",
+        "-a", "--alias", "--host", "--api-key-file", "--cors-origin",
         "--grammar", "--grammar-file", "-j", "--json-schema", "-jf", "--json-schema-file",
     }
 )  # fmt: skip
@@ -315,7 +319,9 @@ def _rewrite_option(
         return
     if command in ("generate", "chat") and name in ("-t", "-p", "-m"):
         _warn_about_letter(name, queue, notes)
-    if command in ("generate", "chat", "perplexity", "imatrix", "bench") and _rewrite_compute(name, queue, out, notes):
+    if command in ("generate", "chat", "perplexity", "imatrix", "bench", "serve") and _rewrite_compute(
+        name, queue, out, notes
+    ):
         return
     canonical = ALIASES[command].get(name, name)
     if canonical == "--lora-scaled":

@@ -10,12 +10,14 @@ from llamakit.cli.imatrix import imatrix
 from llamakit.cli.merge import merge
 from llamakit.cli.perplexity import perplexity
 from llamakit.cli.quantize import quantize
+from llamakit.cli.serve import serve
 from llamakit.conversion.convert_config import ConvertConfig
 from llamakit.conversion.merge_config import MergeConfig
 from llamakit.conversion.quantize_config import QuantizeConfig
 from llamakit.inference.bench_config import BenchConfig
 from llamakit.inference.config import GenerateConfig, PerplexityConfig
 from llamakit.inference.imatrix_config import ImatrixConfig
+from llamakit.server.config import ServeConfig
 from llamakit.training.config import FinetuneConfig
 from tests.helpers import assert_parity
 
@@ -89,6 +91,13 @@ def test_perplexity() -> None:
 def test_imatrix() -> None:
     others = ("show_statistics", "threads", "device", "dtype", "offline", "json", "config")
     assert_parity(imatrix, ImatrixConfig, cli_only=("in_files", *others), config_only=("in_files",))
+
+
+def test_serve() -> None:
+    files = ("model", "vocabulary", "lora", "lora_scaled", "force", "chat_template", "offline", "config")
+    repeated = ("cors_origin",)  # None where it is not given
+    others = ("threads", "device", "dtype")
+    assert_parity(serve, ServeConfig, cli_only=(*files, *others, *repeated), config_only=repeated)
 
 
 def test_bench() -> None:

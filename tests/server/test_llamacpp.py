@@ -37,12 +37,18 @@ def test_a_template_is_applied(served: Served) -> None:
 
 def test_adapters_by_name_by_number_and_for_all() -> None:
     with serving(adapters={"one": adapter(1), "two": adapter(2)}) as served:
+
         def text(**more: object) -> str:
             answer = served.post("/v1/completions", {"prompt": "The", "temperature": 0, "max_tokens": 16, **more})
             assert answer.status_code == 200, answer.text
             return answer.json()["choices"][0]["text"]
 
-        assert [m["id"] for m in served.get("/v1/models").json()["data"]] == ["tiny", "tiny:base", "tiny:one", "tiny:two"]
+        assert [m["id"] for m in served.get("/v1/models").json()["data"]] == [
+            "tiny",
+            "tiny:base",
+            "tiny:one",
+            "tiny:two",
+        ]
         both, base, one, two = (text(model=name) for name in ("tiny", "tiny:base", "tiny:one", "tiny:two"))
         assert len({both, base, one, two}) == 4
         assert text(lora=[]) == base and text(lora=[{"id": 0, "scale": 1}]) == one
