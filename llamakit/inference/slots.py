@@ -331,7 +331,7 @@ class Slots:
             self._release(slot)
 
     def _group(self, busy: Sequence[_Slot]) -> list[_Slot]:
-        """The slots of one set of adapters: those that are on while their turn lasts, else those that waited longest."""
+        """The slots of one set of adapters: that which is on while its turn lasts, else that which waited longest."""
         known = {slot.scales for slot in busy}
         now = time.monotonic()
         if self._scales not in known or (len(known) > 1 and now >= self._turn_ends):
