@@ -34,7 +34,7 @@ _STEP_S = 0.1
 #: prompt tokens of a step: at first, at least, at most
 _FIRST_SHARE, _LEAST_SHARE, _MOST_SHARE = 64, 16, 256
 #: how long the texts of one set of adapters are written before it is another set's turn
-_TURN_S = 0.2
+_TURN_S = 0.1
 #: so many tokens in common are worth a copy, or to wait until they are computed
 _WORTH_A_COPY = 32
 

@@ -142,6 +142,15 @@ class _Arena:
         return self._at - n_bytes
 
 
+@dataclass(frozen=True)
+class Worn:
+    """Low-rank matrices as they were put on: the structures that point to them, and what keeps them in memory."""
+
+    layers: bytes
+    model: bytes
+    tensors: list[Tensor]
+
+
 class PackedLlama:
     """Weights in tiles, and what C sees of them. read: a tensor of the file by its name, with `.weight`.
 
@@ -211,6 +220,17 @@ class PackedLlama:
         self._loras += [a, b]
         self._model.embedding_rank = len(a)
         self._model.embedding_lora_a, self._model.embedding_lora_b = a.data_ptr(), b.data_ptr()
+
+    def worn(self) -> Worn:
+        """What `set_loras` put on, for `wear`."""
+        return Worn(bytes(self._layers), bytes(self._model), self._loras)
+
+    def wear(self, loras: Worn) -> None:
+        """Put on what was on once: pointers to what is laid out already."""
+        rotations = self._model.rotations  # no part of it, and perhaps new
+        ctypes.memmove(self._layers, loras.layers, len(loras.layers))
+        ctypes.memmove(ctypes.addressof(self._model), loras.model, len(loras.model))
+        self._loras, self._model.rotations = loras.tensors, rotations
 
     def _matrix_names(self) -> list[str]:
         return [f"blk.{i}.{name}" for i in range(self.shape.n_layer) for name in _MATRICES]
