@@ -23,8 +23,6 @@ from llamakit.server.config import ServeConfig
 from tests.helpers import ROOT, assert_error, called
 from tests.tiny import cached_tiny_gguf
 
-pytest.importorskip("uvicorn", reason="uvicorn is not installed (extra [serve])")
-
 
 @contextmanager
 def process(*args: str | Path, **env: str) -> Iterator[tuple[subprocess.Popen[str], str]]:

@@ -6,8 +6,6 @@ from collections.abc import Iterator
 
 import pytest
 
-pytest.importorskip("uvicorn", reason="uvicorn is not installed (extra [serve])")
-
 from tests.server.serving import Served, serving
 
 
