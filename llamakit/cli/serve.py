@@ -130,6 +130,8 @@ def serve(
     keys = _keys(api_key_file)
     bound_socket, make_server = _server_library()
     _check_exposed(host, keys)
+    if "*" in wanted.cors_origin and not keys:
+        render.warn("--cors-origin * without a key: every web page that is visited here may use the server")
     template = find_chat_template(chat_template) if chat_template else None
     named = named_adapters(lora, lora_scaled)
     with bound_socket(host, port) as sock:

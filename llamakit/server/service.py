@@ -53,6 +53,7 @@ class Service:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._outbox: deque[tuple[Running, int, Report]] = deque()
         self._is_scheduled = False
+        self._n_preparing = 0
 
     def start(self) -> None:
         """Begin to compute; in the event loop that will answer."""
@@ -143,7 +144,14 @@ class Service:
                 for prompt, config in make()
             ]
 
-        running = Running(self, await self.in_thread(prepare), record)
+        # A crowd is sent away before its prompts are read, not after.
+        if self._n_preparing >= self.slots.n_slots + self.config.queue:
+            raise _queue_is_full()
+        self._n_preparing += 1
+        try:
+            running = Running(self, await self.in_thread(prepare), record)
+        finally:
+            self._n_preparing -= 1
         running.submit()
         return running
 
@@ -176,9 +184,7 @@ class Running:
             ticket = self._service.slots.submit(task, _deliverer(self._service, self, index))
             if ticket is None:
                 self.cancel()
-                headers = {"retry-after": str(_RETRY_S)}
-                message = "all slots are busy and the queue is full; come back later"
-                raise ApiError(503, message, type="unavailable_error", code="queue_full", headers=headers)
+                raise _queue_is_full()
             self._tickets.append(ticket)
 
     def cancel(self) -> None:
@@ -216,6 +222,12 @@ class Running:
         self._record.n_generated += 1
         if self._record.first_token_s is None:
             self._record.first_token_s = time.monotonic() - self._submitted
+
+
+def _queue_is_full() -> ApiError:
+    headers = {"retry-after": str(_RETRY_S)}
+    message = "all slots are busy and the queue is full; come back later"
+    return ApiError(503, message, type="unavailable_error", code="queue_full", headers=headers)
 
 
 def _deliverer(service: Service, running: Running, index: int) -> Callable[[Report], None]:

@@ -86,6 +86,13 @@ def test_a_full_queue_is_a_503_with_retry_after(slow: Served) -> None:
     until(lambda: slow.slots.n_running == 0)
 
 
+def test_a_crowd_is_sent_away_before_its_prompts_are_read(slow: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(slow.service, "_n_preparing", 3)
+    read = []
+    monkeypatch.setattr(slow.service, "chat_ids", lambda messages: read.append(messages))
+    assert slow.post(CHAT, ENDLESS).status_code == 503 and not read
+
+
 def test_time_is_limited() -> None:
     with serving(engine=Slow, timeout=0.3) as served:
         answer = served.post(CHAT, ENDLESS)
