@@ -88,8 +88,8 @@ def test_a_full_queue_is_a_503_with_retry_after(slow: Served) -> None:
 
 def test_a_crowd_is_sent_away_before_its_prompts_are_read(slow: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(slow.service, "_n_preparing", 3)
-    read = []
-    monkeypatch.setattr(slow.service, "chat_ids", lambda messages: read.append(messages))
+    read: list[object] = []
+    monkeypatch.setattr(slow.service, "chat_ids", read.append)
     assert slow.post(CHAT, ENDLESS).status_code == 503 and not read
 
 
