@@ -62,6 +62,7 @@ class Stream:
             async with contextlib.aclosing(self._pieces) as pieces:
                 async for piece in pieces:
                     await send({"type": "http.response.body", "body": piece, "more_body": True})
+                    await asyncio.sleep(0)  # so that it shows when the client has left, before the next is written
             await send({"type": "http.response.body", "body": b"", "more_body": False})
         finally:
             self._close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import threading
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -33,7 +34,7 @@ class Served:
 
     url: str
     service: Service
-    records: list[Record]
+    records: deque[Record]
     server: Server
 
     @property
@@ -82,7 +83,7 @@ def make_service(
 def serving(service: Service | None = None, *, keys: Sequence[str] = (), **options: Any) -> Iterator[Served]:
     """A server for as long as the block lasts; options: of `make_service`."""
     service = service or make_service(**options)
-    records: list[Record] = []
+    records: deque[Record] = deque(maxlen=500)
     ready = threading.Event()
     with bound_socket("127.0.0.1", 0) as sock:
         server = Server(service, sock, keys=keys, log=records.append, ready=ready.set)
