@@ -10,7 +10,7 @@ import difflib
 from collections.abc import Iterable
 from typing import Literal
 
-from llamakit.cli import compat_bench, compat_data, compat_train
+from llamakit.cli import compat_bench, compat_data, compat_serve, compat_train
 from llamakit.cli.compat_convert import rewrite_convert
 from llamakit.errors import UnsupportedError, UsageError
 
@@ -109,6 +109,7 @@ ALIASES: dict[str, dict[str, str]] = {
         "--from-chunk": "--chunk",
     },
     "bench": {"--model": "-m"},
+    "serve": compat_serve.ALIASES,
     "run": {},
     "tokenize": {"--model": "-m", "--prompt": "-p", "--file": "-f"},
     "inspect": {"-m": "", "--model": ""},
@@ -123,8 +124,10 @@ ALIASES["chat"] = {old: new for old, new in ALIASES["generate"].items() if old n
 
 #: llama.cpp's -hf user/repo[:QUANT] and -hff FILE -> the option that names the model, as hf:...
 _HUB_MODEL = {
-    "finetune": "--model-base", "train": "--init-from", "generate": "-m", "chat": "-m", "imatrix": "-m", "merge": "-m",
-    "convert": "-m", "quantize": "-m", "tokenize": "-m", "inspect": "-m", "perplexity": "-m", "bench": "-m",
+    "finetune": "--model-base", "train": "--init-from", **dict.fromkeys(
+        ("generate", "chat", "imatrix", "merge", "convert", "quantize", "tokenize", "inspect", "perplexity", "bench", "serve"),
+        "-m",
+    ),
 }  # fmt: skip
 _HUB_REPO, _HUB_FILE = ("-hf", "-hfr", "--hf-repo"), ("-hff", "--hf-file")
 
@@ -206,6 +209,7 @@ NO_OPS: dict[str, dict[str, tuple[int, str]]] = {
     "perplexity": _MEASURING,
     "imatrix": _MEASURING,
     "bench": compat_bench.NO_EFFECT,
+    "serve": {**_PLACING, **compat_serve.NO_EFFECT},
     "run": {},
     "tokenize": {"--log-disable": (0, "what is no token goes to stderr: 2>/dev/null silences it")},
     "inspect": {},
@@ -238,6 +242,7 @@ _REFUSED: dict[str, dict[str, str]] = {
     },
     "bench": compat_bench.REFUSED,
     "train": compat_train.REFUSED,
+    "serve": compat_serve.REFUSED,
 }  # fmt: skip
 
 # Options whose value is a text or a name, which may itself begin with a dash and is never rewritten.
@@ -250,6 +255,7 @@ _TEXT_VALUES = frozenset(
         "--vocab-model", "--model-out", "--init-from", "--out-dir", "--sample-prompt",
         "--kl-divergence-base", "--dry-sequence-breaker", "--report-dir",
         "-r", "--reverse-prompt", "--stop", "--in-prefix", "--in-suffix", "--prompts",
+        "-a", "--alias", "--host", "--api-key-file", "--cors-origin",
         "--grammar", "--grammar-file", "-j", "--json-schema", "-jf", "--json-schema-file",
         *compat_data.TEXT_VALUES,
     }
@@ -330,7 +336,9 @@ def _rewrite_option(
         return
     if command in ("generate", "chat") and name in ("-t", "-p", "-m"):
         _warn_about_letter(name, queue, notes)
-    if command in ("generate", "chat", "perplexity", "imatrix", "bench") and _rewrite_compute(name, queue, out, notes):
+    if command in ("generate", "chat", "perplexity", "imatrix", "bench", "serve") and _rewrite_compute(
+        name, queue, out, notes
+    ):
         return
     canonical = ALIASES[command].get(name, name)
     if canonical == "--lora-scaled":
