@@ -124,10 +124,9 @@ ALIASES["chat"] = {old: new for old, new in ALIASES["generate"].items() if old n
 
 #: llama.cpp's -hf user/repo[:QUANT] and -hff FILE -> the option that names the model, as hf:...
 _HUB_MODEL = {
-    "finetune": "--model-base", "train": "--init-from", **dict.fromkeys(
-        ("generate", "chat", "imatrix", "merge", "convert", "quantize", "tokenize", "inspect", "perplexity", "bench", "serve"),
-        "-m",
-    ),
+    "finetune": "--model-base", "train": "--init-from", "generate": "-m", "chat": "-m", "imatrix": "-m", "merge": "-m",
+    "convert": "-m", "quantize": "-m", "tokenize": "-m", "inspect": "-m", "perplexity": "-m", "bench": "-m",
+    "serve": "-m",
 }  # fmt: skip
 _HUB_REPO, _HUB_FILE = ("-hf", "-hfr", "--hf-repo"), ("-hff", "--hf-file")
 
@@ -142,21 +141,15 @@ _PLACING: dict[str, tuple[int, str]] = {
     **dict.fromkeys(("--repack", "-nr", "--no-repack", "--check-tensors"), (0, _CPU)),
     **dict.fromkeys(("--poll", "--poll-batch", "--prio", "--prio-batch", "--cpu-strict"), (1, _CPU)),
 }
+_LOADING: dict[str, tuple[int, str]] = {
+    **dict.fromkeys(("--mlock", "--mmap", "--no-mmap"), (0, _MEMORY)),
+    **dict.fromkeys(("--numa", "-ub", "--ubatch-size"), (1, _CPU)),
+    **dict.fromkeys(("-tb", "--threads-batch"), (1, "--threads sets the threads of everything")),
+}
 _MEASURING: dict[str, tuple[int, str]] = {
-    "--mlock": (0, _MEMORY),
-    "--mmap": (0, _MEMORY),
-    "--no-mmap": (0, _MEMORY),
-    "--numa": (1, _CPU),
-    "-ub": (1, _CPU),
-    "--ubatch-size": (1, _CPU),
-    "-tb": (1, "--threads sets the threads of everything"),
-    "--threads-batch": (1, "--threads sets the threads of everything"),
-    "-np": (1, "--batch says how many chunks are computed at once"),
-    "--parallel": (1, "--batch says how many chunks are computed at once"),
-    "-ctk": (1, "keys and values are never rounded"),
-    "--cache-type-k": (1, "keys and values are never rounded"),
-    "-ctv": (1, "keys and values are never rounded"),
-    "--cache-type-v": (1, "keys and values are never rounded"),
+    **_LOADING,
+    **dict.fromkeys(("-np", "--parallel"), (1, "--batch says how many chunks are computed at once")),
+    **dict.fromkeys(("-ctk", "--cache-type-k", "-ctv", "--cache-type-v"), (1, "keys and values are never rounded")),
     "--warmup": (0, _CPU),
     "--no-warmup": (0, _CPU),
     "--no-escape": (0, "the text is always taken as it is"),
@@ -169,16 +162,8 @@ NO_OPS: dict[str, dict[str, tuple[int, str]]] = {
         "--mmap": (0, _MEMORY),
     },
     "generate": {
-        "--mlock": (0, _MEMORY),
-        "--mmap": (0, _MEMORY),
-        "--no-mmap": (0, _MEMORY),
-        "--numa": (1, _CPU),
-        "-b": (1, _CPU),
-        "--batch-size": (1, _CPU),
-        "-ub": (1, _CPU),
-        "--ubatch-size": (1, _CPU),
-        "-tb": (1, "--threads sets the threads of everything"),
-        "--threads-batch": (1, "--threads sets the threads of everything"),
+        **_LOADING,
+        **dict.fromkeys(("-b", "--batch-size"), (1, _CPU)),
         "-no-cnv": (0, "the text is completed as it is unless -cnv is given"),
         "--no-conversation": (0, "the text is completed as it is unless -cnv is given"),
         "-e": (0, "escapes are processed unless --no-escape is given"),

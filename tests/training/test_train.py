@@ -17,6 +17,7 @@ from llamakit.files import RunLock
 from llamakit.formats.gguf import write_gguf
 from llamakit.formats.open import open_model
 from llamakit.model.config import ModelConfig
+from llamakit.native import library, using
 from llamakit.training.blueprint import build, from_scratch
 from llamakit.training.checkpoint import read_checkpoint
 from llamakit.training.loop import Control, Parameters
@@ -195,6 +196,31 @@ def test_patience_ends_a_run_that_no_longer_gets_better(tmp_path: Path) -> None:
     assert [e.is_best for e in of(Evaluation, reports)][-3:] == [False] * 3
     with pytest.raises(UsageError, match="--patience needs held-out text"):
         run_train(tmp_path / "b", patience=1, val_split=0.0)
+
+
+def test_the_last_evaluation_takes_everything_however_a_run_ends(tmp_path: Path) -> None:
+    reports = run_train(tmp_path, adam_iter=400, eval_every=2, adam_alpha=3.0, patience=1, save_every=0, eval_iters=1)
+    last = of(Evaluation, reports)[-1]
+    assert last.when == "end" and last.n_tokens > of(Evaluation, reports)[0].n_tokens
+
+
+def test_no_iterations_give_the_start(tmp_path: Path) -> None:
+    run_train(tmp_path, adam_iter=0)
+    assert "model-0.gguf" in names(tmp_path) and "model-LATEST.gguf" in names(tmp_path)
+
+
+def test_compiling_is_for_devices_without_native_code(tmp_path: Path) -> None:
+    if library() is None:
+        pytest.skip("there is no native code here")
+    assert any("--compile has no effect" in r.text for r in of(Remark, run_train(tmp_path, compile=True)))
+
+
+@pytest.mark.prove
+def test_compiled_blocks_take_the_same_steps(tmp_path: Path) -> None:
+    with using(None):
+        expected = [r.loss for r in of(StepReport, run_train(tmp_path / "a"))]
+        found = [r.loss for r in of(StepReport, run_train(tmp_path / "b", compile=True))]
+    assert found == pytest.approx(expected, rel=1e-5)
 
 
 def test_evaluating_only(tmp_path: Path) -> None:
