@@ -58,7 +58,8 @@ def test_it_serves_logs_and_ends_with_a_signal(tmp_path: Path) -> None:
     with process("--log-file", log, "--alias", "mine", "-np", "2", LLAMAKIT_API_KEY=key) as (started, url):
         bearer = {"authorization": f"Bearer {key}"}
         answer = post(f"{url}/v1/completions", {"model": "mine", "prompt": "The", "max_tokens": 3}, **bearer)
-        assert answer["usage"]["completion_tokens"] == 3
+        written = answer["usage"]["completion_tokens"]
+        assert 1 <= written <= 3  # an end token may come before
         asked = time.monotonic()
         started.send_signal(signal.SIGTERM)
         assert started.wait(6) == 0 and time.monotonic() - asked < 6
@@ -66,7 +67,7 @@ def test_it_serves_logs_and_ends_with_a_signal(tmp_path: Path) -> None:
         said = started.stderr.read()
     assert "POST /v1/completions 200" in said and "Traceback" not in said
     (record,) = [json.loads(line) for line in log.read_text().splitlines()]
-    assert record["status"] == 200 and record["n_generated"] == 3 and record["model"] == "mine"
+    assert record["status"] == 200 and record["n_generated"] == written and record["model"] == "mine"
     assert key not in said and key not in log.read_text()
 
 
