@@ -99,7 +99,7 @@ def our_step(job: Job) -> Callable[[int], float]:
     from llamakit.training.blueprint import build
     from llamakit.training.config import LoopOptions
     from llamakit.training.loop import Parameters
-    from llamakit.training.loss import backpropagate
+    from llamakit.training.loss import Rows, backpropagate
     from llamakit.training.optim import clip_gradient
 
     libc = ctypes.CDLL(None)  # as the command line does: freed memory is kept
@@ -113,7 +113,7 @@ def our_step(job: Job) -> Callable[[int], float]:
 
     def step(number: int) -> float:
         inputs, targets = (torch.from_numpy(x) for x in batch(number))
-        loss = backpropagate(model, inputs, targets, 1 / inputs.numel())
+        loss = backpropagate(model, Rows(inputs, targets), 1 / inputs.numel())
         clip_gradient(optimizer.gradient, 1.0)
         optimizer.step(LEARNING_RATE)
         optimizer.gradient.zero_()

@@ -161,26 +161,36 @@ INLINE float NAME(sum_of_exponentials)(const NUMBER *x, int64_t n, float most, f
     return sum(total);
 }
 
+/* The first key that a row of queries sees: that of its segment, where rows have segments. */
+INLINE int64_t NAME(first_key)(const train_job *job, int64_t row) {
+    const int64_t *starts = job->in[1];
+    if (!starts) return 0;
+    return starts[row / (job->n_heads * job->tile) * job->n_tokens + job->first + row % job->tile];
+}
+
 static void NAME(causal_softmax)(const train_job *job, int64_t start, int64_t stop) {
     for (int64_t row = start; row < stop; row++) {
-        NUMBER *x = (NUMBER *)job->out[0] + row * job->n;
-        const int64_t n = job->first + row % job->tile + 1, whole = n & ~INT64_C(15), rest = n - whole;
+        const int64_t low = NAME(first_key)(job, row);
+        NUMBER *x = (NUMBER *)job->out[0] + row * job->n + low;
+        const int64_t n = job->first + row % job->tile + 1 - low, whole = n & ~INT64_C(15), rest = n - whole;
         const float most = NAME(largest)(x, n);
         const float inverse = 1.0f / NAME(sum_of_exponentials)(x, n, most, job->scale);
         for (int64_t i = 0; i < whole; i += 16)
             STORE(x + i, exponential((LOAD(x + i) - most) * job->scale) * inverse);
         if (rest)
             STORE_PART(x + whole, exponential((LOAD_PART(x + whole, rest) - most) * job->scale) * inverse, rest);
-        memset(x + n, 0, sizeof *x * (size_t)(job->n - n));
+        memset(x - low, 0, sizeof *x * (size_t)low);
+        memset(x + n, 0, sizeof *x * (size_t)(job->n - low - n));
     }
 }
 
 /* dscore = scale w (dw - sum of dw w). What a mask hides has the weight 0, and so no gradient. */
 static void NAME(softmax_back)(const train_job *job, int64_t start, int64_t stop) {
     for (int64_t row = start; row < stop; row++) {
-        const NUMBER *w = (const NUMBER *)job->in[0] + row * job->n;
-        NUMBER *d = (NUMBER *)job->out[0] + row * job->n;
-        const int64_t n = job->first + row % job->tile + 1, whole = n & ~INT64_C(15), rest = n - whole;
+        const int64_t low = NAME(first_key)(job, row);
+        const NUMBER *w = (const NUMBER *)job->in[0] + row * job->n + low;
+        NUMBER *d = (NUMBER *)job->out[0] + row * job->n + low;
+        const int64_t n = job->first + row % job->tile + 1 - low, whole = n & ~INT64_C(15), rest = n - whole;
         vf products = {0};
         for (int64_t i = 0; i < whole; i += 16) products += LOAD(w + i) * LOAD(d + i);
         if (rest) products += LOAD_PART(w + whole, rest) * LOAD_PART(d + whole, rest);
@@ -188,7 +198,8 @@ static void NAME(softmax_back)(const train_job *job, int64_t start, int64_t stop
         for (int64_t i = 0; i < whole; i += 16) STORE(d + i, LOAD(w + i) * (LOAD(d + i) - mean) * job->scale);
         if (rest)
             STORE_PART(d + whole, LOAD_PART(w + whole, rest) * (LOAD_PART(d + whole, rest) - mean) * job->scale, rest);
-        memset(d + n, 0, sizeof *d * (size_t)(job->n - n));
+        memset(d - low, 0, sizeof *d * (size_t)low);
+        memset(d + n, 0, sizeof *d * (size_t)(job->n - low - n));
     }
 }
 

@@ -10,8 +10,9 @@ enum {
     GATE,           /* gate, up -> silu(gate) up */
     GATE_BACK,      /* gate, up, dy -> dgate, dup */
     ROTATE,         /* x (B, T, H, n), rotations (B or 1, T, n) f32 cosine and sine of each pair -> y; scale: 1, or -1 back */
-    CAUSAL_SOFTMAX, /* scores (rows, n) -> weights, in place; a row sees the keys up to first + row % tile */
-    SOFTMAX_BACK,   /* weights, dweights -> dscores, in place of dweights */
+    CAUSAL_SOFTMAX, /* scores (rows, n) -> weights, in place; a row sees the keys up to first + row % tile, and where in[1] is
+                       there, (B, n_tokens) int64, from the one that stands there for it; rows are (B, n_heads, tile) */
+    SOFTMAX_BACK,   /* weights, dweights -> dscores, in place of dweights; in[1] likewise */
     CROSS_ENTROPY,  /* logits (rows, n), targets int64 -> loss (rows) f32; with out[1] scale times the gradient, in place */
     ACCUMULATE,     /* x (rows, n) -> added to y (rows, n) f32 */
     N_TRAIN_KERNELS

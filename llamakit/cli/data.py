@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from llamakit.cli import render
+from llamakit.cli.chat_data_options import ChatTemplateOption, TrainOnOption
 from llamakit.cli.corpus_options import (
     VOCABULARY,
     CoverageOption,
@@ -27,7 +28,7 @@ from llamakit.cli.corpus_options import (
     corpus,
     log_reading,
 )
-from llamakit.cli.data_check import ShownSamples, TemplateOption, TrainOnOption, show_samples
+from llamakit.cli.data_check import ShownSamples, show_samples
 from llamakit.cli.options import COMPUTE, DATA, FILES, OUTPUT, ConfigOption, JsonOption, OfflineOption
 from llamakit.cli.sources import local
 from llamakit.dataset.prepare_config import PrepareConfig
@@ -197,7 +198,7 @@ def show(
             rich_help_panel=FILES,
         ),
     ] = None,
-    chat_template: TemplateOption = None,
+    chat_template: ChatTemplateOption = None,
     train_on: TrainOnOption = "assistant",
     ids: Annotated[bool, typer.Option("--ids", help="Print the ids, too.", rich_help_panel=OUTPUT)] = False,
     offline: OfflineOption = False,

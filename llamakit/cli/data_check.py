@@ -6,11 +6,12 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from llamakit.cli import render
+from llamakit.cli.chat_data_options import ChatTemplateOption, LongSamplesOption, TrainOnOption
 from llamakit.cli.options import DATA, FILES, ConfigOption, JsonOption, OfflineOption
 from llamakit.cli.sources import local
 from llamakit.dataset.config import CheckConfig
@@ -27,20 +28,6 @@ if TYPE_CHECKING:
 
 _D = CheckConfig
 _BAR = 40
-
-TemplateOption = Annotated[
-    str | None,
-    typer.Option(
-        "--chat-template",
-        metavar="NAME|FILE",
-        help="Template instead of the model's own: one of llama.cpp's names, or a Jinja file.",
-        rich_help_panel=DATA,
-    ),
-]
-TrainOnOption = Annotated[
-    Literal["all", "assistant", "last"],
-    typer.Option("--train-on", help="Tokens with a loss: all, the answers', the last answer's.", rich_help_panel=DATA),
-]
 
 
 @dataclass(frozen=True)
@@ -63,16 +50,13 @@ def check(
     model: Annotated[
         str, typer.Option("-m", metavar="MODEL", help="The base: its vocabulary and template.", rich_help_panel=FILES)
     ],
-    chat_template: TemplateOption = _D.chat_template,
+    chat_template: ChatTemplateOption = _D.chat_template,
     ctx: Annotated[
         int,
         typer.Option("--ctx", "-c", min=0, help="Tokens per sequence; 0: the model's context.", rich_help_panel=DATA),
     ] = _D.ctx,
     train_on: TrainOnOption = _D.train_on,
-    long_samples: Annotated[
-        Literal["cut", "window"],
-        typer.Option("--long-samples", help="Samples beyond --ctx are cut, or become several.", rich_help_panel=DATA),
-    ] = _D.long_samples,
+    long_samples: LongSamplesOption = _D.long_samples,
     offline: OfflineOption = False,
     json: JsonOption = False,
     config: ConfigOption = None,

@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 import typer
 
 from llamakit import hub
+from llamakit.cli import chat_data_options as chat
 from llamakit.cli import loop_options as loop
 from llamakit.cli import options, render
 from llamakit.cli.run_signals import stopping_signals
@@ -17,7 +18,7 @@ from llamakit.errors import EXIT_INTERRUPTED, EXIT_TERMINATED
 from llamakit.training.config import FinetuneConfig
 
 _D = FinetuneConfig()
-_NOT_CONFIG = ("config", "n_gpu_layers", "offline", "json", "report_to", "report_dir")
+_NOT_CONFIG = ("config", "sample_prompt", "n_gpu_layers", "offline", "json", "report_to", "report_dir")
 
 
 def finetune(
@@ -30,7 +31,12 @@ def finetune(
         ),
     ] = _D.model_base,
     train_data: Annotated[
-        str, typer.Option("--train-data", help="UTF-8 text to train on.", rich_help_panel=options.FILES)
+        str,
+        typer.Option(
+            "--train-data",
+            help="UTF-8 text to train on, or questions and answers: JSON, JSON lines, CSV, a folder with these.",
+            rich_help_panel=options.FILES,
+        ),
     ] = _D.train_data,
     checkpoint_in: loop.CheckpointInOption = _D.checkpoint_in,
     checkpoint_out: loop.CheckpointOutOption = _D.checkpoint_out,
@@ -186,10 +192,20 @@ def finetune(
         float,
         typer.Option(
             "--val-split",
-            help="Share of the tokens, the last ones, that is held out and evaluated; 0: none.",
+            help="Share of the data, a text's last tokens or any samples of a chat, that is held out; 0: none.",
             rich_help_panel=options.DATA,
         ),
     ] = _D.val_split,
+    val_data: chat.ValDataOption = _D.val_data,
+    chat_template: chat.ChatTemplateOption = _D.chat_template,
+    train_on: chat.TrainOnOption = _D.train_on,
+    pack: chat.PackOption = _D.pack,
+    long_samples: chat.LongSamplesOption = _D.long_samples,
+    on_error: chat.OnErrorOption = _D.on_error,
+    sample_prompt: chat.SamplePromptOption = None,
+    sample_tokens: chat.SampleTokensOption = _D.sample_tokens,
+    save_best: chat.SaveBestOption = _D.save_best,
+    patience: chat.PatienceOption = _D.patience,
     sample_start: Annotated[
         str,
         typer.Option(
@@ -321,10 +337,10 @@ def finetune(
     values = {name: value for name, value in locals().items() if name not in _NOT_CONFIG}
     if n_gpu_layers > 0:
         values["device"] = _device_for_layers(device, n_gpu_layers)
-    for name in ("model_base", "train_data"):
+    for name in ("model_base", "train_data", "val_data"):
         if hub.is_remote(values[name]):
             values[name] = str(local(values[name], offline=offline))
-    run_config = FinetuneConfig(**values)
+    run_config = FinetuneConfig(**values, sample_prompt=tuple(sample_prompt or ()))
     events = Path(report_dir) if report_dir else Path(log_file).parent / "tensorboard"
     if model_base:
         render.loading(run_config.model_base)  # said before torch is imported: nobody waits in silence

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import sys
 from collections.abc import Iterator
 from types import TracebackType
@@ -11,6 +12,7 @@ from llamakit.cli import render
 from llamakit.training.config import FinetuneConfig
 from llamakit.training.report import (
     Begin,
+    ChatFacts,
     Counters,
     DataFacts,
     Evaluation,
@@ -20,6 +22,7 @@ from llamakit.training.report import (
     Plan,
     Remark,
     Report,
+    Sample,
     Saving,
     StepReport,
 )
@@ -59,6 +62,7 @@ class View:
         self._first_loss: float | None = None
         self._dt_s: float | None = None
         self._last: dict[str, object] = {}
+        self._said: dict[str, list[Sample]] = {}
         self.training = False
 
     def __enter__(self) -> View:
@@ -85,6 +89,8 @@ class View:
                 self.training = True
                 self._bar.__enter__()
                 self._steps_before = report.first_iteration
+            case Sample():
+                self._sample(report)
             case Finished():
                 self._finish(report)
             case _:
@@ -112,16 +118,31 @@ class View:
         if step.skipped:
             render.warn(f"iteration {step.step}: the loss or its gradient is not finite; the step was skipped")
 
+    def _asked(self) -> list[dict[str, str]]:
+        return [{"prompt": p, "before": s[0].text, "after": s[-1].text} for p, s in self._said.items()]
+
+    def _sample(self, sample: Sample) -> None:
+        self._said.setdefault(sample.prompt, []).append(sample)
+        self._say(f"main: after {sample.step} iterations, to {_quoted(sample.prompt)}: {_quoted(sample.text)}")
+
     def _finish(self, finished: Finished) -> None:
         self._bar.__exit__(None, None, None)
         self.training = False
+        for prompt, samples in self._said.items():
+            self._say(f"main: asked {_quoted(prompt)}")
+            self._say(f"main:   before: {_quoted(samples[0].text)}")
+            self._say(f"main:   after:  {_quoted(samples[-1].text)}")
         if finished.reason and finished.reason != "all iterations are done":
             self._say(f"main: ended: {finished.reason}")
         self._say(f"main: total training time: {render.clock(finished.total_s)}")
         if self._json:
             summary = {"reason": finished.reason, "total_s": finished.total_s, "iterations": finished.iterations,
-                       "files": finished.files, "last_step": self._last}  # fmt: skip
+                       "files": finished.files, "last_step": self._last, "samples": self._asked()}  # fmt: skip
             render.print_json(summary)
+
+
+def _quoted(text: str) -> str:
+    return json.dumps(text.strip(), ensure_ascii=False)
 
 
 def _lines(report: Report) -> Iterator[str]:
@@ -145,6 +166,8 @@ def _lines(report: Report) -> Iterator[str]:
             yield f"main: number of unique tokens: {report.n_unique_tokens}"
             if report.n_validation_tokens:
                 yield f"main: number of held-out tokens: {report.n_validation_tokens}"
+        case ChatFacts():
+            yield from _chat_lines(report)
         case Plan():
             kept = "decoded once" if report.weights_kept_dense else "decoded for each use"
             yield f"main: computing on {report.device} in {report.dtype}, {report.threads} threads, weights {kept}"
@@ -161,6 +184,22 @@ def _lines(report: Report) -> Iterator[str]:
         case Saving():
             function = "save_checkpoint_lora_file" if report.kind == "checkpoint" else "save_as_llama_lora"
             yield f"{function}: saving to {report.path}"
+
+
+def _chat_lines(facts: ChatFacts) -> Iterator[str]:
+    schemas = ", ".join(f"{n} {schema}" for schema, n in facts.schemas.items())
+    share = 100 * facts.n_trained / facts.n_tokens
+    yield f"main: questions and answers from {facts.path}"
+    yield f"main: number of records: {facts.n_records} ({schemas}), {facts.n_skipped} skipped"
+    yield f"main: number of samples: {facts.n_samples}"
+    yield (
+        f"main: number of training tokens: {facts.n_tokens}, {facts.n_trained} of them with a loss ({share:.1f} %,"
+        f" --train-on {facts.train_on})"
+    )
+    yield f"main: samples cut at --ctx: {facts.n_cut} ({facts.n_cut_tokens} tokens), in windows: {facts.n_windowed}"
+    yield f"main: rows of an epoch: {facts.n_rows}, {'packed' if facts.packed else 'a sample each'}"
+    if facts.n_held_out:
+        yield f"main: held-out samples: {facts.n_held_out}, {facts.n_held_out_trained} tokens with a loss"
 
 
 def _model_lines(facts: ModelFacts) -> Iterator[str]:

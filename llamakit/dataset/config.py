@@ -29,7 +29,7 @@ class SampleOptions:
     sample_random_offsets: bool = False
     """start each sample at a random place"""
     val_split: float = 0.05
-    """share of the tokens, the last ones, that is held out and evaluated; 0: none"""
+    """share of the data, a text's last tokens or any samples of a chat, that is held out and evaluated; 0: none"""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -156,6 +156,16 @@ class Batch:
     targets: np.ndarray
     used: int
 
+    @property
+    def n_tokens(self) -> int:
+        """Tokens that go through the model."""
+        return self.targets.size
+
+    @property
+    def n_trained(self) -> int:
+        """Tokens that have a loss: all."""
+        return self.targets.size
+
 
 class BatchBuilder:
     """Rows of a batch from samples, in an order: BOS first, then the sample; what is left is EOS, and counts.

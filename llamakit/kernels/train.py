@@ -46,7 +46,7 @@ def usable(*tensors: Tensor) -> bool:
 
 def _run(
     kernel: int,
-    inputs: tuple[Tensor, ...],
+    inputs: tuple[Tensor | None, ...],
     outputs: tuple[Tensor | None, ...],
     n: int,
     n_rows: int,
@@ -59,7 +59,7 @@ def _run(
     found = library()
     assert isinstance(found, Library), "the caller asked `usable`"
     job = _Job(n=n, step=step or max(1, _PIECE // n), scale=scale, **more)
-    job.x[:] = [x.data_ptr() for x in inputs] + [None] * (3 - len(inputs))
+    job.x[:] = [None if x is None else x.data_ptr() for x in inputs] + [None] * (3 - len(inputs))
     job.out[:] = [None if x is None else x.data_ptr() for x in outputs] + [None] * (2 - len(outputs))
     found.train(kernel, job, n_rows, torch.get_num_threads(), bf16=bf16)
 
@@ -127,22 +127,37 @@ def rotate(x: Tensor, rotations: Tensor, out: Tensor, *, back: bool = False) -> 
     return out
 
 
-def causal_softmax_(scores: Tensor, first: int, tile: int, scale: float) -> Tensor:
-    """softmax(scale * scores) in place, (N, n) contiguous; row r sees the keys up to first + r % tile, no others."""
+def _segments(starts: Tensor | None, n_rows: int, tile: int) -> dict[str, int]:
+    """How the kernels find a row's place in starts (B, T)."""
+    if starts is None:
+        return {}
+    assert starts.dtype == torch.int64 and starts.is_contiguous() and n_rows % (len(starts) * tile) == 0
+    return {"n_tokens": starts.shape[1], "n_heads": n_rows // (len(starts) * tile)}
+
+
+def causal_softmax_(scores: Tensor, first: int, tile: int, scale: float, starts: Tensor | None = None) -> Tensor:
+    """softmax(scale * scores) in place, (N, n) contiguous; row r sees the keys up to first + r % tile, no others.
+
+    starts: (B, T) int64 contiguous, the first key that each query sees; rows are then (B, H, tile).
+    """
     n = scores.shape[-1]
+    n_rows = scores.numel() // n
     _run(
-        _CAUSAL_SOFTMAX, (), (scores,), n, scores.numel() // n,
-        bf16=_is_bf16(scores), scale=scale, first=first, tile=tile,
+        _CAUSAL_SOFTMAX, (None, starts), (scores,), n, n_rows,
+        bf16=_is_bf16(scores), scale=scale, first=first, tile=tile, **_segments(starts, n_rows, tile),
     )  # fmt: skip
     return scores
 
 
-def softmax_back_(weights: Tensor, grad: Tensor, first: int, tile: int, scale: float) -> Tensor:
+def softmax_back_(
+    weights: Tensor, grad: Tensor, first: int, tile: int, scale: float, starts: Tensor | None = None
+) -> Tensor:
     """The gradient of causal_softmax_'s scores, in place of that of its result."""
     n = weights.shape[-1]
+    n_rows = weights.numel() // n
     _run(
-        _SOFTMAX_BACK, (weights,), (grad,), n, weights.numel() // n,
-        bf16=_is_bf16(weights), scale=scale, first=first, tile=tile,
+        _SOFTMAX_BACK, (weights, starts), (grad,), n, n_rows,
+        bf16=_is_bf16(weights), scale=scale, first=first, tile=tile, **_segments(starts, n_rows, tile),
     )  # fmt: skip
     return grad
 

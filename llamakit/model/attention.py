@@ -28,8 +28,22 @@ def _future(n: int) -> Tensor:
         return torch.ones(n, n, dtype=torch.bool).triu_(1)
 
 
-def _tile_softmax(q: Tensor, k: Tensor, start: int, stop: int, scale: float) -> Tensor:
-    """Attention weights of the queries [start, stop) over keys [0, stop).
+def segment_starts(segments: Tensor) -> Tensor:
+    """The place where the segment of each token begins, (B, T) int64, of segments (B, T) that lie in one piece each."""
+    places = torch.arange(segments.shape[1], device=segments.device).expand(segments.shape)
+    begins = torch.ones(segments.shape, dtype=torch.bool, device=segments.device)
+    begins[:, 1:] = segments[:, 1:] != segments[:, :-1]
+    return torch.where(begins, places, 0).cummax(dim=1).values
+
+
+def _before(starts: Tensor, start: int, stop: int) -> Tensor:
+    """True where a key [0, stop) stands before the segment of its query [start, stop): (B, 1, stop-start, stop)."""
+    keys = torch.arange(stop, device=starts.device)
+    return (keys < starts[:, start:stop, None])[:, None]
+
+
+def _tile_softmax(q: Tensor, k: Tensor, start: int, stop: int, scale: float, starts: Tensor | None) -> Tensor:
+    """Attention weights of the queries [start, stop) over keys [0, stop), those before starts (B, T) left out.
 
     q (B*K, G, T, D), k (B*K, T, D) -> (B*K, G*(stop-start), stop), in q's dtype; the softmax itself runs in float32.
     """
@@ -37,9 +51,11 @@ def _tile_softmax(q: Tensor, k: Tensor, start: int, stop: int, scale: float) -> 
     tile = q[:, :, start:stop].reshape(n, g * (stop - start), d)
     scores = torch.bmm(tile, k[:, :stop].transpose(1, 2))
     if train.usable(scores):
-        return train.causal_softmax_(scores, start, stop - start, scale)
+        return train.causal_softmax_(scores, start, stop - start, scale, starts)
     scores.mul_(scale)
     scores.view(n, g, stop - start, stop)[..., start:].masked_fill_(_future(stop - start), -math.inf)
+    if starts is not None:
+        scores.view(len(starts), -1, stop - start, stop).masked_fill_(_before(starts, start, stop), -math.inf)
     return torch.softmax(scores, dim=-1)
 
 
@@ -50,17 +66,18 @@ class _CausalAttention(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, starts: Tensor | None) -> Tensor:
         n, g, t, d = q.shape
         scale = 1 / math.sqrt(d)
         out = torch.empty_like(q)
         keep = [] if t <= _KEEP_SOFTMAX_CTX else None
         for start in range(0, t, _TILE):
             stop = min(start + _TILE, t)
-            weights = _tile_softmax(q, k, start, stop, scale)
+            weights = _tile_softmax(q, k, start, stop, scale, starts)
             out[:, :, start:stop] = torch.bmm(weights, v[:, :stop]).view(n, g, stop - start, d)
             if keep is not None:
                 keep.append(weights)
+        ctx.starts = starts
         ctx.save_for_backward(q, k, v, *(keep or ()))
         return out
 
@@ -72,32 +89,39 @@ class _CausalAttention(torch.autograd.Function):
         dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
         for i, start in enumerate(range(0, t, _TILE)):
             stop = min(start + _TILE, t)
-            weights = kept[i] if kept else _tile_softmax(q, k, start, stop, scale)
+            weights = kept[i] if kept else _tile_softmax(q, k, start, stop, scale, ctx.starts)
             grad_tile = grad[:, :, start:stop].reshape(n, g * (stop - start), d)
             q_tile = q[:, :, start:stop].reshape(n, g * (stop - start), d)
             dv[:, :stop].baddbmm_(weights.transpose(1, 2), grad_tile)
             d_weights = torch.bmm(grad_tile, v[:, :stop].transpose(1, 2))
             # The tiles' mask needs no care here: a masked weight is 0, and so is its gradient.
             if train.usable(weights, d_weights):
-                d_scores = train.softmax_back_(weights, d_weights, start, stop - start, scale)
+                d_scores = train.softmax_back_(weights, d_weights, start, stop - start, scale, ctx.starts)
             else:
                 d_scores = torch.ops.aten._softmax_backward_data(d_weights, weights, -1, weights.dtype).mul_(scale)
             dq[:, :, start:stop] = torch.bmm(d_scores, k[:, :stop]).view(n, g, stop - start, d)
             dk[:, :stop].baddbmm_(d_scores.transpose(1, 2), q_tile)
-        return dq, dk, dv
+        return dq, dk, dv, None
 
 
-def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """q (B, T, H, D), k and v (B, T, K, D) -> (B, T, H*D); query head h reads key/value head h // G."""
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, starts: Tensor | None = None) -> Tensor:
+    """q (B, T, H, D), k and v (B, T, K, D) -> (B, T, H*D); query head h reads key/value head h // G.
+
+    starts: (B, T) int64, the first token that each one sees; by default the row's first.
+    """
     b, t, h, d = q.shape
     n_kv = k.shape[2]
     if q.device.type == "cpu":
         grouped = q.transpose(1, 2).reshape(b * n_kv, h // n_kv, t, d)
         flat_k, flat_v = (x.transpose(1, 2).reshape(b * n_kv, t, d) for x in (k, v))
-        out = _CausalAttention.apply(grouped, flat_k, flat_v)
+        out = _CausalAttention.apply(grouped, flat_k, flat_v, starts)
         return out.view(b, h, t, d).transpose(1, 2).reshape(b, t, h * d)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    if starts is None:
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    else:
+        seen = torch.ones(t, t, dtype=torch.bool, device=q.device).tril_() & ~_before(starts, 0, t)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=True)
     return out.transpose(1, 2).reshape(b, t, h * d)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from llamakit.model.attention import cached_attention, causal_attention
+from llamakit.model.attention import cached_attention, causal_attention, segment_starts
 from llamakit.model.cache import JoinedCache, KVCache
 from llamakit.model.config import ModelConfig
 from llamakit.model.elementwise import Lazy, gated_silu
@@ -31,14 +31,16 @@ class Block(nn.Module):
         self.attn_q, self.attn_k, self.attn_v, self.attn_output = (nn.Identity() for _ in range(4))
         self.ffn_gate, self.ffn_up, self.ffn_down = (nn.Identity() for _ in range(3))
 
-    def attention(self, x: Tensor, rotations: Tensor, cache: KVCache | JoinedCache | None) -> Tensor:
+    def attention(
+        self, x: Tensor, rotations: Tensor, cache: KVCache | JoinedCache | None, starts: Tensor | None
+    ) -> Tensor:
         """(B, T, C) -> (B, T, C), the norm included."""
         b, t, _ = x.shape
         q, k, v = project(self.attn_norm.lazily(x), self.attn_q, self.attn_k, self.attn_v)
         q = apply_rope(q.view(b, t, -1, self.config.head_dim), rotations)
         k = apply_rope(k.view(b, t, -1, self.config.head_dim), rotations)
         v = v.view(b, t, -1, self.config.head_dim)
-        mixed = causal_attention(q, k, v) if cache is None else cached_attention(q, k, v, cache, self.index)
+        mixed = causal_attention(q, k, v, starts) if cache is None else cached_attention(q, k, v, cache, self.index)
         return self.attn_output(mixed)
 
     def feed_forward(self, x: Tensor) -> Tensor:
@@ -46,9 +48,15 @@ class Block(nn.Module):
         gate, up = project(self.ffn_norm.lazily(x), self.ffn_gate, self.ffn_up)
         return project(Lazy(gated_silu, (gate, up)), self.ffn_down)[0]
 
-    def forward(self, x: Tensor, rotations: Tensor, cache: KVCache | JoinedCache | None = None) -> Tensor:
-        """(B, T, C) -> (B, T, C)."""
-        x = x + self._dropped(self.attention(x, rotations, cache), 1)
+    def forward(
+        self,
+        x: Tensor,
+        rotations: Tensor,
+        cache: KVCache | JoinedCache | None = None,
+        starts: Tensor | None = None,
+    ) -> Tensor:
+        """(B, T, C) -> (B, T, C). starts: (B, T) int64, the first token that each one sees, without a cache."""
+        x = x + self._dropped(self.attention(x, rotations, cache, starts), 1)
         return x + self._dropped(self.feed_forward(x), 2)
 
     def _dropped(self, x: Tensor, place: int) -> Tensor:
@@ -83,14 +91,21 @@ class Llama(nn.Module):
             block.dropout = dropout
 
     def forward(
-        self, tokens: Tensor, positions: Tensor | None = None, cache: KVCache | JoinedCache | None = None
+        self,
+        tokens: Tensor,
+        positions: Tensor | None = None,
+        cache: KVCache | JoinedCache | None = None,
+        segments: Tensor | None = None,
     ) -> Tensor:
         """Hidden states after output_norm, (B, T, C), of int64 tokens (B, T).
 
         positions: (T,) or (B, T) int64; by default they continue the cache, or start at 0. With a cache the tokens
         attend to all that it holds and join it. With a joined cache each context's tokens do so, B is 1.
+        segments: (B, T) int, without a cache: a token sees those of its own segment alone; each lies in one piece.
         """
+        assert segments is None or cache is None, "a cache has no segments"
         t = tokens.shape[1]
+        starts = None if segments is None else segment_starts(segments)
         if positions is None:
             positions = torch.arange(t, device=tokens.device) if cache is None else cache.positions(t)
         rotations = self.rope.rotations(positions)
@@ -99,9 +114,9 @@ class Llama(nn.Module):
             x = x * self.dropout.mask(x, 0)
         for block in self.blk:
             if self.use_checkpointing and torch.is_grad_enabled() and cache is None:
-                x = recomputed(block, x, rotations)
+                x = recomputed(block, x, rotations, None, starts)
             else:
-                x = block(x, rotations, cache)
+                x = block(x, rotations, cache, starts)
         if cache is not None:
             cache.advance(t)
         return self.output_norm(x)

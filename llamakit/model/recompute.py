@@ -34,7 +34,7 @@ class _Recomputed(torch.autograd.Function):
         return (gradients[0], None, *gradients[1:]) if x_too else (None, None, *gradients)
 
 
-def recomputed(module: nn.Module, x: Tensor, *arguments: Tensor) -> Tensor:
+def recomputed(module: nn.Module, x: Tensor, *arguments: Tensor | None) -> Tensor:
     """module(x, *arguments), of which only x is kept: the backward pass computes the rest again. Dropout must draw the
     same masks then; nothing but x and the module's parameters gets a gradient."""
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]

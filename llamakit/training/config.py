@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from llamakit.dataset.config import SampleOptions
+from llamakit.dataset.config import ChatOptions, SampleOptions
 from llamakit.errors import UsageError
 
 Device = Literal["auto", "cpu", "cuda"]
@@ -121,15 +121,25 @@ def check_positive(flag: str, value: float | None) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class FinetuneConfig(SampleOptions, LoopOptions):
+class FinetuneConfig(SampleOptions, ChatOptions, LoopOptions):
     """Options of `finetune`, named after llama.cpp's flags; an unset rank (None) means its rule applies."""
 
     model_base: str = ""
     """GGUF model whose frozen weights the adapter is trained on"""
     train_data: str = "shakespeare.txt"
-    """UTF-8 text to train on"""
+    """UTF-8 text to train on, or questions and answers: JSON, JSON lines, CSV, or a folder with these"""
+    val_data: str = ""
+    """data to evaluate, of the same kind, instead of a share of the training data"""
     lora_out: str = "ggml-lora-ITERATION-f32.gguf"
     """name of the adapters; empty: none is written"""
+    save_best: bool = False
+    """keep the adapter of the best held-out loss, with BEST in place of the pattern"""
+    patience: int = 0
+    """stop after N evaluations in a row without a better held-out loss; 0: never"""
+    sample_prompt: tuple[str, ...] = ()
+    """what the model is asked before, at each save and at the end; questions for a chat, beginnings for a text"""
+    sample_tokens: int = 64
+    """tokens of each of its answers at most"""
     only_write_lora: bool = False
     """write the adapter of --checkpoint-in and end"""
     log_file: str = ""
@@ -189,6 +199,8 @@ class FinetuneConfig(SampleOptions, LoopOptions):
         check_least("--cos-decay-steps", self.cos_decay_steps, 1)
         check_least("--cos-decay-restart", self.cos_decay_restart, 1.0)
         check_least("--lora-r", self.lora_r, 1)
+        check_least("--patience", self.patience, 0)
+        check_least("--sample-tokens", self.sample_tokens, 1)
         for name, rank in self._ranks().items():
             if rank is not None:
                 check_least(f"--{name.replace('_', '-')}", rank, 0)

@@ -21,7 +21,7 @@ from llamakit.inference.completion import encode_prompt, generate
 from llamakit.inference.config import GenerateConfig
 from llamakit.model import Llama
 from llamakit.training.corpus import Corpus
-from llamakit.training.loss import evaluate_loss
+from llamakit.training.loss import Rows, evaluate_loss
 from llamakit.training.report import Evaluation, Sample
 from llamakit.training.train_config import TrainConfig
 
@@ -80,7 +80,7 @@ class Evaluator:
         per_batch = max(1, _TOKENS_AT_A_TIME // self._config.ctx)
         for rows in _batches(even_windows(split, self._config.ctx, at_most), per_batch):
             tokens = torch.from_numpy(rows).to(self._device)
-            total += evaluate_loss(self._model, tokens[:, :-1], tokens[:, 1:])
+            total += evaluate_loss(self._model, Rows(tokens[:, :-1], tokens[:, 1:]))
             n_tokens += rows[:, 1:].size
         self._model.train()
         return (total / n_tokens if n_tokens else math.nan), n_tokens

@@ -15,8 +15,7 @@ import numpy as np
 import torch
 
 from llamakit.dataset.order import SampleOrder
-from llamakit.dataset.text import BatchBuilder, TrainingText, read_training_text
-from llamakit.errors import MismatchError, UnsupportedError, UsageError
+from llamakit.errors import MismatchError, UsageError
 from llamakit.files import RunLock, check_writable, is_same_file
 from llamakit.formats.adapter import Adapter, write_adapter
 from llamakit.formats.open import check_is_model, model_files, open_model, size_on_disk
@@ -24,9 +23,11 @@ from llamakit.formats.stamps import base_stamps
 from llamakit.model import Llama, ModelConfig, RopeScaling, load_config, load_model
 from llamakit.model.device import dtype_name, resolve_device, training_dtype
 from llamakit.model.layers import Dropout
-from llamakit.tokenizer import Tokenizer, load_tokenizer
+from llamakit.tokenizer import load_tokenizer
+from llamakit.training.answers import Answers
 from llamakit.training.checkpoint import CheckpointManager, OldCheckpoint, Product, file_name, read_checkpoint
 from llamakit.training.config import FinetuneConfig
+from llamakit.training.finetune_data import FinetuneData, read_data
 from llamakit.training.log import StepLog
 from llamakit.training.loop import Control, Parameters, Trainer
 from llamakit.training.lora import (
@@ -41,8 +42,9 @@ from llamakit.training.optim import schedule
 from llamakit.training.plan import make_plan
 from llamakit.training.report import (
     Begin,
+    ChatFacts,
     Counters,
-    DataFacts,
+    Evaluation,
     Finished,
     Loading,
     ModelFacts,
@@ -103,6 +105,9 @@ class _Run:
             raise UsageError("--model-base is missing", hint="name the GGUF model to train on: --model-base FILE")
         if not config.train_data and not config.only_write_lora:
             raise UsageError("--train-data is empty", hint="name the text to train on: --train-data FILE")
+        if config.save_best and config.pattern_fn_it not in Path(config.lora_out).name:
+            hint = f"such as --lora-out lora-{config.pattern_fn_it}.gguf"
+            raise UsageError(f"--save-best needs {config.pattern_fn_it} in the name of --lora-out", hint=hint)
         if not (config.lora_out or config.checkpoint_out):
             raise UsageError("--lora-out and --checkpoint-out are both empty: nothing would be written")
         # A source that states no context takes any: the model's own is only a bound of --ctx.
@@ -130,10 +135,10 @@ class _Run:
         twice = next((path for i, path in enumerate(outputs) if path in outputs[:i]), None)
         if twice is not None:
             raise UsageError("is named for two of checkpoint, adapter and log: one would replace the other", path=twice)
-        sources = (*model_files(config.model_base), config.train_data)
+        sources = (*model_files(config.model_base), config.train_data, config.val_data)
         for output in outputs:
             check_writable(output)
-            if any(is_same_file(output, source) for source in sources):
+            if any(source and is_same_file(output, source) for source in sources):
                 raise UsageError("is an input of this run: it would be overwritten", path=output)
         self._stack.enter_context(RunLock(outputs))
 
@@ -202,8 +207,12 @@ class _Run:
         tokenizer = load_tokenizer(self.base)
         text_bytes = os.path.getsize(config.train_data) if os.path.isfile(config.train_data) else 0
         yield Loading("text", config.train_data, text_bytes)
-        text = read_training_text(config.train_data, tokenizer, config)
-        identity = self._identity(text.sha256)
+        data = read_data(config, tokenizer, n_vocab=self.shape.n_vocab, seed=self.seed)
+        if (config.patience or config.save_best) and data.held_out is None:
+            name = "--patience" if config.patience else "--save-best"
+            hint = "hold some of it out (--val-split 0.1), or name some: --val-data FILE"
+            raise UsageError(f"{name} needs held-out data, and there is none", hint=hint)
+        identity = data.identity | self._identity(data.sha256)
         yield from self._resume(identity)
         model = load_model(
             self.base,
@@ -213,12 +222,16 @@ class _Run:
             config=self.shape,
             for_training=True,
         )
-        trainer = self._trainer(model, text, tokenizer)
-        yield from self._facts(text, trainer)
-        windows = HeldOut(text.validation, config.ctx, _bos(tokenizer, config.model_base), model, self.device)
-        if windows and not self.progress.iterations:
-            yield windows.evaluate("start")
-        yield from self._steps(trainer, windows, identity)
+        trainer = self._trainer(model, data)
+        is_chat = isinstance(data.facts, ChatFacts)
+        self.answers = Answers(model, tokenizer, config.sample_prompt, config.sample_tokens, as_messages=is_chat)
+        yield from self._facts(data, trainer)
+        whole = config.save_best or config.patience > 0  # evaluations are held against each other
+        held_out = HeldOut(data.held_out, model, self.device, whole=whole)
+        if held_out and not self.progress.iterations:
+            yield held_out.evaluate("start")
+        yield from self.answers.samples(self.progress.iterations)
+        yield from self._steps(trainer, held_out, identity)
 
     def _identity(self, text_hash: str) -> dict[str, Any]:
         return make_identity(
@@ -258,7 +271,7 @@ class _Run:
         if moved:
             yield Remark("note", f"{', '.join(moved)}: results are no longer exact to the last bit")
 
-    def _trainer(self, model: Llama, text: TrainingText, tokenizer: Tokenizer) -> Trainer:
+    def _trainer(self, model: Llama, data: FinetuneData) -> Trainer:
         config = self.config
         model.use_checkpointing = config.use_checkpointing
         weights = initial_weights(self.shape, self.ranks, self.seed)
@@ -269,31 +282,19 @@ class _Run:
             check_shapes(self.saved.arrays, parameters.shapes, config.checkpoint_in)
             parameters.restore(self.saved.arrays, self.progress.updates)
             self.saved.arrays.clear()
-        order = SampleOrder(self.seed, len(text.train.begins), self.progress.order_epoch, self.progress.next_sample)
-        bos = _bos(tokenizer, config.model_base)
-        eos = bos if tokenizer.eos_id is None else tokenizer.eos_id
-        builder = BatchBuilder(text.train, config, bos=bos, eos=eos, n_vocab=self.shape.n_vocab)
+        order = SampleOrder(self.seed, data.n_samples, self.progress.order_epoch, self.progress.next_sample)
         factor = partial(schedule, config=config)
-        return Trainer(model.train(), parameters, builder, order, self.progress, config, dropout, factor)
+        return Trainer(model.train(), parameters, data.batches, order, self.progress, config, dropout, factor)
 
-    def _facts(self, text: TrainingText, trainer: Trainer) -> Iterator[Report]:
+    def _facts(self, data: FinetuneData, trainer: Trainer) -> Iterator[Report]:
         config, progress = self.config, self.progress
         trained = trainer.parameters.n_numbers
         yield Counters(
             progress.iterations, progress.samples, progress.tokens, progress.epochs, progress.updates,
             4 * trained, 8 * trained, trained,
         )  # fmt: skip
-        for warning in text.warnings:
-            yield Remark("warning", warning)
-        yield DataFacts(
-            config.train_data,
-            config.sample_start,
-            config.include_sample_start,
-            len(text.train.begins),
-            len(text.train.tokens),
-            len(np.unique(text.train.tokens)),
-            len(text.validation),
-        )
+        yield from data.remarks
+        yield data.facts
         yield make_plan(
             trainer.model,
             config,
@@ -304,7 +305,7 @@ class _Run:
         )
         yield Begin(progress.iterations, config.adam_iter)
 
-    def _steps(self, trainer: Trainer, windows: HeldOut, identity: dict[str, Any]) -> Iterator[Report]:
+    def _steps(self, trainer: Trainer, held_out: HeldOut, identity: dict[str, Any]) -> Iterator[Report]:
         config, control, progress = self.config, self.control, self.progress
         last_save, self.reason = progress.iterations, "all iterations are done"
         for left in range(config.adam_iter - 1, -1, -1):
@@ -315,20 +316,36 @@ class _Run:
                 yield report
             else:
                 evaluation = None
-                if windows and not control.signal:
-                    evaluation = windows.evaluate("end" if stop or left == 0 else "save")
+                if held_out and not control.signal:
+                    evaluation = self._judged(held_out.evaluate("end" if stop or left == 0 else "save", report.step))
                     report = dataclasses.replace(report, val_loss=evaluation.loss, val_ppl=evaluation.ppl)
+                    if 0 < config.patience <= progress.evaluations_without_best:
+                        stop = stop or f"--patience {config.patience}: the held-out loss no longer falls"
                 yield report
                 if evaluation is not None:
                     yield evaluation
+                if not control.signal:
+                    yield from self.answers.samples(report.step)
                 control.save, last_save = False, progress.iterations
                 yield from self.manager.save(self._state(trainer, identity))
+                if config.save_best and evaluation is not None and evaluation.is_best:
+                    yield from self.manager.mark(progress.iterations, "BEST")
             trainer.check_diverged()
             if stop or control.signal:
                 self.reason = stop or "interrupted"
                 break
         if last_save < progress.iterations:  # the signal came between a step and the next
             yield from self.manager.save(self._state(trainer, identity))
+
+    def _judged(self, evaluation: Evaluation) -> Evaluation:
+        """An evaluation, and whether it is the best so far."""
+        progress = self.progress
+        is_best = progress.best_evaluation is None or evaluation.loss < progress.best_evaluation
+        if is_best:
+            progress.best_evaluation, progress.evaluations_without_best = evaluation.loss, 0
+        else:
+            progress.evaluations_without_best += 1
+        return dataclasses.replace(evaluation, is_best=is_best)
 
     def _state(self, trainer: Trainer, identity: dict[str, Any]) -> TrainState:
         return TrainState(identity, self._settings(), self._place(), self.progress, trainer.parameters.snapshot())
@@ -369,10 +386,3 @@ def _overridden(shape: ModelConfig, config: FinetuneConfig) -> ModelConfig:
             hint="give a smaller --ctx, or stretch the positions with --rope-freq-scale",
         )
     return dataclasses.replace(shape, **changes)
-
-
-def _bos(tokenizer: Tokenizer, path: str) -> int:
-    bos = tokenizer.bos_id if tokenizer.bos_id is not None else tokenizer.eos_id
-    if bos is None:
-        raise UnsupportedError("the vocabulary has neither a BOS nor an EOS token", path=path)
-    return bos

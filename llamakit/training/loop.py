@@ -16,12 +16,13 @@ import torch
 from torch import Tensor
 
 from llamakit.dataset.order import SampleOrder
+from llamakit.dataset.packing import ChatBatch
 from llamakit.dataset.text import Batch
 from llamakit.errors import DivergedError
 from llamakit.model import Llama
 from llamakit.model.layers import Dropout
 from llamakit.training.config import LoopOptions
-from llamakit.training.loss import backpropagate
+from llamakit.training.loss import backpropagate, rows_of
 from llamakit.training.optim import AdamW, clip_gradient
 from llamakit.training.report import StepReport
 from llamakit.training.state import MOMENT_SUFFIXES, Progress
@@ -41,7 +42,7 @@ class Control:
 class Batches(Protocol):
     """Where batches come from."""
 
-    def build(self, order: SampleOrder, batch: int) -> Batch:
+    def build(self, order: SampleOrder, batch: int) -> Batch | ChatBatch:
         """The next `batch` rows; the order itself is not moved."""
         ...
 
@@ -145,23 +146,22 @@ class Trainer:
         )
 
     def _accumulate(self) -> tuple[float, int]:
-        """Gradients of one iteration's micro-steps; the mean token loss of all of them, and their tokens."""
+        """Gradients of one iteration's micro-steps; the mean loss of their trained tokens, and all their tokens."""
         config, progress, total = self.config, self.progress, 0.0
         batches = list(self._next_batches())
-        n_tokens = sum(batch.targets.size for batch in batches)
+        n_trained = sum(batch.n_trained for batch in batches)
         for micro, batch in enumerate(batches):
             self.dropout.key = progress.iterations * config.grad_acc + micro
-            inputs, targets = (torch.from_numpy(x).to(self._device) for x in (batch.inputs, batch.targets))
-            total += backpropagate(self.model, inputs, targets, 1 / n_tokens)
+            total += backpropagate(self.model, rows_of(batch, self._device), 1 / n_trained)
         progress.order_epoch, progress.next_sample = self.order.epoch, self.order.next_sample
-        return total / n_tokens, n_tokens
+        return total / n_trained, sum(batch.n_tokens for batch in batches)
 
-    def _next_batches(self) -> Iterator[Batch]:
+    def _next_batches(self) -> Iterator[Batch | ChatBatch]:
         """The micro-batches of one iteration: all are made before the first is used, since all their tokens count."""
         for _ in range(self.config.grad_acc):
             batch = self.batches.build(self.order, self.config.batch)
             self.progress.samples += batch.used
-            self.progress.tokens += batch.targets.size
+            self.progress.tokens += batch.n_tokens
             self.progress.epochs += self.order.advance(batch.used)
             yield batch
 

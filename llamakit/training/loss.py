@@ -1,13 +1,17 @@
 """Cross entropy over a large vocabulary without ever holding a (tokens, vocabulary) float32 tensor.
 
-Shapes: N tokens, C n_embd, V n_vocab.
+Shapes: N tokens, B rows, T places of a row, C n_embd, V n_vocab.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
+from llamakit.dataset.packing import ChatBatch
+from llamakit.dataset.text import Batch
 from llamakit.kernels import train
 from llamakit.model import Llama
 from llamakit.model.recompute import weighted_sum
@@ -19,6 +23,38 @@ _CHUNK_TOKENS = 256
 _CHUNK_LOGITS_TRAINED = 1 << 25
 # The float32 copy is made for so many logits at a time: 1 MB, which stays in the L2 cache.
 _TILE_LOGITS = 1 << 18
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of a micro-step on a device: tokens and targets (B, T) int64.
+
+    trained: (B, T) bool, which targets have a loss; None: all of them. positions (B, T) int64 and segments (B, T) int:
+    where rows have several samples; None: a row is one.
+    """
+
+    tokens: Tensor
+    targets: Tensor
+    trained: Tensor | None = None
+    positions: Tensor | None = None
+    segments: Tensor | None = None
+
+    def to(self, device: torch.device) -> Rows:
+        """The same on a device."""
+        rest = (x if x is None else x.to(device) for x in (self.trained, self.positions, self.segments))
+        return Rows(self.tokens.to(device), self.targets.to(device), *rest)
+
+
+def rows_of(batch: Batch | ChatBatch, device: torch.device) -> Rows:
+    """A batch as a model takes it."""
+    tokens, targets = (torch.from_numpy(x).to(device) for x in (batch.inputs, batch.targets))
+    if isinstance(batch, Batch):
+        return Rows(tokens, targets)
+    trained = torch.from_numpy(batch.trained).to(device)
+    if not batch.packed:  # padding stands behind each sample: a causal mask hides it
+        return Rows(tokens, targets, trained)
+    positions, segments = (torch.from_numpy(x).to(device) for x in (batch.positions, batch.segments))
+    return Rows(tokens, targets, trained, positions, segments)
 
 
 class _CrossEntropySum(torch.autograd.Function):
@@ -59,11 +95,14 @@ def _chunk_tokens(model: Llama) -> int:
     return _CHUNK_TOKENS
 
 
-def evaluate_loss(model: Llama, tokens: Tensor, targets: Tensor) -> float:
-    """Sum of the token losses of inputs and targets (B, T) int64, float32 per token; no gradient."""
+def evaluate_loss(model: Llama, rows: Rows) -> float:
+    """Sum of the losses of the trained targets, float32 per token; no gradient."""
     with torch.no_grad():
-        hidden = model(tokens).flatten(0, 1)
-        wanted = targets.flatten()
+        hidden = model(rows.tokens, rows.positions, segments=rows.segments).flatten(0, 1)
+        wanted = rows.targets.flatten()
+        if rows.trained is not None:
+            chosen = rows.trained.flatten()
+            hidden, wanted = hidden[chosen], wanted[chosen]
         return sum(
             float(
                 _CrossEntropySum.apply(
@@ -74,14 +113,17 @@ def evaluate_loss(model: Llama, tokens: Tensor, targets: Tensor) -> float:
         )
 
 
-def backpropagate(model: Llama, tokens: Tensor, targets: Tensor, weight: float) -> float:
+def backpropagate(model: Llama, rows: Rows, weight: float) -> float:
     """Add the gradient of weight * (sum of token losses) to the parameters; returns the sum of token losses.
 
-    tokens, targets: (B, T) int64. The output matrix is applied chunk by chunk, its gradient taken at once, so that
-    one chunk's logits are all that ever exists of them.
+    The output matrix is applied chunk by chunk, its gradient taken at once, so that one chunk's logits are all that
+    ever exists of them. Hidden states of targets that are not trained do not reach it.
     """
-    hidden = model(tokens)
-    flat, wanted = hidden.detach().flatten(0, 1), targets.flatten()
+    hidden = model(rows.tokens, rows.positions, segments=rows.segments)
+    flat, wanted = hidden.detach().flatten(0, 1), rows.targets.flatten()
+    chosen = None if rows.trained is None else rows.trained.flatten()
+    if chosen is not None:
+        flat, wanted = flat[chosen], wanted[chosen]
     d_hidden, total = torch.empty_like(flat), 0.0
     size = _chunk_tokens(model)
     for at in range(0, len(wanted), size):
@@ -90,6 +132,10 @@ def backpropagate(model: Llama, tokens: Tensor, targets: Tensor, weight: float) 
         loss.backward()
         total += float(loss.detach())
         d_hidden[at : at + size] = chunk.grad  # pyright: ignore[reportArgumentType]
+    if chosen is not None:
+        d_all = torch.zeros_like(hidden).flatten(0, 1)
+        d_all[chosen] = d_hidden
+        d_hidden = d_all
     if hidden.requires_grad:
         weighted_sum(hidden, d_hidden.view_as(hidden)).backward()
     return total

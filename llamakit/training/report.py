@@ -66,6 +66,46 @@ class DataFacts:
 
 
 @dataclass(frozen=True)
+class ChatFacts:
+    """Questions and answers to train on: what they are, and what became of them.
+
+    n_records: read; schemas: how many are of which. n_samples, n_tokens, n_trained: to train on, their tokens, those
+    with a loss; n_held_out, n_held_out_trained: held-out samples and their tokens with a loss. n_cut, n_cut_tokens:
+    samples that lost their end, and the tokens lost; n_windowed: samples that became several; n_skipped: left out.
+    n_rows: of an epoch, packed or not.
+    """
+
+    path: str
+    n_records: int
+    schemas: Mapping[str, int]
+    n_samples: int
+    n_tokens: int
+    n_trained: int
+    n_held_out: int
+    n_held_out_trained: int
+    n_cut: int
+    n_cut_tokens: int
+    n_windowed: int
+    n_skipped: int
+    n_rows: int
+    packed: bool
+    train_on: str
+
+
+@dataclass(frozen=True)
+class Verified:
+    """The adapter was read from its file and put on the base again. path: of the file; n_tokens: compared.
+
+    difference: largest one of its logits to those of the model as it was trained; change: to those of the base.
+    """
+
+    path: str
+    n_tokens: int
+    difference: float
+    change: float
+
+
+@dataclass(frozen=True)
 class Plan:
     """What the run will take, predicted. memory_bytes: peak resident memory of the process; step_s: seconds a step."""
 
@@ -199,6 +239,8 @@ Report = (
     | NewModel
     | Counters
     | DataFacts
+    | ChatFacts
+    | Verified
     | Plan
     | Begin
     | StepReport

@@ -57,7 +57,7 @@ class TrainState:
 
 MOMENT_SUFFIXES = (".m", ".v")
 
-_SAMPLE_FLAGS = (
+SAMPLE_FLAGS = (
     "sample_start",
     "include_sample_start",
     "escape",
@@ -139,7 +139,7 @@ def make_identity(
         "--lora-alpha": config.alpha,
     }
     identity |= {f"rank of {kind}": rank for kind, rank in ranks.items()}
-    return identity | {flag(name): getattr(config, name) for name in (*_SAMPLE_FLAGS, *_MODEL_FLAGS)}
+    return identity | {flag(name): getattr(config, name) for name in (*SAMPLE_FLAGS, *_MODEL_FLAGS)}
 
 
 def make_settings(config: FinetuneConfig, dtype: str) -> dict[str, Any]:
@@ -173,6 +173,8 @@ def check_identity(
         what = {
             "text": "the training text (sha256)",
             "vocabulary": "the vocabulary (sha256)",
+            "chat template": "the chat template (sha256)",
+            "held-out data": "the held-out data (sha256)",
             "base file": "the base model's file (fingerprint)",
         }
         raise MismatchError(

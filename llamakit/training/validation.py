@@ -1,39 +1,101 @@
-"""The held-out text: some of it is evaluated at each save, all of it at the end.
+"""The held-out part of the data: some of it is evaluated at each save, all of it at the end.
 
 Shapes: B batch, T ctx.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Literal
+from collections.abc import Iterable, Iterator
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from llamakit.dataset.chat_data import ChatData
+from llamakit.dataset.packing import ChatBatches
 from llamakit.model import Llama
-from llamakit.training.loss import evaluate_loss
+from llamakit.training.loss import Rows, evaluate_loss, rows_of
 from llamakit.training.report import Evaluation
 
-_TOKENS_AT_A_SAVE = 4096
+_TOKENS_AT_A_SAVE, _TOKENS_AT_A_TIME = 4096, 2048
+_CPU = torch.device("cpu")
+
+
+class HeldOutPart(Protocol):
+    """What is held out."""
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens that have a loss."""
+        ...
+
+    def rows(self, at_most: int | None) -> Iterator[tuple[Rows, int]]:
+        """Rows, and how many targets of them have a loss; spread evenly, about at_most tokens, or all (None)."""
+        ...
+
+
+class TextPart:
+    """Held-out tokens (m,) of a text, in windows of ctx behind a BOS each."""
+
+    def __init__(self, tokens: np.ndarray, ctx: int, bos: int) -> None:
+        self._tokens, self._ctx, self._bos = tokens, ctx, bos
+
+    @property
+    def n_tokens(self) -> int:
+        """All of them have a loss."""
+        return len(self._tokens)
+
+    def rows(self, at_most: int | None) -> Iterator[tuple[Rows, int]]:
+        """Windows of one length at a time."""
+        for inputs, targets in validation_windows(self._tokens, self._ctx, self._bos, at_most):
+            yield Rows(inputs, targets), targets.numel()
+
+
+class ChatPart:
+    """Held-out samples, in their own order."""
+
+    def __init__(self, data: ChatData, ctx: int, *, pack: bool, pad: int) -> None:
+        batches = ChatBatches(data, ctx=ctx, pack=pack, pad=pad)
+        self._batches = list(batches.in_order(max(1, _TOKENS_AT_A_TIME // ctx)))
+        self._n_tokens = sum(batch.n_trained for batch in self._batches)
+
+    @property
+    def n_tokens(self) -> int:
+        """Trained ones."""
+        return self._n_tokens
+
+    def rows(self, at_most: int | None) -> Iterator[tuple[Rows, int]]:
+        """Whole batches."""
+        wanted, each = len(self._batches), sum(batch.n_tokens for batch in self._batches) / len(self._batches)
+        if at_most is not None:
+            wanted = min(wanted, max(1, round(at_most / each)))
+        for i in range(wanted):
+            batch = self._batches[i * len(self._batches) // wanted]
+            yield rows_of(batch, _CPU), batch.n_trained
 
 
 class HeldOut:
-    """The held-out text, ready to be evaluated: some of it at a save, all of it at the end."""
+    """A held-out part, ready to be evaluated: some of it at a save, all of it at the end, or whole each time."""
 
-    def __init__(self, tokens: np.ndarray, ctx: int, bos: int, model: Llama, device: torch.device) -> None:
-        self._tokens, self._ctx, self._bos, self._model, self._device = tokens, ctx, bos, model, device
+    def __init__(self, part: HeldOutPart | None, model: Llama, device: torch.device, *, whole: bool = False) -> None:
+        self._part, self._model, self._device, self._whole = part, model, device, whole
 
     def __bool__(self) -> bool:
-        return len(self._tokens) > 0
+        return self._part is not None and self._part.n_tokens > 0
 
-    def evaluate(self, when: Literal["start", "save", "end"]) -> Evaluation:
-        """Mean loss and perplexity; `when` decides how much of the text."""
-        at_most = None if when == "end" else _TOKENS_AT_A_SAVE
-        windows = validation_windows(self._tokens, self._ctx, self._bos, at_most)
-        loss, n_tokens = _mean_loss(self._model, windows, self._device)
-        return Evaluation(when, loss, float(np.exp(np.float64(loss))), n_tokens, len(self._tokens))
+    def evaluate(self, when: Literal["start", "save", "end"], step: int = 0) -> Evaluation:
+        """Mean loss and perplexity; `when` decides how much of it. step: after which."""
+        assert self._part is not None, "the caller asked whether there is one"
+        at_most = None if when == "end" or self._whole else _TOKENS_AT_A_SAVE
+        self._model.eval()
+        total, n_tokens = 0.0, 0
+        for rows, n in self._part.rows(at_most):
+            total += evaluate_loss(self._model, rows.to(self._device))
+            n_tokens += n
+        self._model.train()
+        loss = total / n_tokens
+        return Evaluation(when, loss, float(np.exp(np.float64(loss))), n_tokens, self._part.n_tokens, step=step)
 
 
 def validation_windows(tokens: np.ndarray, ctx: int, bos: int, at_most: int | None) -> list[tuple[Tensor, Tensor]]:
@@ -53,12 +115,3 @@ def validation_windows(tokens: np.ndarray, ctx: int, bos: int, at_most: int | No
     per_batch = max(1, 2048 // ctx)
     batches = [full[at : at + per_batch] for at in range(0, len(full), per_batch)]
     return [(torch.stack([p[0] for p in b]), torch.stack([p[1] for p in b])) for b in batches] + short
-
-
-def _mean_loss(model: Llama, windows: list[tuple[Tensor, Tensor]], device: torch.device) -> tuple[float, int]:
-    """Mean token loss over windows and how many tokens they have; dropout off."""
-    model.eval()
-    total = sum(evaluate_loss(model, inputs.to(device), targets.to(device)) for inputs, targets in windows)
-    model.train()
-    n_tokens = sum(targets.numel() for _, targets in windows)
-    return total / n_tokens, n_tokens

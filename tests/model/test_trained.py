@@ -13,7 +13,7 @@ from llamakit.model import Llama
 from llamakit.model.layers import Dropout
 from llamakit.model.trained import TrainedEmbedding, TrainedLinear
 from llamakit.training.blueprint import build, from_file
-from llamakit.training.loss import backpropagate, evaluate_loss
+from llamakit.training.loss import Rows, backpropagate, evaluate_loss
 from tests.tiny import cached_tiny_gguf
 from tests.training.test_gradients import plain_loss
 
@@ -42,7 +42,7 @@ def gradients(
     for parameter in named.values():
         parameter.grad = None
     pieces = zip(tokens.tensor_split(parts), targets.tensor_split(parts), strict=True)
-    total = sum(backpropagate(model, x, y, 1 / tokens.numel()) for x, y in pieces)
+    total = sum(backpropagate(model, Rows(x, y), 1 / tokens.numel()) for x, y in pieces)
     found = {name: parameter.grad for name, parameter in named.items()}
     return total / tokens.numel(), {name: grad.clone() for name, grad in found.items() if grad is not None}
 
@@ -78,7 +78,7 @@ def test_every_gradient_is_plain_torchs(options: dict[str, Any]) -> None:
     again, recomputed = gradients(model, named, tokens, targets)
     assert again == loss
     assert_same(mine, recomputed)
-    assert evaluate_loss(model, tokens, targets) / tokens.numel() == pytest.approx(loss, rel=1e-6)
+    assert evaluate_loss(model, Rows(tokens, targets)) / tokens.numel() == pytest.approx(loss, rel=1e-6)
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -99,7 +99,7 @@ def test_gradients_are_added_to_those_that_are_there(checkpointing: bool) -> Non
     _, once = gradients(model, named, tokens, targets)
     for parameter in named.values():
         parameter.grad = torch.ones_like(parameter)
-    backpropagate(model, tokens, targets, 1 / tokens.numel())
+    backpropagate(model, Rows(tokens, targets), 1 / tokens.numel())
     added = {name: p.grad - 1 for name, p in named.items() if p.grad is not None}
     assert_close(added, {name: grad.double() for name, grad in once.items()}, 1e-3)
 
@@ -122,7 +122,7 @@ def test_dropout_masks_are_drawn_by_key_and_are_the_same_when_recomputed(tied: b
         losses.append(loss)
     assert len({plain, *losses}) == 3
     model.eval()
-    assert evaluate_loss(model, tokens, targets) / tokens.numel() == pytest.approx(plain, rel=1e-6)
+    assert evaluate_loss(model, Rows(tokens, targets)) / tokens.numel() == pytest.approx(plain, rel=1e-6)
 
 
 def test_a_gradient_with_dropout_is_the_slope_of_its_loss() -> None:

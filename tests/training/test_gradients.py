@@ -11,7 +11,7 @@ from llamakit.model import load_model
 from llamakit.model.layers import Dropout
 from llamakit.quant import dequantize
 from llamakit.training.lora import attach_trainable, initial_weights
-from llamakit.training.loss import backpropagate, evaluate_loss
+from llamakit.training.loss import Rows, backpropagate, evaluate_loss
 from tests.tiny import ALL_TYPES, cached_tiny_gguf
 
 ALPHA, RANK = 6.0, 2
@@ -93,7 +93,7 @@ def gradients(model, pairs, tokens, targets, parts=1):
     for rows in tokens.tensor_split(parts), targets.tensor_split(parts):
         assert len(rows) == parts
     for x, y in zip(tokens.tensor_split(parts), targets.tensor_split(parts), strict=True):
-        total += backpropagate(model, x, y, 1 / tokens.numel())
+        total += backpropagate(model, Rows(x, y), 1 / tokens.numel())
     return total / tokens.numel(), {n: (a.grad.clone(), b.grad.clone()) for n, (a, b) in pairs.items()}
 
 
@@ -165,7 +165,7 @@ def test_a_vocabulary_larger_than_a_tile_gives_the_same_loss(monkeypatch):
     parts, theirs = gradients(model, pairs, tokens, targets)
     assert parts == pytest.approx(whole, rel=1e-6)
     assert_close(mine, {n: (a.double(), b.double()) for n, (a, b) in theirs.items()}, 1e-4)
-    assert evaluate_loss(model, tokens, targets) / tokens.numel() == pytest.approx(whole, rel=1e-6)
+    assert evaluate_loss(model, Rows(tokens, targets)) / tokens.numel() == pytest.approx(whole, rel=1e-6)
 
 
 def test_dropout_is_drawn_anew_for_each_key_and_is_the_same_when_recomputed():
@@ -186,4 +186,4 @@ def test_dropout_is_drawn_anew_for_each_key_and_is_the_same_when_recomputed():
     assert results[1][0] != results[2][0]
     model.eval()
     dropout.key = 1
-    assert evaluate_loss(model, tokens, targets) != pytest.approx(results[1][0] * tokens.numel(), rel=1e-6)
+    assert evaluate_loss(model, Rows(tokens, targets)) != pytest.approx(results[1][0] * tokens.numel(), rel=1e-6)
