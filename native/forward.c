@@ -356,9 +356,31 @@ static void group_layer(job *j, int index, const desk *d, int64_t *counters) {
     group_products(j, &down, j->hidden, j->ld_ff, NULL, d, counters + 8);
 }
 
-/* Logits, token by token: few of a batch have them. */
+/* Logits of several tokens, in groups: what they are computed from moves to the front. */
+static void finish_groups(job *j, const desk *d, int64_t *counters) {
+    batch tokens = *j->tokens;
+    tokens.n_tokens = tokens.n_outputs;
+    job own = *j;
+    own.tokens = &tokens;
+    own.n_groups = (tokens.n_outputs + GROUP - 1) / GROUP;
+    products logits = of_logits(j, 0);
+    logits.ld[0] = tiles_of(logits.w[0]) * TILE;
+    if (d->thread == 0) /* outputs rise: none is overwritten before it is moved */
+        for (int o = 0; o < tokens.n_outputs; o++)
+            memmove(j->x + o * j->ld_embd, j->x + tokens.outputs[o] * j->ld_embd, sizeof(float) * (size_t)j->ld_embd);
+    wait_for_all(&j->team, NULL);
+    prepare_groups(&own, &logits, j->x, j->ld_embd, j->model->output_norm, d, counters);
+    wait_for_all(&j->team, NULL);
+    multiply_groups(&own, &logits, d, counters + 1);
+}
+
+/* Logits, token by token where few of a batch have them. */
 static void finish(job *j, const desk *d) {
     const llama *m = j->model;
+    if (j->tokens->n_outputs > 2) {
+        finish_groups(j, d, j->counters + (int64_t)PHASES * m->n_layer);
+        return;
+    }
     for (int o = 0; o < j->tokens->n_outputs; o++) {
         const float *x = j->x + j->tokens->outputs[o] * j->ld_embd;
         const products logits = of_logits(j, o), first = of_qkv(j, m->layers);

@@ -14,16 +14,18 @@ import pytest
 
 from llamakit.formats.gguf import GGUFFile
 from tests.helpers import ROOT
+from tests.tiny import cached_tiny_gguf
 
 BENCHMARKS = ROOT / "benchmarks"
-SCRIPTS = ("models.py", "finetune.py", "convert.py", "generate.py", "seven_b.py", "startup.py")
+SCRIPTS = ("models.py", "finetune.py", "convert.py", "generate.py", "serve.py", "seven_b.py", "startup.py")
 
 
 def bench(script: str, *arguments: str | os.PathLike[str]) -> str:
     """Run a benchmark with one thread and return what it printed."""
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     ran = subprocess.run(
         [sys.executable, str(BENCHMARKS / script), *map(os.fspath, arguments)],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         check=False,
         text=True,
@@ -126,3 +128,13 @@ def test_convert_and_the_numpy_way_on_a_tiny_folder(tmp_path: Path) -> None:
     assert figures.keys() == {"ours", "numpy", "ours, verified"}
     assert all(side["wall_s"] > 0 and side["peak_bytes"] > 0 for side in figures.values())
     assert not list((tmp_path / "work").iterdir()), "what was written is deleted without --keep"
+
+
+@pytest.mark.slow
+def test_serve_on_a_tiny_model(tmp_path: Path) -> None:
+    report = tmp_path / "report.json"
+    model = str(cached_tiny_gguf())
+    amounts = ("--clients", "3", "--slots", "2", "--ctx", "200", "--gen", "5", "--rounds", "1", "--prompt", "5")
+    assert "3 clients" in bench("serve.py", model, "--alone", *amounts, "--threads", "1", "--json", report)
+    (results,) = json.loads(report.read_text())["results"]
+    assert results["sides"]["llamakit"]["many"][0]["tok_per_s"] > 0

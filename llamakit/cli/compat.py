@@ -10,7 +10,7 @@ import difflib
 from collections.abc import Iterable
 from typing import Literal
 
-from llamakit.cli import compat_bench, compat_data, compat_train
+from llamakit.cli import compat_bench, compat_data, compat_serve, compat_train
 from llamakit.cli.compat_convert import rewrite_convert
 from llamakit.errors import UnsupportedError, UsageError
 
@@ -109,6 +109,7 @@ ALIASES: dict[str, dict[str, str]] = {
         "--from-chunk": "--chunk",
     },
     "bench": {"--model": "-m"},
+    "serve": compat_serve.ALIASES,
     "run": {},
     "tokenize": {"--model": "-m", "--prompt": "-p", "--file": "-f"},
     "inspect": {"-m": "", "--model": ""},
@@ -125,6 +126,7 @@ ALIASES["chat"] = {old: new for old, new in ALIASES["generate"].items() if old n
 _HUB_MODEL = {
     "finetune": "--model-base", "train": "--init-from", "generate": "-m", "chat": "-m", "imatrix": "-m", "merge": "-m",
     "convert": "-m", "quantize": "-m", "tokenize": "-m", "inspect": "-m", "perplexity": "-m", "bench": "-m",
+    "serve": "-m",
 }  # fmt: skip
 _HUB_REPO, _HUB_FILE = ("-hf", "-hfr", "--hf-repo"), ("-hff", "--hf-file")
 
@@ -139,21 +141,15 @@ _PLACING: dict[str, tuple[int, str]] = {
     **dict.fromkeys(("--repack", "-nr", "--no-repack", "--check-tensors"), (0, _CPU)),
     **dict.fromkeys(("--poll", "--poll-batch", "--prio", "--prio-batch", "--cpu-strict"), (1, _CPU)),
 }
+_LOADING: dict[str, tuple[int, str]] = {
+    **dict.fromkeys(("--mlock", "--mmap", "--no-mmap"), (0, _MEMORY)),
+    **dict.fromkeys(("--numa", "-ub", "--ubatch-size"), (1, _CPU)),
+    **dict.fromkeys(("-tb", "--threads-batch"), (1, "--threads sets the threads of everything")),
+}
 _MEASURING: dict[str, tuple[int, str]] = {
-    "--mlock": (0, _MEMORY),
-    "--mmap": (0, _MEMORY),
-    "--no-mmap": (0, _MEMORY),
-    "--numa": (1, _CPU),
-    "-ub": (1, _CPU),
-    "--ubatch-size": (1, _CPU),
-    "-tb": (1, "--threads sets the threads of everything"),
-    "--threads-batch": (1, "--threads sets the threads of everything"),
-    "-np": (1, "--batch says how many chunks are computed at once"),
-    "--parallel": (1, "--batch says how many chunks are computed at once"),
-    "-ctk": (1, "keys and values are never rounded"),
-    "--cache-type-k": (1, "keys and values are never rounded"),
-    "-ctv": (1, "keys and values are never rounded"),
-    "--cache-type-v": (1, "keys and values are never rounded"),
+    **_LOADING,
+    **dict.fromkeys(("-np", "--parallel"), (1, "--batch says how many chunks are computed at once")),
+    **dict.fromkeys(("-ctk", "--cache-type-k", "-ctv", "--cache-type-v"), (1, "keys and values are never rounded")),
     "--warmup": (0, _CPU),
     "--no-warmup": (0, _CPU),
     "--no-escape": (0, "the text is always taken as it is"),
@@ -166,16 +162,8 @@ NO_OPS: dict[str, dict[str, tuple[int, str]]] = {
         "--mmap": (0, _MEMORY),
     },
     "generate": {
-        "--mlock": (0, _MEMORY),
-        "--mmap": (0, _MEMORY),
-        "--no-mmap": (0, _MEMORY),
-        "--numa": (1, _CPU),
-        "-b": (1, _CPU),
-        "--batch-size": (1, _CPU),
-        "-ub": (1, _CPU),
-        "--ubatch-size": (1, _CPU),
-        "-tb": (1, "--threads sets the threads of everything"),
-        "--threads-batch": (1, "--threads sets the threads of everything"),
+        **_LOADING,
+        **dict.fromkeys(("-b", "--batch-size"), (1, _CPU)),
         "-no-cnv": (0, "the text is completed as it is unless -cnv is given"),
         "--no-conversation": (0, "the text is completed as it is unless -cnv is given"),
         "-e": (0, "escapes are processed unless --no-escape is given"),
@@ -206,6 +194,7 @@ NO_OPS: dict[str, dict[str, tuple[int, str]]] = {
     "perplexity": _MEASURING,
     "imatrix": _MEASURING,
     "bench": compat_bench.NO_EFFECT,
+    "serve": {**_PLACING, **compat_serve.NO_EFFECT},
     "run": {},
     "tokenize": {"--log-disable": (0, "what is no token goes to stderr: 2>/dev/null silences it")},
     "inspect": {},
@@ -238,6 +227,7 @@ _REFUSED: dict[str, dict[str, str]] = {
     },
     "bench": compat_bench.REFUSED,
     "train": compat_train.REFUSED,
+    "serve": compat_serve.REFUSED,
 }  # fmt: skip
 
 # Options whose value is a text or a name, which may itself begin with a dash and is never rewritten.
@@ -250,6 +240,7 @@ _TEXT_VALUES = frozenset(
         "--vocab-model", "--model-out", "--init-from", "--out-dir", "--sample-prompt",
         "--kl-divergence-base", "--dry-sequence-breaker", "--report-dir",
         "-r", "--reverse-prompt", "--stop", "--in-prefix", "--in-suffix", "--prompts",
+        "-a", "--alias", "--host", "--api-key-file", "--cors-origin",
         "--grammar", "--grammar-file", "-j", "--json-schema", "-jf", "--json-schema-file",
         *compat_data.TEXT_VALUES,
     }
@@ -330,7 +321,9 @@ def _rewrite_option(
         return
     if command in ("generate", "chat") and name in ("-t", "-p", "-m"):
         _warn_about_letter(name, queue, notes)
-    if command in ("generate", "chat", "perplexity", "imatrix", "bench") and _rewrite_compute(name, queue, out, notes):
+    if command in ("generate", "chat", "perplexity", "imatrix", "bench", "serve") and _rewrite_compute(
+        name, queue, out, notes
+    ):
         return
     canonical = ALIASES[command].get(name, name)
     if canonical == "--lora-scaled":

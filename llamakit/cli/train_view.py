@@ -38,6 +38,7 @@ class TrainView:
         self._reading: render.Progress | None = None
         self._last: dict[str, object] = {}
         self._evaluation: dict[str, object] = {}
+        self._tok_per_s_at_peak = float("inf")
         self.training = False
 
     def __enter__(self) -> TrainView:
@@ -79,6 +80,8 @@ class TrainView:
                     self._evaluation = dataclasses.asdict(report)
                 if isinstance(report, Prepared):
                     self._read()
+                if isinstance(report, NewModel):
+                    self._tok_per_s_at_peak = report.peak_flop_per_s / report.flop_per_token
                 for line in _lines(report):
                     self._say(line)
                 for warning in _warnings(report):
@@ -113,7 +116,7 @@ class TrainView:
         if not self._bar.visible or not render.is_terminal(sys.stdout):
             line = (
                 f"{step.step} | loss {step.loss:.4f} | lr {step.lr:e} | {1000 * step.step_s:.2f}ms"
-                f" | {step.tok_per_s:.0f} tok/s"
+                f" | mfu {100 * step.tok_per_s / self._tok_per_s_at_peak:.2f}% | {step.tok_per_s:.0f} tok/s"
             )
             (render.log if self._json else render.say)(line)
             if not self._json:
@@ -199,6 +202,10 @@ def _model_lines(model: NewModel) -> Iterator[str]:
     )
     yield f"data: {model.n_train_tokens:,} tokens to train on, {model.n_validation_tokens:,} held out"
     yield f"computing on {model.device} in {model.dtype}, {model.threads} threads; seed {model.seed}"
+    yield (
+        f"mfu: {model.flop_per_token / 1e6:.1f} MFLOP per token (6 per weight of a product, 6 x ctx x width per block)"
+        f" of {model.peak_flop_per_s / 1e9:.0f} GFLOP/s, this device's rate of a 2048 x 2048 product"
+    )
     if model.iterations:
         yield f"going on from iteration {model.iterations}, {model.tokens:,} tokens"
 

@@ -96,8 +96,11 @@ def _check_room(tokenizer: Tokenizer, ids: Sequence[int], n_ctx: int, config: Ge
         raise UsageError(reason, hint="a larger --ctx, or a smaller --keep")
 
 
-def _sampler(tokenizer: Tokenizer, ids: list[int], config: GenerateConfig) -> Sampler:
-    """The chain, with what it needs of the vocabulary: end tokens to leave out, DRY's breakers, the grammar's start."""
+def new_sampler(tokenizer: Tokenizer, ids: list[int], config: GenerateConfig) -> Sampler:
+    """The chain, with what it needs of the vocabulary: end tokens to leave out, DRY's breakers, the grammar's start.
+
+    Raises as `grammar.open_grammar` does.
+    """
     known = breakers(tokenizer, config.dry_sequence_breaker) if config.dry_multiplier else None
     banned = tokenizer.eog_ids if config.ignore_eos else ()
     return Sampler(config, ids, banned=banned, breakers=known, grammar=open_grammar(config, tokenizer))
@@ -123,7 +126,7 @@ def continue_context(
     stopped halfway or was interrupted: what it holds is always the first context.n_past of them, unless it was shifted.
     Raises LlamakitError for logits that are not finite.
     """
-    continuation = Continuation(tokenizer, context, ids, config, _sampler(tokenizer, ids, config))
+    continuation = Continuation(tokenizer, context, ids, config, new_sampler(tokenizer, ids, config))
     started = time.perf_counter()
     logits = engine.feed(context, continuation.pending)
     now = time.perf_counter()
@@ -150,7 +153,7 @@ def _generate_batch(
     while waiting or running:
         while waiting and len(running) < config.parallel:
             number, ids = waiting.popleft()
-            context, sampler = _context(engine, ids, config), _sampler(tokenizer, ids, config)
+            context, sampler = _context(engine, ids, config), new_sampler(tokenizer, ids, config)
             running.append((number, Continuation(tokenizer, context, ids, config, sampler)))
         started = time.perf_counter()
         batch = engine.feed_batch([(c.context, c.pending) for _, c in running])

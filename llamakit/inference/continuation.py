@@ -69,7 +69,8 @@ class Done:
 class Continuation:
     """A prompt in its context, token by token: the caller computes `pending` there, and hands the logits to `take`.
 
-    pending: tokens that the context lacks, of the prompt or the one just taken. reason: why it has ended, None before.
+    prompt: all its ids. pending: tokens that the context lacks, of the prompt or the one just taken. reason: why it has
+    ended, None before.
     """
 
     def __init__(
@@ -77,7 +78,7 @@ class Continuation:
     ) -> None:
         """ids: the whole prompt, at least one id, at most context.n_ctx; the context holds the first of them."""
         context.truncate(len(ids) - 1)  # the logits are those after the last id: it is always computed
-        self.context, self.pending = context, list(ids[context.n_past :])
+        self.context, self.prompt, self.pending = context, ids, list(ids[context.n_past :])
         self.prefill_s = self.decode_s = 0.0
         self._tokenizer, self._config, self._sampler = tokenizer, config, sampler
         self._stream = tokenizer.stream()

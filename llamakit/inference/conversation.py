@@ -197,13 +197,13 @@ class Conversation:
         with_system = conversations[0][0]["role"] == "system"
         if with_system and self._folds is None:
             return self._rendered_first(conversations[0])
-        chosen = [_fold(messages) for messages in conversations] if with_system and self._folds else conversations
+        chosen = [fold_system(messages) for messages in conversations] if with_system and self._folds else conversations
         return [_text(answer) for answer in render_chats(self._tokenizer, [(c, True) for c in chosen])]
 
     def _rendered_first(self, messages: list[Message]) -> list[str]:
         """With a system message and without: does the template take one? It may refuse it, or leave it out."""
         system = messages[0]["content"].strip()
-        plain, folded = render_chats(self._tokenizer, [(messages, True), (_fold(messages), True)])
+        plain, folded = render_chats(self._tokenizer, [(messages, True), (fold_system(messages), True)])
         if isinstance(plain, FormatError):
             folds = isinstance(folded, str)
         else:
@@ -213,7 +213,7 @@ class Conversation:
         return [text]
 
 
-def _fold(messages: list[Message]) -> list[Message]:
+def fold_system(messages: list[Message]) -> list[Message]:
     """The same without a system message: its text is at the head of the first user's."""
     system, *rest = messages
     at = next((i for i, message in enumerate(rest) if message["role"] == "user"), None)

@@ -50,6 +50,10 @@ class Context(Protocol):
         """Forget `discard` tokens behind the first `keep`; those after them move forward, with keys as if there."""
         ...
 
+    def copy(self, other: Context, n_past: int) -> None:
+        """Hold what another context of the same engine and size has seen first: n_past tokens, and no others."""
+        ...
+
 
 class Engine(Protocol):
     """A model that computes. config: its hyper-parameters."""
@@ -98,6 +102,11 @@ class TorchContext:
     def shift(self, keep: int, discard: int) -> None:
         """Forget `discard` tokens behind the first `keep`; those after them move forward, with keys as if there."""
         self.cache.shift(keep, discard, self._rope)
+
+    @torch.inference_mode()
+    def copy(self, other: Context, n_past: int) -> None:
+        """Hold what another context of the same engine and size has seen first: n_past tokens, and no others."""
+        self.cache.copy(_cache(other), n_past)
 
 
 class TorchEngine:

@@ -37,7 +37,7 @@ def measure_limits(device: torch.device | str = "cpu") -> Limits:
     where there is no memory to read.
     """
     where = torch.device(device)
-    return Limits(_read_bandwidth(where), _gemm_peak(where))
+    return Limits(_read_bandwidth(where), gemm_peak(where))
 
 
 def _read_bandwidth(device: torch.device) -> float:
@@ -50,7 +50,8 @@ def _read_bandwidth(device: torch.device) -> float:
     return data.nbytes / _fastest_s(data.sum, device)
 
 
-def _gemm_peak(device: torch.device) -> float:
+def gemm_peak(device: torch.device) -> float:
+    """FLOP a second of a large product, in the type of `Limits`; a quarter of a second."""
     dtype = torch.bfloat16 if has_fast_bf16(device) else torch.float32
     a, b, out = (torch.ones(_MATRIX, _MATRIX, dtype=dtype, device=device) for _ in range(3))
     return 2 * _MATRIX**3 / _fastest_s(lambda: torch.mm(a, b.t(), out=out), device)

@@ -15,7 +15,7 @@ from llamakit.formats.adapter import Adapter
 from llamakit.formats.base import ModelFile
 from llamakit.ggml import GGMLType
 from llamakit.inference.engine import Context, Logits, Piece, in_chunks
-from llamakit.kernels.llama import MAX_HEAD_DIM, Cache, PackedLlama, PackedRows, Shape, can_pack
+from llamakit.kernels.llama import MAX_HEAD_DIM, Cache, PackedLlama, PackedRows, Shape, Worn, can_pack
 from llamakit.model import ModelConfig
 from llamakit.model.load import load_vector
 from llamakit.model.lora import check_fits
@@ -26,6 +26,7 @@ from llamakit.native import Library, library
 _CHUNK = 256
 #: below so many bytes of weights, waiting for one another costs the threads more than they save
 _ONE_THREAD_BYTES = 3 << 20
+_REMEMBERED_SETS = 6
 
 
 def native_library(file: ModelFile, config: ModelConfig) -> Library | None:
@@ -56,6 +57,12 @@ class NativeContext:
         self.cache.move(start, keep, end - start, lambda keys: rotate(keys, turn))
         self.n_past = end - discard
 
+    def copy(self, other: Context, n_past: int) -> None:
+        """Hold what another context of the same engine and size has seen first: n_past tokens, and no others."""
+        assert isinstance(other, NativeContext) and other.n_ctx == self.n_ctx, "a context of this engine and size"
+        self.cache.copy(other.cache, n_past)
+        self.n_past = n_past
+
 
 class NativeEngine:
     """A model file on the CPU. config: its hyper-parameters; code: see `native_library`."""
@@ -78,6 +85,8 @@ class NativeEngine:
         if self._llama.n_bytes < _ONE_THREAD_BYTES:
             self._llama.n_threads = 1
         self._wide = file.tensors["blk.0.attn_q.weight"].type == GGMLType.F32
+        # Sets of adapters that were on, laid out: a server changes between them many times a second.
+        self._worn: dict[tuple[tuple[int, float], ...], tuple[list[tuple[Adapter, float]], Worn]] = {}
         freqs = load_vector(file, "rope_freqs.weight") if "rope_freqs.weight" in file.tensors else None
         self._rope, self._n_rotations = Rope(config, freqs), 0
 
@@ -118,6 +127,10 @@ class NativeEngine:
 
     def set_adapters(self, adapters: Sequence[tuple[Adapter, float]]) -> None:
         """Put these on, each times its scale, instead of those before. Raises as `check_fits`; nothing is then on."""
+        key = tuple((id(adapter), scale) for adapter, scale in adapters)
+        if key in self._worn:
+            self._llama.wear(self._worn[key][1])
+            return
         self._llama.set_loras({})
         loras: dict[str, tuple[Tensor, Tensor]] = {}
         for adapter, scale in adapters:
@@ -129,3 +142,6 @@ class NativeEngine:
                     pair = torch.cat([loras[path][0], pair[0]]), torch.cat([loras[path][1], pair[1]], dim=1)
                 loras[path] = pair
         self._llama.set_loras(loras)
+        if len(self._worn) == _REMEMBERED_SETS:
+            del self._worn[next(iter(self._worn))]
+        self._worn[key] = list(adapters), self._llama.worn()

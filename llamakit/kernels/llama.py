@@ -107,6 +107,12 @@ class Cache:
         self._tiles.copy_(keys.unflatten(1, (-1, _TILE)).transpose(2, 3))
         self._rows[:, to : to + n] = self._rows[:, start : start + n].clone()
 
+    def copy(self, other: Cache, n: int) -> None:
+        """Hold the first n positions of another cache of the same size, keys by whole tiles."""
+        n_tiles = _rounded(n, _TILE) // _TILE
+        self._tiles[:, :n_tiles] = other._tiles[:, :n_tiles]
+        self._rows[:, :n] = other._rows[:, :n]
+
 
 class _Arena:
     """Memory for matrices in large pages, where the system has them: reading it costs few address translations.
@@ -134,6 +140,15 @@ class _Arena:
         self._at += n_bytes
         self.n_bytes += n_bytes
         return self._at - n_bytes
+
+
+@dataclass(frozen=True)
+class Worn:
+    """Low-rank matrices as they were put on: the structures that point to them, and what keeps them in memory."""
+
+    layers: bytes
+    model: bytes
+    tensors: list[Tensor]
 
 
 class PackedLlama:
@@ -205,6 +220,17 @@ class PackedLlama:
         self._loras += [a, b]
         self._model.embedding_rank = len(a)
         self._model.embedding_lora_a, self._model.embedding_lora_b = a.data_ptr(), b.data_ptr()
+
+    def worn(self) -> Worn:
+        """What `set_loras` put on, for `wear`."""
+        return Worn(bytes(self._layers), bytes(self._model), self._loras)
+
+    def wear(self, loras: Worn) -> None:
+        """Put on what was on once: pointers to what is laid out already."""
+        rotations = self._model.rotations  # no part of it, and perhaps new
+        ctypes.memmove(self._layers, loras.layers, len(loras.layers))
+        ctypes.memmove(ctypes.addressof(self._model), loras.model, len(loras.model))
+        self._loras, self._model.rotations = loras.tensors, rotations
 
     def _matrix_names(self) -> list[str]:
         return [f"blk.{i}.{name}" for i in range(self.shape.n_layer) for name in _MATRICES]

@@ -61,6 +61,13 @@ class KVCache:
             v[:, :, keep : end - discard] = v[:, :, start:end].clone()
         self.n_past = end - discard
 
+    def copy(self, other: KVCache, n_past: int) -> None:
+        """Hold the first n_past tokens of another cache of the same shape, and no others."""
+        assert n_past <= other.n_past, "only what is there can be copied"
+        for target, source in zip(self._k + self._v, other._k + other._v, strict=True):
+            target[:, :, :n_past] = source[:, :, :n_past]
+        self.n_past = n_past
+
 
 class JoinedCache:
     """Several contexts of one row whose newest tokens stand behind each other in one row (1, T) of `Llama.forward`.

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import sys
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -30,11 +32,13 @@ def render_chat(tokenizer: Tokenizer, messages: Messages, *, add_generation_prom
     return text
 
 
-def render_chats(tokenizer: Tokenizer, conversations: Sequence[tuple[Messages, bool]]) -> list[str | FormatError]:
+def render_chats(
+    tokenizer: Tokenizer, conversations: Sequence[tuple[Messages, bool]], *, renderer: Renderer | None = None
+) -> list[str | FormatError]:
     """`render_chat` for several (messages, add_generation_prompt), in one process: the prompt of each, or its error.
 
-    Raises UnsupportedError where there is no template, FormatError where the template or all of it together exceeds
-    its limits.
+    renderer: the process, where it is to stay for the next time. Raises UnsupportedError where there is no template,
+    FormatError where the template or all of it together exceeds its limits.
     """
     template = tokenizer.chat_template
     if not template:
@@ -48,7 +52,8 @@ def render_chats(tokenizer: Tokenizer, conversations: Sequence[tuple[Messages, b
         {"messages": [dict(message) for message in messages], "add_generation_prompt": prompt, **specials}
         for messages, prompt in conversations
     ]
-    answers = _run(json.dumps({"template": template, "variables": variables}))
+    run = renderer.run if renderer is not None else _run
+    answers = run(json.dumps({"template": template, "variables": variables}))
     if answers is None:
         raise _failure("it exceeded its limits on time and memory")
     return [answer["text"] if "text" in answer else _failure(answer["error"]) for answer in answers]
@@ -82,3 +87,47 @@ def _run(request: str) -> list[dict[str, str]] | None:
         return json.loads(result.stdout)
     except (subprocess.TimeoutExpired, json.JSONDecodeError):
         return None
+
+
+class Renderer:
+    """The process that renders, kept for many conversations: one then takes a millisecond. For any thread.
+
+    A template that exceeds its limits ends it, and the next conversation gets a new one.
+    """
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[str] | None = None
+        self._lock = threading.Lock()
+
+    def run(self, request: str) -> list[dict[str, str]] | None:
+        """What the process answers to one line of JSON, None where it exceeded its limits."""
+        with self._lock:
+            process = self._process = self._process or subprocess.Popen(
+                [sys.executable, "-I", str(_RENDERER)],
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, encoding="utf-8",
+            )  # fmt: skip
+            assert process.stdin is not None and process.stdout is not None, "they are pipes"
+            deadline = threading.Timer(_DEADLINE_S, process.kill)
+            deadline.start()
+            try:
+                process.stdin.write(request + "\n")
+                process.stdin.flush()
+                return json.loads(process.stdout.readline())
+            except (BrokenPipeError, json.JSONDecodeError):
+                self._end()
+                return None
+            finally:
+                deadline.cancel()
+
+    def close(self) -> None:
+        """End the process."""
+        with self._lock:
+            self._end()
+
+    def _end(self) -> None:
+        process, self._process = self._process, None
+        if process is None:
+            return
+        process.kill()
+        with contextlib.suppress(BrokenPipeError), process:  # closes its pipes, and waits for it
+            pass

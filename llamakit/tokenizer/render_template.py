@@ -1,4 +1,4 @@
-"""Renders a chat template in a process of its own; run by `chat.py`, as a file, on JSON from standard input.
+"""Renders chat templates in a process of its own; run by `chat.py`, as a file, on lines of JSON from standard input.
 
 A sandbox keeps a template from Python's objects, but not from filling memory or running for ever: the limits on this
 process do. It imports nothing of llamakit, so that it starts fast.
@@ -58,11 +58,16 @@ def render(template: str, variables: dict) -> str:
 
 
 def main() -> None:
-    """Read {"template", "variables": [...]}, write a list of {"text"} or {"error"}, one for each."""
+    """For each line {"template", "variables": [...]} write one with a list of {"text"} or {"error"}, one for each."""
     resource.setrlimit(resource.RLIMIT_AS, (_MEMORY_BYTES, _MEMORY_BYTES))
-    resource.setrlimit(resource.RLIMIT_CPU, (_CPU_SECONDS, _CPU_SECONDS))
-    request = json.load(sys.stdin)
-    json.dump([_answer(request["template"], variables) for variables in request["variables"]], sys.stdout)
+    for line in sys.stdin:
+        used = resource.getrusage(resource.RUSAGE_SELF)
+        allowed = int(used.ru_utime + used.ru_stime) + _CPU_SECONDS
+        resource.setrlimit(resource.RLIMIT_CPU, (allowed, resource.getrlimit(resource.RLIMIT_CPU)[1]))
+        request = json.loads(line)
+        json.dump([_answer(request["template"], variables) for variables in request["variables"]], sys.stdout)
+        sys.stdout.write("\n")
+        sys.stdout.flush()
 
 
 def _answer(template: str, variables: dict) -> dict[str, str]:

@@ -179,7 +179,12 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class NewModel:
-    """What `train` is about to train, on what and where; iterations, tokens: what lies behind it."""
+    """What `train` is about to train, on what and where; iterations, tokens: what lies behind it.
+
+    flop_per_token: 6 for each weight of a product, and 6 T C for each layer's causal attention; peak_flop_per_s: of a
+    large product on this very device. Their quotient times the tokens per second is the model FLOP utilization (MFU;
+    Chowdhery et al. 2022, arXiv 2204.02311, appendix B).
+    """
 
     seed: int
     config: ModelConfig
@@ -195,6 +200,8 @@ class NewModel:
     threads: int
     iterations: int
     tokens: int
+    flop_per_token: float
+    peak_flop_per_s: float
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,11 @@ from llamakit.files import RunLock, check_writable, is_same_file
 from llamakit.formats.base import ModelFile
 from llamakit.formats.open import check_is_model, open_model, size_on_disk
 from llamakit.formats.stamps import vocabulary_stamp
+from llamakit.inference.limits import gemm_peak
+from llamakit.model import Llama
 from llamakit.model.device import dtype_name, resolve_device, training_dtype
 from llamakit.model.layers import Dropout
+from llamakit.native import library
 from llamakit.training.blueprint import Blueprint, build, from_file, from_scratch, write_model
 from llamakit.training.checkpoint import CheckpointManager, Product, file_name, read_checkpoint
 from llamakit.training.corpus import known_vocabulary, open_corpus
@@ -140,8 +143,10 @@ class _Run:
         """The model whose weights are trained on, if any: --init-from's, or the ckpt.pt of llama2.c that is resumed."""
         config = self.config
         path = config.init_from
-        if path == RESUME and self.saved is None:
-            path = str(Path(config.out_dir) / _OLD_CHECKPOINT)
+        old = Path(config.out_dir) / _OLD_CHECKPOINT
+        # What was begun from a ckpt.pt goes on with its shape, which the command line need not repeat.
+        if path == RESUME and (self.saved is None or old.exists()):
+            path = str(old)
         if path in ("", SCRATCH, RESUME):
             return None, []
         file = open_model(path, n_ctx=config.ctx)
@@ -151,7 +156,7 @@ class _Run:
         said += [Remark("note", f"the shape of the model is {path}'s: --embd, --layer, --head, --ff and --tie have no"
                                 " effect")]  # fmt: skip
         iteration = getattr(file, "iteration", None)
-        if config.init_from == RESUME and isinstance(iteration, int):
+        if config.init_from == RESUME and self.saved is None and isinstance(iteration, int):
             self.progress.iterations = iteration
             said += [Remark("note", f"{path} is a checkpoint of llama2.c: its weights and its iteration {iteration} are"
                                     " taken, its optimizer moments are not")]  # fmt: skip
@@ -194,6 +199,8 @@ class _Run:
         dropout = Dropout(config.dropout)
         if config.dropout:
             model.drop(dropout)
+        if config.compile:
+            yield from self._compile(model)
         parameters = Parameters(named, config)
         if self.saved is not None:
             check_shapes(self.saved.arrays, parameters.shapes, config.checkpoint_in)
@@ -229,7 +236,22 @@ class _Run:
             threads=torch.get_num_threads(),
             iterations=progress.iterations,
             tokens=progress.tokens,
+            flop_per_token=self._flop_per_token(),
+            peak_flop_per_s=gemm_peak(self.device),
         )
+
+    def _flop_per_token(self) -> float:
+        shape = self.blueprint.shape
+        attention = self.config.ctx * shape.n_head * shape.head_dim * shape.n_layer
+        return 6.0 * (shape.n_matmul + attention)
+
+    def _compile(self, model: Llama) -> Iterator[Remark]:
+        """--compile: block by block, so that a block is compiled once for all of them."""
+        if self.device.type == "cpu" and library() is not None:
+            yield Remark("note", "--compile has no effect on a CPU: native code does what a compiler would")
+            return
+        for block in model.blk:
+            block.compile()
 
     def _identity(self, train: Split) -> dict[str, Any]:
         return {
@@ -306,13 +328,15 @@ class _Run:
                 yield from self._evaluate(evaluator, last=last)
                 if not stop and 0 < config.patience <= progress.evaluations_without_best:
                     stop = f"--patience {config.patience}: the held-out loss no longer falls"
+                    if not last:
+                        yield evaluator.evaluate(progress.iterations, "end")
             if stop or last or control.save or self._new_best or self._due(config.save_every):
                 control.save, last_save = False, progress.iterations
                 yield from self._save(trainer)
             if stop:
                 self.reason = stop
                 break
-        if last_save < progress.iterations:
+        if last_save < progress.iterations or not os.path.exists(self.manager.latest()[-1]):
             yield from self._save(trainer)
 
     def _due(self, every: int) -> bool:

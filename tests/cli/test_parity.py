@@ -12,6 +12,7 @@ from llamakit.cli.imatrix import imatrix
 from llamakit.cli.merge import merge
 from llamakit.cli.perplexity import perplexity
 from llamakit.cli.quantize import quantize
+from llamakit.cli.serve import serve
 from llamakit.cli.tokenizer import train as train_tokenizer
 from llamakit.cli.train import train
 from llamakit.conversion.convert_config import ConvertConfig
@@ -22,6 +23,7 @@ from llamakit.dataset.prepare_config import PrepareConfig, TrainTokenizerConfig
 from llamakit.inference.bench_config import BenchConfig
 from llamakit.inference.config import GenerateConfig, PerplexityConfig
 from llamakit.inference.imatrix_config import ImatrixConfig
+from llamakit.server.config import ServeConfig
 from llamakit.training.config import FinetuneConfig
 from llamakit.training.train_config import TrainConfig
 from tests.helpers import assert_parity
@@ -104,6 +106,13 @@ def test_perplexity() -> None:
 def test_imatrix() -> None:
     others = ("show_statistics", "threads", "device", "dtype", "offline", "json", "config")
     assert_parity(imatrix, ImatrixConfig, cli_only=("in_files", *others), config_only=("in_files",))
+
+
+def test_serve() -> None:
+    files = ("model", "vocabulary", "lora", "lora_scaled", "force", "chat_template", "offline", "config")
+    repeated = ("cors_origin",)  # None where it is not given
+    others = ("threads", "device", "dtype")
+    assert_parity(serve, ServeConfig, cli_only=(*files, *others, *repeated), config_only=repeated)
 
 
 def test_bench() -> None:

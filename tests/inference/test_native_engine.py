@@ -192,3 +192,19 @@ def test_a_shifted_context_goes_on_as_the_torch_model_does(options):
         assert context.n_past == 39
         logits.append(runner.feed(context, [7]))
     assert error(*logits) < (1e-2 if options.get("type") == "F16" else EXACT)
+
+
+def test_adapters_that_were_on_come_back_as_they_were():
+    path = cached_tiny_gguf()
+    runner = engine(path)
+    one, two = random_adapter(path, 3, 1), random_adapter(path, 5, 2)
+    sets = [[], [(one, 1.0)], [(two, 0.5)], [(one, 1.0), (two, -1.0)], *([(one, 2.0 + i)] for i in range(6))]
+    first = []
+    for put_on in sets:
+        runner.set_adapters(put_on)
+        first.append(last_logits(runner, [IDS]))
+    for n_ctx in (300, 600):  # more rotations than before, which are no part of what was on
+        for put_on, expected in zip([*sets, *sets[::-1]], [*first, *first[::-1]], strict=True):
+            runner.set_adapters(put_on)
+            assert np.array_equal(runner.feed(runner.context(n_ctx), IDS), expected)
+    assert len({logits.tobytes() for logits in first}) == len(sets)

@@ -14,8 +14,10 @@ import torch
 
 from llamakit.errors import FormatError, LlamakitError, MismatchError, UsageError
 from llamakit.files import RunLock
+from llamakit.formats.gguf import write_gguf
 from llamakit.formats.open import open_model
 from llamakit.model.config import ModelConfig
+from llamakit.native import library, using
 from llamakit.training.blueprint import build, from_scratch
 from llamakit.training.checkpoint import read_checkpoint
 from llamakit.training.loop import Control, Parameters
@@ -25,6 +27,7 @@ from llamakit.training.state import TrainState
 from llamakit.training.train import train
 from llamakit.training.train_config import TrainConfig
 from tests.dataset.token_folders import documents, tiny_vocabulary, write_folder
+from tests.formats.torch_models import llama2c_checkpoint
 from tests.tiny import cached_tiny_gguf, tiny_text
 from tests.training.runs import run as run_finetune
 from tests.training.train_runs import EXACT, run_train, train_config
@@ -193,6 +196,31 @@ def test_patience_ends_a_run_that_no_longer_gets_better(tmp_path: Path) -> None:
     assert [e.is_best for e in of(Evaluation, reports)][-3:] == [False] * 3
     with pytest.raises(UsageError, match="--patience needs held-out text"):
         run_train(tmp_path / "b", patience=1, val_split=0.0)
+
+
+def test_the_last_evaluation_takes_everything_however_a_run_ends(tmp_path: Path) -> None:
+    reports = run_train(tmp_path, adam_iter=400, eval_every=2, adam_alpha=3.0, patience=1, save_every=0, eval_iters=1)
+    last = of(Evaluation, reports)[-1]
+    assert last.when == "end" and last.n_tokens > of(Evaluation, reports)[0].n_tokens
+
+
+def test_no_iterations_give_the_start(tmp_path: Path) -> None:
+    run_train(tmp_path, adam_iter=0)
+    assert "model-0.gguf" in names(tmp_path) and "model-LATEST.gguf" in names(tmp_path)
+
+
+def test_compiling_is_for_devices_without_native_code(tmp_path: Path) -> None:
+    if library() is None:
+        pytest.skip("there is no native code here")
+    assert any("--compile has no effect" in r.text for r in of(Remark, run_train(tmp_path, compile=True)))
+
+
+@pytest.mark.prove
+def test_compiled_blocks_take_the_same_steps(tmp_path: Path) -> None:
+    with using(None):
+        expected = [r.loss for r in of(StepReport, run_train(tmp_path / "a"))]
+        found = [r.loss for r in of(StepReport, run_train(tmp_path / "b", compile=True))]
+    assert found == pytest.approx(expected, rel=1e-5)
 
 
 def test_evaluating_only(tmp_path: Path) -> None:
@@ -500,3 +528,28 @@ def test_bytes_that_are_no_text_can_be_replaced(tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_bytes(tiny_text(2000).encode() + b"\xff\xfe" + tiny_text(2000, 1).encode())
     assert "--errors replace" in refused(tmp_path)
     assert len(of(StepReport, run_train(tmp_path, errors="replace"))) == 4
+
+
+@pytest.mark.parametrize("prefix", ["", "_orig_mod."])
+@pytest.mark.parametrize("init_from", ["resume", "FILE"])
+def test_a_checkpoint_of_llama2c_is_gone_on_with(tmp_path: Path, prefix: str, init_from: str) -> None:
+    (tmp_path / "out").mkdir()
+    path = llama2c_checkpoint(tmp_path / "out/ckpt.pt", prefix=prefix)
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for name in ("a.bin", "b.bin"):
+        (np.arange(500, dtype=np.uint16) % 37 + 3).tofile(bare / name)
+    vocabulary = token_list(tmp_path / "v.gguf", 40)
+    first = 5 if init_from == "resume" else 0
+    options = {"train_data": str(bare), "vocab_model": str(vocabulary), "sample_tokens": 0, "adam_iter": first + 2}
+    reports = run_train(tmp_path, **options, init_from=str(path) if init_from == "FILE" else init_from)
+    assert [step.step for step in of(StepReport, reports)] == [first + 1, first + 2]
+    if init_from == "resume":
+        assert any("its optimizer moments are not" in remark.text for remark in of(Remark, reports))
+
+
+def token_list(path: Path, n_vocab: int) -> Path:
+    """A vocabulary of so many tokens: the first of a tiny model's."""
+    keys = {key: value[:n_vocab] if isinstance(value, list) else value for key, value in tiny_vocabulary().items()}
+    write_gguf(path, metadata={"general.architecture": "llama", "general.type": "model", **keys}, tensors=())
+    return path

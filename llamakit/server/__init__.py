@@ -1,0 +1,1 @@
+"""A model behind the HTTP APIs of OpenAI, Ollama and llama-server (extra `serve`: starlette, uvicorn)."""
