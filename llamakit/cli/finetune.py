@@ -13,6 +13,7 @@ import typer
 from llamakit import hub
 from llamakit.cli import chat_data_options as chat
 from llamakit.cli import loop_options as loop
+from llamakit.cli import lora_options as lora
 from llamakit.cli import options, render
 from llamakit.cli.run_signals import stopping_signals
 from llamakit.cli.sources import local
@@ -20,7 +21,17 @@ from llamakit.errors import EXIT_INTERRUPTED, EXIT_TERMINATED
 from llamakit.training.config import FinetuneConfig
 
 _D = FinetuneConfig()
-_NOT_CONFIG = ("config", "sample_prompt", "n_gpu_layers", "offline", "json", "report_to", "report_dir", "report")
+_NOT_CONFIG = (
+    "config",
+    "sample_prompt",
+    "lora_targets",
+    "n_gpu_layers",
+    "offline",
+    "json",
+    "report_to",
+    "report_dir",
+    "report",
+)
 
 
 def finetune(
@@ -123,6 +134,10 @@ def finetune(
             rich_help_panel=options.LORA,
         ),
     ] = _D.lora_dropout,
+    rslora: lora.RsLoraOption = _D.rslora,
+    lora_targets: lora.LoraTargetsOption = None,
+    lora_init: lora.LoraInitOption = _D.lora_init,
+    merge_out: lora.MergeOutOption = _D.merge_out,
     rank_wq: Annotated[
         int | None,
         typer.Option("--rank-wq", help="Rank for attn_q (default: --lora-r).", rich_help_panel=options.LORA),
@@ -340,10 +355,12 @@ def finetune(
     values = {name: value for name, value in locals().items() if name not in _NOT_CONFIG}
     if n_gpu_layers > 0:
         values["device"] = _device_for_layers(device, n_gpu_layers)
-    for name in ("model_base", "train_data", "val_data"):
+    for name in ("model_base", "train_data", "val_data", "lora_init"):
         if hub.is_remote(values[name]):
             values[name] = str(local(values[name], offline=offline))
-    run_config = FinetuneConfig(**values, sample_prompt=tuple(sample_prompt or ()))
+    run_config = FinetuneConfig(
+        **values, sample_prompt=tuple(sample_prompt or ()), lora_targets=tuple(lora_targets or ())
+    )
     events = Path(report_dir) if report_dir else Path(log_file).parent / "tensorboard"
     if model_base:
         render.loading(run_config.model_base)  # said before torch is imported: nobody waits in silence

@@ -157,6 +157,14 @@ class FinetuneConfig(SampleOptions, ChatOptions, LoopOptions):
     """rank of the adapter's matrices"""
     lora_alpha: float | None = None
     """scale of the adapter is alpha / rank; the default is --lora-r"""
+    rslora: bool = False
+    """scale of the adapter is alpha / sqrt(rank)"""
+    lora_targets: tuple[str, ...] = ()
+    """what is trained, instead of the seven matrices: kinds, names or patterns, =RANK behind one for its own rank"""
+    lora_init: str = ""
+    """adapter to begin with: its tensors and ranks are trained on"""
+    merge_out: str = ""
+    """GGUF file with the finished adapter merged into the base; empty: none"""
     lora_dropout: float = 0.0
     """share of the adapter's inputs dropped at random in training"""
     rank_att_norm: int | None = None
@@ -213,6 +221,32 @@ class FinetuneConfig(SampleOptions, ChatOptions, LoopOptions):
             ("--rope-freq-scale", self.rope_freq_scale),
         ):
             check_positive(flag, value)
+        for _, rank in self.targets():
+            if rank is not None:
+                check_least("--lora-targets", rank, 1)
+        self._check_together()
+
+    def _check_together(self) -> None:
+        """Raises UsageError for options that say different things."""
+        if self.lora_init and (self.lora_targets or any(rank is not None for rank in self._ranks().values())):
+            raise UsageError("--lora-init brings its tensors and ranks: --lora-targets and --rank-* cannot be given")
+        if self.merge_out and not self.lora_out:
+            raise UsageError("--merge-out needs an adapter to merge, and --lora-out is empty")
+        for name in ("norm_rms_eps", "rope_freq_base", "rope_freq_scale") if self.merge_out else ():
+            if getattr(self, name) is not None:
+                raise UsageError(
+                    f"--merge-out cannot be given with --{name.replace('_', '-')}: the base has another one"
+                )
+
+    def targets(self) -> list[tuple[str, int | None]]:
+        """(pattern, its rank or None) of --lora-targets, which may have commas in them. Raises UsageError."""
+        found: list[tuple[str, int | None]] = []
+        for part in (part.strip() for target in self.lora_targets for part in target.split(",")):
+            pattern, equals, rank = part.partition("=")
+            if not pattern or (equals and not rank.isdecimal()):
+                raise UsageError(f"--lora-targets has {part!r} (expected a kind, name or pattern, and =RANK perhaps)")
+            found.append((pattern, int(rank) if equals else None))
+        return found
 
     def _ranks(self) -> dict[str, int | None]:
         return {name: value for name, value in vars(self).items() if name.startswith("rank_")}

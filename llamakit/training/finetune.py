@@ -14,10 +14,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from llamakit.conversion.merge import MergePlan, merge
+from llamakit.conversion.merge_config import MergeConfig
 from llamakit.dataset.order import SampleOrder
 from llamakit.errors import MismatchError, UsageError
 from llamakit.files import RunLock, check_writable, is_same_file
-from llamakit.formats.adapter import Adapter, write_adapter
+from llamakit.formats.adapter import write_adapter
 from llamakit.formats.open import check_is_model, model_files, open_model, size_on_disk
 from llamakit.formats.stamps import base_stamps
 from llamakit.model import Llama, ModelConfig, RopeScaling, load_config, load_model
@@ -30,14 +32,8 @@ from llamakit.training.config import FinetuneConfig
 from llamakit.training.finetune_data import FinetuneData, read_data
 from llamakit.training.log import StepLog
 from llamakit.training.loop import Control, Parameters, Trainer
-from llamakit.training.lora import (
-    attach_trainable,
-    initial_weights,
-    named_pairs,
-    paired,
-    rank_field,
-    trained_tensors,
-)
+from llamakit.training.lora import as_adapter, attach_trainable, named_pairs, rank_field
+from llamakit.training.lora_plan import plan_lora
 from llamakit.training.optim import schedule
 from llamakit.training.plan import make_plan
 from llamakit.training.proof import N_TOKENS, logits_of, prove
@@ -51,6 +47,7 @@ from llamakit.training.report import (
     ModelFacts,
     Remark,
     Report,
+    Saving,
 )
 from llamakit.training.state import (
     Progress,
@@ -121,22 +118,24 @@ class _Run:
         self._claim_outputs()
         self.stamps = base_stamps(self.base)
         self.saved = self._read_checkpoint_in()
-        self.ranks = self._ranks()
-        trained_tensors(self.shape, self.ranks)
+        self.lora = plan_lora(config, self.shape, self.base, self._ranks())
+        self.ranks, self.alpha = self.lora.kinds, self.lora.alpha
         self.seed = self._seed()
         product = Product("adapter", config.lora_out, self._write_adapter)
         self.manager = CheckpointManager(config, "finetune_lora", product)
-        yield ModelFacts(self.seed, config.model_base, self.shape, config.ctx, self.ranks, config.alpha)
+        yield ModelFacts(self.seed, config.model_base, self.shape, config.ctx, self.ranks, self.alpha)
         yield from self._remarks()
 
     def _claim_outputs(self) -> None:
         config = self.config
         outputs = [file_name(t, config, None) for t in (config.checkpoint_out, config.lora_out) if t]
-        outputs += [Path(config.log_file)] if config.log_file else []
+        outputs += [Path(path) for path in (config.log_file, config.merge_out) if path]
         twice = next((path for i, path in enumerate(outputs) if path in outputs[:i]), None)
         if twice is not None:
-            raise UsageError("is named for two of checkpoint, adapter and log: one would replace the other", path=twice)
-        sources = (*model_files(config.model_base), config.train_data, config.val_data)
+            raise UsageError(
+                "is named for two of checkpoint, adapter, merged model and log: one would replace the other", path=twice
+            )
+        sources = (*model_files(config.model_base), config.train_data, config.val_data, config.lora_init)
         for output in outputs:
             check_writable(output)
             if any(source and is_same_file(output, source) for source in sources):
@@ -176,6 +175,7 @@ class _Run:
 
     def _remarks(self) -> Iterator[Remark]:
         config = self.config
+        yield from (Remark("warning", text) for text in self.lora.remarks)
         path = config.checkpoint_in
         if self.saved is None:
             if path:
@@ -183,9 +183,9 @@ class _Run:
         elif isinstance(self.saved, OldCheckpoint):
             yield Remark("note", f"{path} is a checkpoint of llama.cpp's finetune: its LoRA tensors and counters are"
                          " taken, its shuffle state and optimizer moments are not")  # fmt: skip
-            if any(rank and config.alpha != rank for rank in self.ranks.values()):
+            if any(rank and self.alpha != rank for rank in self.ranks.values()):
                 yield Remark("warning", "the old tool trained without the factor alpha / rank that was applied when"
-                             f" its adapters were used; --lora-alpha {config.alpha:g} is part of it here")  # fmt: skip
+                             f" its adapters were used; --lora-alpha {self.alpha:g} is part of it here")  # fmt: skip
         norms = [kind for kind in _NOT_IN_ADAPTER_USE if self.ranks[kind]]
         if norms:
             yield Remark("warning", f"llama.cpp ignores the trained changes of {', '.join(norms)}: an adapter without"
@@ -248,7 +248,7 @@ class _Run:
             base_model=self.stamps.model,
             base_file=self.stamps.file,
             text=text_hash,
-        )
+        ) | {"--lora-alpha": self.alpha, "--rslora": self.config.rslora}
 
     def _place(self) -> dict[str, Any]:
         return {"device": self.device.type, "threads": torch.get_num_threads(), "torch": torch.__version__}
@@ -281,9 +281,10 @@ class _Run:
     def _trainer(self, model: Llama, data: FinetuneData) -> Trainer:
         config = self.config
         model.use_checkpointing = config.use_checkpointing
-        weights = initial_weights(self.shape, self.ranks, self.seed)
         dropout = Dropout(config.lora_dropout)
-        pairs = attach_trainable(model, weights, config.alpha, dropout)
+        pairs = attach_trainable(
+            model, self.lora.initial(self.shape, self.seed), self.alpha, dropout, rslora=config.rslora
+        )
         parameters = Parameters(named_pairs(pairs), config)
         if self.saved is not None:
             check_shapes(self.saved.arrays, parameters.shapes, config.checkpoint_in)
@@ -355,6 +356,18 @@ class _Run:
         yield verified
         if not verified.change:
             yield Remark("warning", f"the adapter is so small that no logit changes in {dtype_name(self.dtype)}")
+        if self.config.merge_out:
+            yield from self._merged(path)
+
+    def _merged(self, path: Path) -> Iterator[Report]:
+        """--merge-out: the best adapter where it was kept, else the last, merged into the base."""
+        config = self.config
+        if config.save_best:
+            path = Path(config.lora_out.replace(config.pattern_fn_it, "BEST", 1))
+        yield Saving("model", config.merge_out)
+        for report in merge(MergeConfig(model=Path(config.model_base), lora=(path,), out=Path(config.merge_out))):
+            if isinstance(report, MergePlan):
+                yield from (Remark("warning", text) for text in report.warnings)
 
     def _judged(self, evaluation: Evaluation) -> Evaluation:
         """An evaluation, and whether it is the best so far."""
@@ -370,7 +383,7 @@ class _Run:
         return TrainState(identity, self._settings(), self._place(), self.progress, trainer.parameters.snapshot())
 
     def _write_adapter(self, path: Path, arrays: Mapping[str, np.ndarray]) -> None:
-        write_adapter(path, Adapter(alpha=self.config.alpha, tensors=paired(arrays)), self.base)
+        write_adapter(path, as_adapter(arrays, self.alpha, rslora=self.config.rslora), self.base)
 
     def write_adapter_only(self) -> Iterator[Report]:
         """--only-write-lora: the adapter of --checkpoint-in."""
@@ -382,12 +395,16 @@ class _Run:
             )
         if isinstance(saved, TrainState):
             mine = self._identity(saved.identity["text"])
-            adapter_keys = {k: v for k, v in mine.items() if k.startswith(("base ", "rank ", "--lora-alpha"))}
+            adapter_keys = {
+                k: v for k, v in mine.items() if k.startswith(("base ", "rank ", "--lora-alpha", "--rslora"))
+            }
             check_identity(saved.identity, adapter_keys, path=config.checkpoint_in, restart_data=False)
-        start = {name: (w.a, w.b) for name, w in initial_weights(self.shape, self.ranks, 0).items()}
+        start = {name: (w.a, w.b) for name, w in self.lora.initial(self.shape, 0).items()}
         check_shapes(saved.arrays, {n: x.shape for n, x in named_pairs(start).items()}, config.checkpoint_in)
         self.progress, self.reason = saved.progress, "the adapter is written"
         yield from self.manager.save_product(TrainState({}, {}, {}, saved.progress, saved.arrays))
+        if config.merge_out:
+            yield from self._merged(file_name(config.lora_out, config, saved.progress.iterations))
 
 
 def _overridden(shape: ModelConfig, config: FinetuneConfig) -> ModelConfig:
