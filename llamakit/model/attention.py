@@ -116,6 +116,12 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, starts: Tensor | None = No
         flat_k, flat_v = (x.transpose(1, 2).reshape(b * n_kv, t, d) for x in (k, v))
         out = _CausalAttention.apply(grouped, flat_k, flat_v, starts)
         return out.view(b, h, t, d).transpose(1, 2).reshape(b, t, h * d)
+    return masked_attention(q, k, v, starts)
+
+
+def masked_attention(q: Tensor, k: Tensor, v: Tensor, starts: Tensor | None = None) -> Tensor:
+    """`causal_attention` by torch's own kernels, which other devices have."""
+    b, t, h, d = q.shape
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     if starts is None:
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)

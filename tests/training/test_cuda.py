@@ -40,3 +40,16 @@ def test_greedy_text_is_that_of_the_cpu():
         config = GenerateConfig(n_predict=20, temperature=0.0)
         texts.append("".join(r.text for r in generate(model, load_tokenizer(file), "The old", config)))
     assert texts[0] == texts[1]
+
+
+def test_packed_rows_give_the_losses_of_the_cpu(tmp_path):
+    rows = [f'{{"prompt": "Who is {n}?", "completion": "The king {n}."}}' for n in range(12)]
+    found = []
+    for device in ("cpu", "cuda"):
+        (tmp_path / device).mkdir()
+        data = tmp_path / device / "chat.jsonl"
+        data.write_text("\n".join(rows))
+        found.append(
+            losses(run(tmp_path / device, device=device, train_data=str(data), chat_template="llama2", ctx=96))
+        )
+    assert np.allclose(found[0], found[1], rtol=1e-4)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from llamakit.dataset.chat_data import ChatData, Piece, joined
@@ -12,7 +13,7 @@ from llamakit.dataset.packing import ChatBatch, ChatBatches
 from llamakit.formats.open import open_model
 from llamakit.kernels import train
 from llamakit.model import Llama, load_model
-from llamakit.model.attention import causal_attention, segment_starts
+from llamakit.model.attention import causal_attention, masked_attention, segment_starts
 from llamakit.model.layers import Dropout
 from llamakit.training.lora import attach_trainable, initial_weights, named_pairs
 from llamakit.training.loss import backpropagate, evaluate_loss, rows_of
@@ -79,6 +80,21 @@ def test_packed_is_as_alone(kernels: str, n_head_kv: int, checkpointing: bool) -
     assert total / data.n_trained == pytest.approx(expected, rel=1e-5)
 
 
+def test_the_loss_is_that_of_each_trained_token_after_what_stands_before_it() -> None:
+    """Written out: every sample by itself, the loss of token i from the logits at i - 1."""
+    model, _named = model_of()
+    data = samples(model.config.n_vocab)
+    expected = []
+    with torch.no_grad():
+        for i in range(data.count):
+            tokens, trained = (torch.from_numpy(x) for x in data.sample(i))
+            logits = model.logits(model(tokens[None].long()))[0]
+            expected += [F.cross_entropy(logits[j - 1], tokens[j].long()) for j in range(1, len(tokens)) if trained[j]]
+    (batch,) = ChatBatches(data, ctx=24, pack=True, pad=0).in_order(2)
+    assert batch.n_trained == len(expected) == data.n_trained
+    assert evaluate_loss(model, rows_of(batch, CPU)) == pytest.approx(float(sum(expected)), rel=1e-5)
+
+
 def test_without_segments_packing_would_leak() -> None:
     """The test above would not see a mask that does nothing if samples did not change each other without one."""
     model, _named = model_of()
@@ -105,6 +121,7 @@ def test_attention_over_several_tiles(kernels: str, t: int) -> None:
     scores = (q.transpose(1, 2) @ k_each.transpose(2, 3) / 8**0.5).masked_fill(~seen[:, None], -torch.inf)
     expected = (scores.softmax(-1) @ v_each).transpose(1, 2).reshape(2, t, -1)
     assert torch.allclose(out, expected, atol=1e-5)
+    assert torch.allclose(masked_attention(q, k, v, segment_starts(segments)), expected, atol=1e-5)
     weight = torch.randn(out.shape, generator=generator)
     mine = torch.autograd.grad((out * weight).sum(), (q, k, v))
     theirs = torch.autograd.grad((expected * weight).sum(), (q, k, v))
