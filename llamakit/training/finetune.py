@@ -235,7 +235,8 @@ class _Run:
         yield from answers.samples(before)
         yield from self._steps(trainer, held_out, answers, identity)
         if config.lora_out and self.progress.iterations > before and not self.control.signal:
-            tokens = torch.from_numpy(data.first[: min(N_TOKENS, config.ctx)].astype(np.int64)).to(self.device)
+            some = data.first[: min(N_TOKENS, config.ctx)].astype(np.int64).clip(0, self.shape.n_vocab - 1)
+            tokens = torch.from_numpy(some).to(self.device)
             logits = logits_of(model, tokens)
             del model, trainer, held_out, answers  # the base is loaded once more
             yield from self._proof(tokens, logits)

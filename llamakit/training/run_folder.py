@@ -66,12 +66,20 @@ def keep_report(
     goes_on = bool(config.checkpoint_in) and os.path.lexists(config.checkpoint_in)
     recorder = Recorder("llamakit finetune", command, config)
     metrics = StepLog(str(folder / "metrics.jsonl"), append=goes_on, events=True)
+    written: list[Path] = []
     for report in metrics.follow(recorder.follow(reports)):
+        if isinstance(report, Saving) and (report.kind == "model" or "BEST" in Path(report.path).name):
+            written.append(Path(report.path))
         if isinstance(report, Finished):
-            made = [path for path in map(Path, report.files) if path.exists()]
-            outside = [RunFile(os.path.relpath(path, folder), path.stat().st_size) for path in made]
-            yield from write_run_reports(recorder, folder, files=[*run_files(folder), *outside])
+            outside = dict.fromkeys([*map(Path, report.files), *written])
+            yield from write_run_reports(recorder, folder, files=_listed(folder, outside))
         yield report
+
+
+def _listed(folder: Path, outside: Iterable[Path]) -> Iterator[RunFile]:
+    """The files of the folder, when they are asked for, and others by their way from there."""
+    yield from run_files(folder)
+    yield from (RunFile(os.path.relpath(path, folder), path.stat().st_size) for path in outside if path.exists())
 
 
 def _append(path: Path, sample: Sample) -> None:

@@ -241,7 +241,8 @@ def test_an_adapter_that_is_not_what_was_trained_is_an_error(tmp_path: Path, mon
 
 def test_the_report_of_a_run(tmp_path: Path) -> None:
     config = run_config(tmp_path, train_data=str(chat_file(tmp_path)), chat_template="llama2", ctx=128,
-                        sample_prompt=("Who?",), sample_tokens=3)  # fmt: skip
+                        sample_prompt=("Who?",), sample_tokens=3, save_best=True,
+                        merge_out=str(tmp_path / "merged.gguf"))  # fmt: skip
     list(keep_report(finetune(config), config, "llamakit finetune ...", tmp_path / "report"))
     found = json.loads((tmp_path / "report" / "report.json").read_text())
     assert found["data"]["samples"] == 11 and found["data"]["records: prompt/completion"] == 12
@@ -249,7 +250,8 @@ def test_the_report_of_a_run(tmp_path: Path) -> None:
     assert found["perplexity"]["before"] and found["perplexity"]["after"]
     assert found["results"]["max |dlogit| of the adapter read back"] <= 1e-4
     assert len(found["curves"]["steps"]["loss"]) == 4
-    assert {"../lora-LATEST.bin", "../chk-LATEST.gguf", "metrics.jsonl"} <= {f["name"] for f in found["files"]}
+    outside = {"../lora-LATEST.bin", "../chk-LATEST.gguf", "../lora-BEST.bin", "../merged.gguf"}
+    assert outside | {"metrics.jsonl"} <= {f["name"] for f in found["files"]}
     page = (tmp_path / "report" / "report.html").read_text()
     assert "Who?" in page and "tokens with a loss" in page
     list(keep_report(finetune(config), config, "llamakit finetune ...", tmp_path / "report"))
