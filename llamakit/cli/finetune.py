@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-import signal
 import sys
 from pathlib import Path
 from typing import Annotated, Literal
@@ -15,9 +14,8 @@ from llamakit.cli import chat_data_options as chat
 from llamakit.cli import loop_options as loop
 from llamakit.cli import lora_options as lora
 from llamakit.cli import options, render
-from llamakit.cli.run_signals import stopping_signals
+from llamakit.cli.run_signals import exit_code, stopping_signals
 from llamakit.cli.sources import local
-from llamakit.errors import EXIT_INTERRUPTED, EXIT_TERMINATED
 from llamakit.training.config import FinetuneConfig
 
 _D = FinetuneConfig()
@@ -383,8 +381,7 @@ def finetune(
     with View(run_config, json=json) as view, stopping_signals(control, view):
         for told in reports:
             view.show(told)
-    codes: dict[int, int] = {signal.SIGINT: EXIT_INTERRUPTED, signal.SIGTERM: EXIT_TERMINATED}
-    raise typer.Exit(codes.get(control.signal, 0))
+    raise typer.Exit(exit_code(control))
 
 
 def _device_for_layers(device: str, n_gpu_layers: int) -> str:

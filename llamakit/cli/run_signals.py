@@ -8,10 +8,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from llamakit.errors import EXIT_TERMINATED
+from llamakit.errors import EXIT_INTERRUPTED, EXIT_OK, EXIT_TERMINATED
 
 if TYPE_CHECKING:
     from llamakit.training.loop import Control
+
+
+def exit_code(control: Control) -> int:
+    """The code of a run that has ended, by a signal or by itself."""
+    codes: dict[int, int] = {signal.SIGINT: EXIT_INTERRUPTED, signal.SIGTERM: EXIT_TERMINATED}
+    return codes.get(control.signal, EXIT_OK)
 
 
 @contextmanager

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-import signal
 import sys
 from pathlib import Path
 from typing import Annotated, Literal
@@ -14,9 +13,8 @@ from llamakit import hub
 from llamakit.cli import loop_options as loop
 from llamakit.cli import options, render
 from llamakit.cli.corpus_options import ErrorsOption
-from llamakit.cli.run_signals import stopping_signals
+from llamakit.cli.run_signals import exit_code, stopping_signals
 from llamakit.cli.sources import local
-from llamakit.errors import EXIT_INTERRUPTED, EXIT_TERMINATED
 from llamakit.training.train_config import TrainConfig, as_toml
 
 _D = TrainConfig()
@@ -293,5 +291,4 @@ def train(
     with TrainView(run_config, json=json) as view, stopping_signals(control, view):
         for report in reports:
             view.show(report)
-    codes: dict[int, int] = {signal.SIGINT: EXIT_INTERRUPTED, signal.SIGTERM: EXIT_TERMINATED}
-    raise typer.Exit(codes.get(control.signal, 0))
+    raise typer.Exit(exit_code(control))

@@ -9,6 +9,7 @@ Shapes: N rows, n numbers of a row; B batch, T tokens, H heads, D head dimension
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -54,13 +55,19 @@ def _run(
     bf16: bool,
     scale: float = 1.0,
     step: int = 0,
-    **more: int,
+    strides: Sequence[int] = (),
+    n_tokens: int = 0,
+    n_heads: int = 0,
+    first: int = 0,
+    tile: int = 0,
 ) -> None:
     found = library()
     assert isinstance(found, Library), "the caller asked `usable`"
-    job = _Job(n=n, step=step or max(1, _PIECE // n), scale=scale, **more)
+    places = {"n_tokens": n_tokens, "n_heads": n_heads, "first": first, "tile": tile}
+    job = _Job(n=n, step=step or max(1, _PIECE // n), scale=scale, **places)
     job.x[:] = [None if x is None else x.data_ptr() for x in inputs] + [None] * (3 - len(inputs))
     job.out[:] = [None if x is None else x.data_ptr() for x in outputs] + [None] * (2 - len(outputs))
+    job.strides[: len(strides)] = strides
     found.train(kernel, job, n_rows, torch.get_num_threads(), bf16=bf16)
 
 
@@ -115,24 +122,21 @@ def rotate(x: Tensor, rotations: Tensor, out: Tensor, *, back: bool = False) -> 
     """
     b, t, h, d = x.shape
     turns = torch.view_as_real(rotations).contiguous()
-    job = {"n_tokens": t, "n_heads": h}
     per_batch = t * d if rotations.dim() == 4 else 0
-    strides = (*x.stride()[:3], *out.stride()[:3], per_batch, d)
-    found = library()
-    assert isinstance(found, Library), "the caller asked `usable`"
-    wanted = _Job(n=d, step=max(1, _PIECE // d), scale=-1.0 if back else 1.0, **job)
-    wanted.x[:], wanted.out[:] = [x.data_ptr(), turns.data_ptr(), None], [out.data_ptr(), None]
-    wanted.strides[:] = list(strides)
-    found.train(_ROTATE, wanted, b * t * h, torch.get_num_threads(), bf16=_is_bf16(x))
+    _run(
+        _ROTATE, (x, turns), (out,), d, b * t * h,
+        bf16=_is_bf16(x), scale=-1.0 if back else 1.0, n_tokens=t, n_heads=h,
+        strides=(*x.stride()[:3], *out.stride()[:3], per_batch, d),
+    )  # fmt: skip
     return out
 
 
-def _segments(starts: Tensor | None, n_rows: int, tile: int) -> dict[str, int]:
-    """How the kernels find a row's place in starts (B, T)."""
+def _segments(starts: Tensor | None, n_rows: int, tile: int) -> tuple[int, int]:
+    """How the kernels find a row's place in starts (B, T): its T, and how many heads a row of the batch has."""
     if starts is None:
-        return {}
+        return 0, 0
     assert starts.dtype == torch.int64 and starts.is_contiguous() and n_rows % (len(starts) * tile) == 0
-    return {"n_tokens": starts.shape[1], "n_heads": n_rows // (len(starts) * tile)}
+    return starts.shape[1], n_rows // (len(starts) * tile)
 
 
 def causal_softmax_(scores: Tensor, first: int, tile: int, scale: float, starts: Tensor | None = None) -> Tensor:
@@ -142,9 +146,10 @@ def causal_softmax_(scores: Tensor, first: int, tile: int, scale: float, starts:
     """
     n = scores.shape[-1]
     n_rows = scores.numel() // n
+    n_tokens, n_heads = _segments(starts, n_rows, tile)
     _run(
         _CAUSAL_SOFTMAX, (None, starts), (scores,), n, n_rows,
-        bf16=_is_bf16(scores), scale=scale, first=first, tile=tile, **_segments(starts, n_rows, tile),
+        bf16=_is_bf16(scores), scale=scale, first=first, tile=tile, n_tokens=n_tokens, n_heads=n_heads,
     )  # fmt: skip
     return scores
 
@@ -155,9 +160,10 @@ def softmax_back_(
     """The gradient of causal_softmax_'s scores, in place of that of its result."""
     n = weights.shape[-1]
     n_rows = weights.numel() // n
+    n_tokens, n_heads = _segments(starts, n_rows, tile)
     _run(
         _SOFTMAX_BACK, (weights, starts), (grad,), n, n_rows,
-        bf16=_is_bf16(weights), scale=scale, first=first, tile=tile, **_segments(starts, n_rows, tile),
+        bf16=_is_bf16(weights), scale=scale, first=first, tile=tile, n_tokens=n_tokens, n_heads=n_heads,
     )  # fmt: skip
     return grad
 

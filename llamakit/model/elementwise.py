@@ -23,6 +23,11 @@ Function = Callable[..., tuple[Tensor, Pullback]]
 """tensors -> result and pullback."""
 
 
+def as_rows(x: Tensor) -> Tensor:
+    """(..., I) -> (N, I), also of a single row (I,)."""
+    return x.reshape(-1, x.shape[-1])
+
+
 def identity(x: Tensor) -> tuple[Tensor, Pullback]:
     """x itself."""
     return x, lambda grad, _: (grad,)

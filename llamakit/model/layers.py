@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llamakit.ggml import BLOCK_SIZES, GGMLType
-from llamakit.model.elementwise import Function, Lazy, identity, rms_norm
+from llamakit.model.elementwise import Function, Lazy, as_rows, identity, rms_norm
 from llamakit.model.trained import TrainedLinear, project_trained
 from llamakit.quant import QTensor, dequantize
 
@@ -239,7 +239,7 @@ class _LoraProject(torch.autograd.Function):
     @staticmethod
     def forward(ctx, layers: tuple[LoraLinear, ...], function: Function, n_tensors: int, *tensors: Tensor):
         tensors, ab = tensors[:n_tensors], tensors[n_tensors:]
-        h = _rows(function(*tensors)[0])
+        h = as_rows(function(*tensors)[0])
         n = len(layers)
         scaled = [a if layer.scale == 1 else a * layer.scale for layer, a in zip(layers, ab, strict=False)]
         a = (torch.cat(scaled) if n > 1 else scaled[0]).to(h.dtype)
@@ -259,7 +259,7 @@ class _LoraProject(torch.autograd.Function):
         low, a, *rest = ctx.saved_tensors
         b, tensors = rest[:n], rest[n:]
         result, pullback = ctx.function(*tensors)
-        h = _rows(result)
+        h = as_rows(result)
         mask = _dropout_mask(h, layers)
         low_grads = [grad @ part for grad, part in zip(grads, b, strict=True)]
         low_grad = torch.cat(low_grads, dim=-1) if n > 1 else low_grads[0]
@@ -274,11 +274,6 @@ class _LoraProject(torch.autograd.Function):
             dh = dh.addmm_(low_grad, a) if mask is None else dh.add_((low_grad @ a).mul_(mask))
             d_tensors = pullback(dh.view(result.shape), wanted)
         return None, None, None, *d_tensors, *d_a, *d_b
-
-
-def _rows(x: Tensor) -> Tensor:
-    """(..., I) -> (N, I), also of a single row (I,)."""
-    return x.reshape(-1, x.shape[-1])
 
 
 def _by_layer(joined: Tensor, layers: Sequence[LoraLinear], dim: int = -1) -> tuple[Tensor, ...]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from llamakit.kernels import train
-from llamakit.model.elementwise import Function, Lazy, identity
+from llamakit.model.elementwise import Function, Lazy, as_rows, identity
 
 
 class TrainedLinear(nn.Module):
@@ -67,11 +67,6 @@ class _LookUp(torch.autograd.Function):
         return (into if weight.grad is None else None), None, None
 
 
-def _rows(x: Tensor) -> Tensor:
-    """(..., I) -> (N, I), also of a single row (I,)."""
-    return x.reshape(-1, x.shape[-1])
-
-
 def _collect(parameter: Tensor, gradient: Tensor) -> Tensor | None:
     """Add to the parameter's gradient in place, without a float32 copy; what is left for autograd to add, if any."""
     if parameter.grad is None:
@@ -92,7 +87,7 @@ class _Project(torch.autograd.Function):
     @staticmethod
     def forward(ctx, layers: tuple[TrainedLinear, ...], function: Function, n_tensors: int, *tensors: Tensor):
         tensors = tensors[:n_tensors]
-        h = _rows(function(*tensors)[0])
+        h = as_rows(function(*tensors)[0])
         ctx.layers, ctx.function = layers, function
         weights = [layer.rounded(h.dtype) for layer in layers]
         ctx.save_for_backward(*weights, *tensors)
@@ -104,7 +99,7 @@ class _Project(torch.autograd.Function):
         layers: tuple[TrainedLinear, ...] = ctx.layers
         weights, tensors = ctx.saved_tensors[: len(layers)], ctx.saved_tensors[len(layers) :]
         result, pullback = ctx.function(*tensors)
-        h = _rows(result)
+        h = as_rows(result)
         d_weights = [_collect(layer.weight, grad.t() @ h) for layer, grad in zip(layers, grads, strict=True)]
         d_biases = [
             _collect(layer.bias, grad.float().sum(0))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 
 from llamakit.errors import UsageError
@@ -14,14 +15,14 @@ from llamakit.training.report import Sample
 
 
 class Answers:
-    """The model's answers to the same prompts, whenever asked; always the likeliest tokens, so that they can be held
+    """The model's answers to the same prompts, whenever asked, with the same random numbers each time: they can be held
     against each other."""
 
     def __init__(
-        self, model: Llama, tokenizer: Tokenizer, prompts: Sequence[str], n_tokens: int, *, as_messages: bool
+        self, model: Llama, tokenizer: Tokenizer, prompts: Sequence[str], settings: GenerateConfig, *, as_messages: bool
     ) -> None:
-        """n_tokens: of an answer at most. as_messages: a prompt is what a user says, by the chat template; else the
-        beginning of a text.
+        """settings: how an answer is sampled, n_predict its tokens at most. as_messages: a prompt is what a user
+        says, by the chat template; else the beginning of a text.
 
         Raises UsageError for a prompt that leaves no room in the context, UnsupportedError where there is no template,
         FormatError where it fails.
@@ -29,10 +30,12 @@ class Answers:
         self._model, self._tokenizer, self._prompts = model, tokenizer, prompts
         self._ids = _encoded(tokenizer, prompts, as_messages)
         room = model.config.n_ctx - 1
-        self._config = GenerateConfig(n_predict=min(n_tokens, room), temperature=0.0, seed=0)
+        self._config = dataclasses.replace(settings, n_predict=min(settings.n_predict, room))
         for ids in self._ids:
             if len(ids) > room:
-                raise UsageError(f"--sample-prompt has {len(ids)} tokens (expected at most {room})")
+                raise UsageError(
+                    f"--sample-prompt has {len(ids)} tokens (expected at most {room}, one below the context)"
+                )
 
     def samples(self, step: int) -> Iterator[Sample]:
         """Each prompt and its answer. The model's mode and weights stay as they are."""

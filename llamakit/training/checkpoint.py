@@ -6,15 +6,15 @@ import contextlib
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
-from llamakit.errors import FormatError
-from llamakit.files import remove_stale_temporaries, replace_with_link
+from llamakit.errors import FormatError, UsageError
+from llamakit.files import RunLock, check_writable, is_same_file, remove_stale_temporaries, replace_with_link
 from llamakit.formats.adapter import transposed_pair
 from llamakit.formats.gguf import GGUFFile, TensorData, write_gguf
 from llamakit.ggml import GGMLType
@@ -35,6 +35,22 @@ def file_name(template: str, config: LoopOptions, iteration: int | None) -> Path
     """The template with the first occurrence of the pattern replaced by the iteration, or by LATEST (None)."""
     value = config.fn_latest if iteration is None else str(iteration)
     return Path(template.replace(config.pattern_fn_it, value, 1) if config.pattern_fn_it else template)
+
+
+def claim_outputs(outputs: Sequence[Path], sources: Iterable[str | Path], kinds: str) -> RunLock:
+    """A lock on what a run will write, once it is known that it can be. kinds: what the outputs are, in words.
+
+    Raises UsageError for a name that stands for two of them, that cannot be written, or that is one of the sources.
+    """
+    twice = next((path for i, path in enumerate(outputs) if path in outputs[:i]), None)
+    if twice is not None:
+        raise UsageError(f"is named for two of {kinds}: one would replace the other", path=twice)
+    named = [source for source in sources if source]
+    for output in outputs:
+        check_writable(output)
+        if any(is_same_file(output, source) for source in named):
+            raise UsageError("is an input of this run: it would be overwritten", path=output)
+    return RunLock(outputs)
 
 
 def write_checkpoint(path: Path, state: TrainState, training_type: TrainingType) -> None:

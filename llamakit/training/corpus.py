@@ -23,7 +23,8 @@ from llamakit.formats.gguf import open_gguf
 from llamakit.formats.stamps import vocabulary_stamp
 from llamakit.formats.strict_json import read_object
 from llamakit.formats.vocabulary import vocabulary_only
-from llamakit.tokenizer import Tokenizer, load_tokenizer
+from llamakit.tokenizer import Tokenizer
+from llamakit.tokenizer.load import tokenizer_of
 from llamakit.training.train_config import TrainConfig
 
 PLAYS = "tinyshakespeare"
@@ -62,9 +63,9 @@ def open_corpus(
     else:
         hint = "name a model or file with the vocabulary that the tokens were made with: --vocab-model FILE"
         raise UsageError("has tokens, and no vocabulary beside them", path=path, hint=hint)
-    check_ids(data, len(vocabulary["tokenizer.ggml.tokens"]))
-    with open_gguf(write_vocabulary(Path(config.out_dir), vocabulary)) as file:
-        return Corpus(data, vocabulary, load_tokenizer(file))
+    if data.vocabulary:  # of others' tokens check_vocabulary has read every one
+        check_ids(data, len(vocabulary["tokenizer.ggml.tokens"]))
+    return Corpus(data, vocabulary, tokenizer_of(vocabulary, write_vocabulary(Path(config.out_dir), vocabulary)))
 
 
 def _vocabulary_of(path: Path) -> dict[str, Any]:

@@ -16,10 +16,9 @@ import torch
 
 from llamakit.dataset.tokens import Split
 from llamakit.dataset.windows import even_windows
-from llamakit.errors import UsageError
-from llamakit.inference.completion import encode_prompt, generate
 from llamakit.inference.config import GenerateConfig
 from llamakit.model import Llama
+from llamakit.training.answers import Answers
 from llamakit.training.corpus import Corpus
 from llamakit.training.loss import Rows, evaluate_loss
 from llamakit.training.report import Evaluation, Sample
@@ -33,7 +32,11 @@ class Evaluator:
     """Evaluates and samples a model in training, whose mode and weights it leaves as they are."""
 
     def __init__(self, model: Llama, corpus: Corpus, config: TrainConfig, device: torch.device) -> None:
+        """Raises UsageError for a --sample-prompt that leaves no room in the context: now, not hours later."""
         self._model, self._corpus, self._config, self._device = model, corpus, config, device
+        prompts = config.sample_prompt if config.sample_tokens else ()
+        settings = GenerateConfig(n_predict=config.sample_tokens, seed=_SAMPLE_SEED)
+        self._answers = Answers(model, corpus.tokenizer, prompts, settings, as_messages=False)
 
     def evaluate(self, step: int, when: Literal["start", "save", "end"]) -> Evaluation:
         """--eval-iters batches of both parts, evenly spread; at the end all of the held-out part."""
@@ -52,14 +55,6 @@ class Evaluator:
             train_loss=train_loss,
             bits_per_byte=loss / math.log(2) / per_token if per_token and n_tokens else None,
         )
-
-    def check_prompts(self) -> None:
-        """Raises UsageError for a --sample-prompt that leaves no room in the context: now, not hours later."""
-        room = self._model.config.n_ctx - 1
-        for prompt in self._config.sample_prompt if self._config.sample_tokens else ():
-            n_tokens = len(encode_prompt(self._corpus.tokenizer, prompt))
-            if n_tokens > room:
-                raise UsageError(f"--sample-prompt has {n_tokens} tokens (expected at most {room}, one below --ctx)")
 
     def seconds_at_the_end(self) -> float:
         """Predicted seconds of the last evaluation and its samples, from a short one."""
@@ -87,16 +82,7 @@ class Evaluator:
 
     def samples(self, step: int) -> Iterator[Sample]:
         """What the model says to each --sample-prompt, with the same random numbers each time."""
-        config = self._config
-        if not config.sample_tokens:
-            return
-        self._model.eval()
-        n_predict = min(config.sample_tokens, self._model.config.n_ctx - 1)
-        settings = GenerateConfig(n_predict=n_predict, seed=_SAMPLE_SEED)
-        for prompt in config.sample_prompt:
-            reports = generate(self._model, self._corpus.tokenizer, prompt, settings)
-            yield Sample(step, prompt, "".join(report.text for report in reports))
-        self._model.train()
+        return self._answers.samples(step)
 
 
 def _batches(windows: Iterable[np.ndarray], size: int) -> Iterator[np.ndarray]:

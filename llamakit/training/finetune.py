@@ -18,16 +18,23 @@ from llamakit.conversion.merge import MergePlan, merge
 from llamakit.conversion.merge_config import MergeConfig
 from llamakit.dataset.order import SampleOrder
 from llamakit.errors import MismatchError, UsageError
-from llamakit.files import RunLock, check_writable, is_same_file
 from llamakit.formats.adapter import write_adapter
 from llamakit.formats.open import check_is_model, model_files, open_model, size_on_disk
 from llamakit.formats.stamps import base_stamps
+from llamakit.inference.config import GenerateConfig
 from llamakit.model import Llama, ModelConfig, RopeScaling, load_config, load_model
 from llamakit.model.device import dtype_name, resolve_device, training_dtype
 from llamakit.model.layers import Dropout
 from llamakit.tokenizer import load_tokenizer
 from llamakit.training.answers import Answers
-from llamakit.training.checkpoint import CheckpointManager, OldCheckpoint, Product, file_name, read_checkpoint
+from llamakit.training.checkpoint import (
+    CheckpointManager,
+    OldCheckpoint,
+    Product,
+    claim_outputs,
+    file_name,
+    read_checkpoint,
+)
 from llamakit.training.config import FinetuneConfig
 from llamakit.training.finetune_data import FinetuneData, read_data
 from llamakit.training.log import StepLog
@@ -52,11 +59,12 @@ from llamakit.training.report import (
 from llamakit.training.state import (
     Progress,
     TrainState,
-    changed_settings,
     check_identity,
     check_shapes,
     make_identity,
     make_settings,
+    place,
+    resume_remarks,
 )
 from llamakit.training.validation import HeldOut
 
@@ -130,17 +138,9 @@ class _Run:
         config = self.config
         outputs = [file_name(t, config, None) for t in (config.checkpoint_out, config.lora_out) if t]
         outputs += [Path(path) for path in (config.log_file, config.merge_out) if path]
-        twice = next((path for i, path in enumerate(outputs) if path in outputs[:i]), None)
-        if twice is not None:
-            raise UsageError(
-                "is named for two of checkpoint, adapter, merged model and log: one would replace the other", path=twice
-            )
         sources = (*model_files(config.model_base), config.train_data, config.val_data, config.lora_init)
-        for output in outputs:
-            check_writable(output)
-            if any(source and is_same_file(output, source) for source in sources):
-                raise UsageError("is an input of this run: it would be overwritten", path=output)
-        self._stack.enter_context(RunLock(outputs))
+        lock = claim_outputs(outputs, sources, "checkpoint, adapter, merged model and log")
+        self._stack.enter_context(lock)
 
     def _read_checkpoint_in(self) -> TrainState | OldCheckpoint | None:
         path = self.config.checkpoint_in
@@ -226,7 +226,8 @@ class _Run:
         before = self.progress.iterations
         trainer = self._trainer(model, data)
         is_chat = isinstance(data.facts, ChatFacts)
-        answers = Answers(model, tokenizer, config.sample_prompt, config.sample_tokens, as_messages=is_chat)
+        likeliest = GenerateConfig(n_predict=config.sample_tokens, temperature=0.0, seed=0)
+        answers = Answers(model, tokenizer, config.sample_prompt, likeliest, as_messages=is_chat)
         yield from self._facts(data, trainer)
         whole = config.save_best or config.patience > 0  # evaluations are held against each other
         held_out = HeldOut(data.held_out, model, self.device, whole=whole)
@@ -251,9 +252,6 @@ class _Run:
             text=text_hash,
         ) | {"--lora-alpha": self.alpha, "--rslora": self.config.rslora}
 
-    def _place(self) -> dict[str, Any]:
-        return {"device": self.device.type, "threads": torch.get_num_threads(), "torch": torch.__version__}
-
     def _settings(self) -> dict[str, Any]:
         return make_settings(self.config, dtype_name(self.dtype))
 
@@ -272,12 +270,7 @@ class _Run:
             self.progress.next_sample, self.progress.order_epoch = 0, self.progress.order_epoch + 1
         elif config.force_reshuffle:
             self.progress.next_sample, self.progress.order_epoch = 0, self.progress.order_epoch + 1
-        changed = changed_settings(saved.settings, self._settings())
-        if changed:
-            yield Remark("warning", f"the command line changes the checkpoint's settings: {', '.join(changed)}")
-        moved = [f"{k} {v} (was {saved.place[k]})" for k, v in self._place().items() if saved.place.get(k) != v]
-        if moved:
-            yield Remark("note", f"{', '.join(moved)}: results are no longer exact to the last bit")
+        yield from resume_remarks(saved, self._settings(), place(self.device))
 
     def _trainer(self, model: Llama, data: FinetuneData) -> Trainer:
         config = self.config
@@ -381,7 +374,7 @@ class _Run:
         return dataclasses.replace(evaluation, is_best=is_best)
 
     def _state(self, trainer: Trainer, identity: dict[str, Any]) -> TrainState:
-        return TrainState(identity, self._settings(), self._place(), self.progress, trainer.parameters.snapshot())
+        return TrainState(identity, self._settings(), place(self.device), self.progress, trainer.parameters.snapshot())
 
     def _write_adapter(self, path: Path, arrays: Mapping[str, np.ndarray]) -> None:
         write_adapter(path, as_adapter(arrays, self.alpha, rslora=self.config.rslora), self.base)

@@ -51,9 +51,7 @@ def read_data(config: FinetuneConfig, tokenizer: Tokenizer, *, n_vocab: int, see
     """
     is_chat = is_chat_file(config.train_data)
     _check_options(config, is_chat)
-    if not config.val_data:
-        return (_read_chat if is_chat else _read_text)(config, tokenizer, n_vocab, seed)
-    if is_chat_file(config.val_data) != is_chat:
+    if config.val_data and is_chat_file(config.val_data) != is_chat:
         kinds = ("a plain text", "questions and answers")
         raise UsageError(f"--val-data is {kinds[not is_chat]}, --train-data {kinds[is_chat]}", path=config.val_data)
     return (_read_chat if is_chat else _read_text)(config, tokenizer, n_vocab, seed)

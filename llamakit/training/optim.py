@@ -13,7 +13,7 @@ from llamakit.training.config import FinetuneConfig, LoopOptions
 _EPS = 1e-8
 
 
-def _cosine(step: int, steps: int, least: float) -> float:
+def _cosine(step: float, steps: float, least: float) -> float:
     return (1 - least) * 0.5 * (1 + math.cos(math.pi * min(step, steps) / steps)) + least
 
 
@@ -32,6 +32,11 @@ def schedule(iteration: int, config: FinetuneConfig) -> float:
             step -= period
             period = int(period * config.cos_decay_restart)
         factor = _cosine(step, period, config.cos_decay_min)
+    return above_floor(factor, config)
+
+
+def above_floor(factor: float, config: LoopOptions) -> float:
+    """A factor on --adam-alpha, raised so that 0 gives --adam-min-alpha."""
     floor = config.adam_min_alpha / config.adam_alpha if config.adam_alpha else 0.0
     return floor + factor * (1 - floor)
 
@@ -40,7 +45,7 @@ def decay(kind: str, share: float, least: float) -> float:
     """Factor after a share of the decay has passed (0 before, 1 behind it): cosine, linear, or constant."""
     share = min(max(share, 0.0), 1.0)
     if kind == "cosine":
-        return least + (1 - least) * 0.5 * (1 + math.cos(math.pi * share))
+        return _cosine(share, 1.0, least)
     return least + (1 - least) * (1 - share) if kind == "linear" else 1.0
 
 

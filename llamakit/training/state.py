@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
+import torch
 
 from llamakit.errors import MismatchError
 from llamakit.training.config import FinetuneConfig
+from llamakit.training.report import Remark
 
 
 @dataclass
@@ -199,6 +201,21 @@ def changed_settings(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[s
         for key, value in now.items()
         if key in saved and saved[key] != value
     ]
+
+
+def place(device: torch.device) -> dict[str, Any]:
+    """Where a run computes, on which its last bits depend."""
+    return {"device": device.type, "threads": torch.get_num_threads(), "torch": torch.__version__}
+
+
+def resume_remarks(saved: TrainState, settings: Mapping[str, Any], here: Mapping[str, Any]) -> Iterator[Remark]:
+    """What a resume changes: the settings of the command line, and the place where it computes."""
+    changed = changed_settings(saved.settings, settings)
+    if changed:
+        yield Remark("warning", f"the command line changes the checkpoint's settings: {', '.join(changed)}")
+    moved = [f"{k} {v} (was {saved.place[k]})" for k, v in here.items() if saved.place.get(k) != v]
+    if moved:
+        yield Remark("note", f"{', '.join(moved)}: results are no longer exact to the last bit")
 
 
 def _shown(value: Any) -> str:

@@ -17,7 +17,7 @@ from llamakit.dataset.prepare import Report as PrepareReport
 from llamakit.dataset.tokens import Split, hash_tokens
 from llamakit.dataset.windows import Windows
 from llamakit.errors import DataError, UsageError
-from llamakit.files import RunLock, check_writable, is_same_file
+from llamakit.files import RunLock
 from llamakit.formats.base import ModelFile
 from llamakit.formats.open import check_is_model, open_model, size_on_disk
 from llamakit.formats.stamps import vocabulary_stamp
@@ -27,12 +27,12 @@ from llamakit.model.device import dtype_name, resolve_device, training_dtype
 from llamakit.model.layers import Dropout
 from llamakit.native import library
 from llamakit.training.blueprint import Blueprint, build, from_file, from_scratch, write_model
-from llamakit.training.checkpoint import CheckpointManager, Product, file_name, read_checkpoint
+from llamakit.training.checkpoint import CheckpointManager, Product, claim_outputs, file_name, read_checkpoint
 from llamakit.training.corpus import known_vocabulary, open_corpus
 from llamakit.training.evaluation import Evaluator
 from llamakit.training.log import StepLog
 from llamakit.training.loop import Control, Parameters, Trainer
-from llamakit.training.optim import decay
+from llamakit.training.optim import above_floor, decay
 from llamakit.training.report import (
     Begin,
     Evaluation,
@@ -43,7 +43,7 @@ from llamakit.training.report import (
     Report,
     Saving,
 )
-from llamakit.training.state import Progress, TrainState, changed_settings, check_identity, check_shapes, flag
+from llamakit.training.state import Progress, TrainState, check_identity, check_shapes, flag, place, resume_remarks
 from llamakit.training.train_config import TrainConfig
 
 SCRATCH, RESUME = "scratch", "resume"
@@ -111,19 +111,13 @@ class _Run:
         config = self.config
         outputs = [file_name(t, config, None) for t in (config.checkpoint_out, config.model_out) if t]
         outputs += [Path(config.log_file)] if config.log_file else []
-        twice = next((path for i, path in enumerate(outputs) if path in outputs[:i]), None)
-        if twice is not None:
-            raise UsageError("is named for two of checkpoint, model and log: one would replace the other", path=twice)
         try:
             Path(config.out_dir).mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UsageError(f"the run's folder cannot be made: {error.strerror}", path=config.out_dir) from error
-        sources = [path for path in (config.train_data, config.vocab_model, config.init_from) if path]
-        for output in outputs:
-            check_writable(output)
-            if any(is_same_file(output, source) for source in sources):
-                raise UsageError("is an input of this run: it would be overwritten", path=output)
-        self._stack.enter_context(RunLock([*outputs, Path(config.out_dir) / "run"]))
+        sources = (config.train_data, config.vocab_model, config.init_from)
+        self._stack.enter_context(claim_outputs(outputs, sources, "checkpoint, model and log"))
+        self._stack.enter_context(RunLock([Path(config.out_dir) / "run"]))
 
     def _read_checkpoint_in(self) -> TrainState | None:
         """The checkpoint that this run goes on from: where there is one, unless --init-from says scratch."""
@@ -210,7 +204,6 @@ class _Run:
         model.train()
         trainer = Trainer(model, parameters, windows, order, self.progress, config, dropout, self._factor)
         evaluator = Evaluator(model, corpus, config, self.device)
-        evaluator.check_prompts()
         yield self._facts(parameters)
         if config.eval_only:
             self.reason = "the model is evaluated"
@@ -269,9 +262,6 @@ class _Run:
     def _settings(self) -> dict[str, Any]:
         return {flag(name): getattr(self.config, name) for name in _SETTINGS} | {"--dtype": dtype_name(self.dtype)}
 
-    def _place(self) -> dict[str, Any]:
-        return {"device": self.device.type, "threads": torch.get_num_threads(), "torch": torch.__version__}
-
     def _resume(self) -> Iterator[Report]:
         config, saved = self.config, self.saved
         if saved is None:
@@ -281,12 +271,7 @@ class _Run:
         self.progress = saved.progress
         hint = "--init-from scratch starts afresh in this folder, another --out-dir keeps both runs"
         check_identity(saved.identity, self.identity, path=path, text_hint=hint)
-        changed = changed_settings(saved.settings, self._settings())
-        if changed:
-            yield Remark("warning", f"the command line changes the checkpoint's settings: {', '.join(changed)}")
-        moved = [f"{k} {v} (was {saved.place[k]})" for k, v in self._place().items() if saved.place.get(k) != v]
-        if moved:
-            yield Remark("note", f"{', '.join(moved)}: results are no longer exact to the last bit")
+        yield from resume_remarks(saved, self._settings(), place(self.device))
 
     def _factor(self, iteration: int) -> float:
         """Share of --adam-alpha: a linear warmup, then the decay; with a time limit by whichever is further on."""
@@ -296,8 +281,7 @@ class _Run:
             share = max(share, self._time_share())
         rising = min(1.0, iteration / config.warmup) if config.warmup else 1.0
         factor = rising * decay(config.lr_schedule, share, config.cos_decay_min)
-        floor = config.adam_min_alpha / config.adam_alpha if config.adam_alpha else 0.0
-        return floor + factor * (1 - floor)
+        return above_floor(factor, config)
 
     @property
     def _limit_s(self) -> float:
@@ -358,7 +342,7 @@ class _Run:
     def _save(self, trainer: Trainer) -> Iterator[Saving]:
         progress = self.progress
         arrays = trainer.parameters.snapshot()
-        yield from self.manager.save(TrainState(self.identity, self._settings(), self._place(), progress, arrays))
+        yield from self.manager.save(TrainState(self.identity, self._settings(), place(self.device), progress, arrays))
         if self._new_best:
             self._new_best = False
             yield from self.manager.mark(progress.iterations, "BEST")
