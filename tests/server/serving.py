@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import threading
+import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -46,6 +47,14 @@ class Served:
 
     def get(self, path: str, **more: Any) -> httpx.Response:
         return httpx.get(self.url + path, timeout=60, verify=False, **more)
+
+    def logged(self, path: str, n: int = 1) -> list[Record]:
+        """The records of a path, once there are n of them: an answer arrives a moment before it is written down."""
+        end = time.monotonic() + 30
+        while len(found := [record for record in list(self.records) if record.path == path]) < n:
+            assert time.monotonic() < end, f"{len(found)} of {n} answers to {path} were written down"
+            time.sleep(0.01)
+        return found
 
     def connect(self) -> socket.socket:
         host, port = self.url.removeprefix("http://").split(":")

@@ -156,18 +156,19 @@ def test_a_mistake_of_ours_is_a_500_without_a_traceback(served: Served, monkeypa
     monkeypatch.setattr(served.service.metrics, "text", broken)
     answer = served.get("/metrics")
     assert answer.status_code == 500 and answer.json()["error"]["message"] == "internal error: ValueError"
-    assert "a secret" in served.records[-1].error
+    assert "a secret" in served.logged("/metrics")[-1].error
 
 
-def test_what_is_counted_and_logged(served: Served) -> None:
+def test_what_is_counted_and_logged() -> None:
     body = {"messages": [{"role": "user", "content": "Count me."}], "max_tokens": 3, "temperature": 0}
-    served.post(CHAT, body)
-    served.post(CHAT, body)
-    record = served.records[-1]
+    with serving() as served:
+        served.post(CHAT, body)
+        served.post(CHAT, body)
+        record = served.logged(CHAT, 2)[-1]
+        text = served.get("/metrics").text
     assert (record.method, record.path, record.status, record.n_generated) == ("POST", CHAT, 200, 3)
     assert record.n_cached == record.n_prompt - 1 and record.reasons == ["length"] and record.model == "tiny"
     assert record.first_token_s is not None and 0 < record.first_token_s <= record.seconds
-    text = served.get("/metrics").text
     assert f'llamakit_http_requests_total{{path="{CHAT}",status="200"}}' in text
     assert "llamakit_first_token_seconds_count" in text
     for line in text.splitlines():  # the text format, as a scraper reads it
