@@ -23,7 +23,7 @@ ENDED, RUNS = "#again:not([disabled])", "#stop:not([disabled])"
 
 @pytest.fixture
 def page() -> Iterator[Any]:
-    api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed (pip install '.[page]')")
     program = next(filter(None, map(shutil.which, PROGRAMS)), None)
     if program is None:
         pytest.skip("there is no Chromium")
