@@ -3,7 +3,7 @@
 #   make demo    fine-tune a real quantized model on Shakespeare, and read it before and after
 #   make test    all tests but the long campaigns
 #   make check   style, types and the floors of the package
-#   make prove   everything, the long campaigns included; writes docs/proof.md
+#   make prove   everything, the long campaigns included; writes docs/proof.md (AREAS="formats quant": those again)
 #   make native  compile the C code into this checkout again, after a change to it; needs cmake
 #   make docs    write docs/cli.md from the command line's own help
 #   make clean   remove what the targets above made, .venv included
@@ -38,7 +38,7 @@ check: $(VENV)/.checks
 	$(RUN) -m pytest tests/test_layers.py
 
 prove: $(VENV)/.tests $(VENV)/.material
-	$(RUN) scripts/prove.py
+	$(RUN) scripts/prove.py $(AREAS)
 
 native:
 	cmake -S native -B build/native

@@ -1,10 +1,15 @@
 """`make prove`: every test there is, campaigns and comparisons included; the result goes to docs/proof.md.
 
-A test tells its figures with pytest's `record_property("mutants", 3000)`; they stand beside its area.
+    python scripts/prove.py [AREA ...]
+
+It goes area by area, an area being a folder of tests, and writes the page after each: what an interrupted run has
+proven stays, and `make prove AREAS="formats quant"` proves those again. The results lie in build/proof. A test tells
+its figures with pytest's `record_property("mutants", 3000)`; they stand beside its area.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import resource
@@ -13,111 +18,158 @@ import sys
 import tempfile
 import time
 import xml.etree.ElementTree as ET
-from collections import Counter, defaultdict
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "proof.md"
+RESULTS = ROOT / "build" / "proof"
+#: the tests that lie in no folder
+OTHERS = "others"
 _PACKAGES = ("torch", "numpy", "tokenizers", "sentencepiece", "xllamacpp", "transformers", "peft")
 _LIMIT_S = 60 * 60
 
 
 @dataclass
 class Area:
-    """The results of one folder of tests. figures: test name -> what it recorded."""
+    """The last results of a folder of tests. failed: names of tests; figures: test name -> what it recorded;
+    clock_s, processor_s, machine_s: seconds by the clock, of its processors, of all programs' processors."""
 
     counts: Counter[str] = field(default_factory=Counter)
-    seconds: float = 0.0
     skips: Counter[str] = field(default_factory=Counter)
+    failed: list[str] = field(default_factory=list)
     figures: dict[str, dict[str, str]] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Times:
-    """Seconds of a run: by the clock, of processors, and of processors for all programs of the machine together."""
-
-    clock: float
-    processor: float
-    machine: float = 0.0
-
-    def told(self) -> str:
-        """In minutes, and how much of the machine others had."""
-        over = "" if self.clock <= _LIMIT_S else ", which is over the limit of 60"
-        line = f"{self.clock / 60:.1f} minutes{over}, {self.processor / 60:.1f} minutes of processor time"
-        others = 1 - self.processor / self.machine if self.machine else 0.0
-        if others < 0.1:
-            return line
-        return f"{line}; the machine was shared: other programs took {others:.0%} of the processor time that it gave"
+    clock_s: float = 0.0
+    processor_s: float = 0.0
+    machine_s: float = 0.0
+    date: str = ""
+    commit: str = ""
+    machine: str = ""
 
 
 def main() -> int:
-    """Run pytest, write the page, and give pytest's exit code."""
-    started, busy_s = time.monotonic(), _busy_s()
+    """Run pytest on each area, write the page after each, and exit with 1 where a test failed."""
+    known = area_paths(ROOT / "tests")
+    wanted = sys.argv[1:] or list(known)
+    unknown = [name for name in wanted if name not in known]
+    if unknown:
+        print(f"error: no area {unknown[0]!r} (there are: {', '.join(known)})", file=sys.stderr)
+        return 2
+    proven = {name: area for name in known if (area := stored(name)) is not None}
+    for name in wanted:
+        print(f"proving {name}", flush=True)
+        proven[name] = run(known[name])
+        RESULTS.mkdir(parents=True, exist_ok=True)
+        (RESULTS / f"{name}.json").write_text(json.dumps(vars(proven[name]), indent=1), encoding="utf-8")
+        PAGE.write_text(page({name: proven[name] for name in known if name in proven}, list(known)), encoding="utf-8")
+    failed = sum(len(proven[name].failed) for name in wanted)
+    print(f"wrote {PAGE.relative_to(ROOT)}" + (f"; {failed} failed" if failed else ""))
+    return 1 if failed else 0
+
+
+def area_paths(tests: Path) -> dict[str, list[Path]]:
+    """Area -> what pytest is given for it."""
+    folders = sorted(path for path in tests.iterdir() if path.is_dir() and any(path.glob("test_*.py")))
+    others = sorted(tests.glob("test_*.py"))
+    return {path.name: [path] for path in folders} | ({OTHERS: others} if others else {})
+
+
+def stored(name: str) -> Area | None:
+    """The result of an earlier run."""
+    path = RESULTS / f"{name}.json"
+    if not path.exists():
+        return None
+    fields: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return Area(**{**fields, "counts": Counter(fields["counts"]), "skips": Counter(fields["skips"])})
+
+
+def run(paths: Sequence[Path]) -> Area:
+    """Every test of an area."""
+    started, used_s, busy_s = time.monotonic(), _used_s(), _busy_s()
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
         # The empty marker expression overrides the default one, which leaves the long tests out.
         command = [sys.executable, "-m", "pytest", "-m", "", f"--junit-xml={report}", "-o", "junit_family=xunit1"]
         command += ["-n", "auto", "--maxprocesses", "4", "--dist", "loadfile"]  # as in `make test`
-        code = subprocess.run([*command, *sys.argv[1:]], cwd=ROOT, check=False).returncode
-        if not report.exists():
-            print("error: pytest wrote no report", file=sys.stderr)
-            return code or 1
-        areas = read_report(report)
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    times = Times(time.monotonic() - started, used.ru_utime + used.ru_stime, _busy_s() - busy_s)
-    PAGE.write_text(page(areas, times, code), encoding="utf-8")
-    print(f"wrote {PAGE.relative_to(ROOT)}")
-    return code
+        code = subprocess.run([*command, *map(str, paths)], cwd=ROOT, check=False).returncode
+        area = read_report(report) if report.exists() else Area()
+    if code and not area.failed:
+        area.failed.append(f"pytest ended with code {code}")
+    area.clock_s, area.processor_s = time.monotonic() - started, _used_s() - used_s
+    area.machine_s = _busy_s() - busy_s
+    area.date, area.commit, area.machine = f"{datetime.now(UTC):%Y-%m-%d %H:%M}", _commit(), _machine()
+    return area
 
 
-def read_report(path: Path) -> dict[str, Area]:
-    """JUnit's XML as areas: `tests.formats.test_open` belongs to `formats`, `tests.test_ggml` to `test_ggml`."""
-    areas: dict[str, Area] = defaultdict(Area)
+def read_report(path: Path) -> Area:
+    """JUnit's XML as an area."""
+    area = Area()
     for case in ET.parse(path).iter("testcase"):
-        parts = (case.get("classname") or "tests").split(".")
-        area = areas[parts[1] if len(parts) > 1 else parts[0]]
         outcome = next((tag for tag in ("failure", "error", "skipped") if case.find(tag) is not None), "passed")
         area.counts[outcome] += 1
-        area.seconds += float(case.get("time") or 0)
-        if outcome == "skipped":
-            area.skips[(case.find("skipped").get("message") or "").strip()] += 1
+        skipped = case.find("skipped")
+        if skipped is not None:
+            area.skips[(skipped.get("message") or "").strip()] += 1
+        if outcome in ("failure", "error"):
+            area.failed.append(f"{case.get('classname') or 'tests'}.{case.get('name') or '?'}")
         figures = {p.get("name") or "": p.get("value") or "" for p in case.iter("property")}
         if figures:
             area.figures[case.get("name") or "?"] = figures
-    return dict(sorted(areas.items()))
+    return area
 
 
-def page(areas: dict[str, Area], times: Times, code: int) -> str:
-    """The whole of docs/proof.md."""
+def page(areas: Mapping[str, Area], known: Sequence[str]) -> str:
+    """The whole of docs/proof.md. known: every area that there is."""
     totals: Counter[str] = sum((area.counts for area in areas.values()), Counter())
+    missing = [name for name in known if name not in areas]
+    failed = sum(len(area.failed) for area in areas.values())
+    result = f"FAILED ({failed})" if failed else "all passed"
     lines = [
         "# What was proven, when and where",
         "",
         "The last run of `make prove`, which writes this page: all tests, the kill and fuzz campaigns and the",
-        "comparisons with llama.cpp, transformers and PEFT included.",
+        "comparisons with llama.cpp, transformers and PEFT included. It goes area by area, a folder of tests each.",
         "",
-        f"- result: {'all passed' if code == 0 else f'FAILED (pytest exit code {code})'}: {_counted(totals)}",
-        f"- duration: {times.told()}",
-        f"- date: {datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
-        f"- commit: {_commit()}",
-        f"- machine: {_cpu()}, {len(os.sched_getaffinity(0))} cores, {_memory_gib():.0f} GiB memory",
-        f"- system: {platform.system()} {platform.machine()}, Python {platform.python_version()}",
+        f"- result: {result}: {_counted(totals)}",
+        *([f"- not proven: {', '.join(missing)}"] if missing else []),
+        f"- duration: {_duration(list(areas.values()))}",
+        f"- machine: {'; '.join(sorted({area.machine for area in areas.values()}))}",
         f"- packages: {', '.join(f'{name} {_version(name)}' for name in _PACKAGES)}",
         "",
-        "| area | passed | failed | skipped | seconds |",
-        "|---|---|---|---|---|",
+        "| area | passed | failed | skipped | minutes | of processors | date (UTC) | commit |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for name, area in areas.items():
-        failed = area.counts["failure"] + area.counts["error"]
-        lines.append(f"| {name} | {area.counts['passed']} | {failed} | {area.counts['skipped']} | {area.seconds:.0f} |")
-    lines += _figures(areas) + _skips(areas)
-    return "\n".join(lines) + "\n"
+        lines.append(
+            f"| {name} | {area.counts['passed']} | {len(area.failed)} | {area.counts['skipped']} "
+            f"| {area.clock_s / 60:.1f} | {area.processor_s / 60:.1f} | {area.date} | {area.commit} |"
+        )
+    return "\n".join([*lines, *_failures(areas), *_figures(areas), *_skips(areas)]) + "\n"
 
 
-def _figures(areas: dict[str, Area]) -> list[str]:
+def _duration(areas: Sequence[Area]) -> str:
+    """In minutes, and how much of the machine others had."""
+    clock, processor = sum(area.clock_s for area in areas), sum(area.processor_s for area in areas)
+    machine = sum(area.machine_s for area in areas)
+    over = "" if clock <= _LIMIT_S else ", which is over the limit of 60"
+    line = f"{clock / 60:.1f} minutes{over}, {processor / 60:.1f} minutes of processor time"
+    others = 1 - processor / machine if machine else 0.0
+    if others < 0.1:
+        return line
+    return f"{line}; the machine was shared: other programs took {others:.0%} of the processor time that it gave"
+
+
+def _failures(areas: Mapping[str, Area]) -> list[str]:
+    rows = [f"- `{test}`" for area in areas.values() for test in area.failed]
+    return ["", "## What failed", "", *rows] if rows else []
+
+
+def _figures(areas: Mapping[str, Area]) -> list[str]:
     rows = [
         f"| {name} | `{test}` | {', '.join(f'{key} = {value}' for key, value in figures.items())} |"
         for name, area in areas.items()
@@ -126,7 +178,7 @@ def _figures(areas: dict[str, Area]) -> list[str]:
     return ["", "## Figures", "", "| area | test | measured |", "|---|---|---|", *rows] if rows else []
 
 
-def _skips(areas: dict[str, Area]) -> list[str]:
+def _skips(areas: Mapping[str, Area]) -> list[str]:
     rows = [
         f"- {name}: {count} x {reason}" for name, area in areas.items() for reason, count in sorted(area.skips.items())
     ]
@@ -143,9 +195,17 @@ def _commit() -> str:
     def git(*words: str) -> str:
         return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
 
-    head = git("rev-parse", "HEAD")
-    changed = " and changes that are not committed" if head and git("status", "--porcelain") else ""
-    return (head or "unknown") + changed
+    head = git("rev-parse", "--short=10", "HEAD")
+    others = [line for line in git("status", "--porcelain").splitlines() if not line.endswith("docs/proof.md")]
+    return (head or "unknown") + (" and changes" if head and others else "")
+
+
+def _machine() -> str:
+    """Processor, cores, memory, system and Python."""
+    return (
+        f"{_cpu()}, {len(os.sched_getaffinity(0))} cores, {_memory_gib():.0f} GiB memory, {platform.system()} "
+        f"{platform.machine()}, Python {platform.python_version()}"
+    )
 
 
 def _cpu() -> str:
@@ -156,6 +216,12 @@ def _cpu() -> str:
     except OSError:
         pass
     return platform.processor() or "unknown processor"
+
+
+def _used_s() -> float:
+    """Processor time of the programs that this one has started and that have ended, in seconds."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def _busy_s() -> float:

@@ -163,17 +163,47 @@ def test_prove_counts_by_area(tmp_path: Path) -> None:
     report.write_text(
         '<testsuites><testsuite><testcase classname="tests.fuzz.test_mutants" name="test_a" time="2.5"><properties>'
         '<property name="mutants" value="3000"/></properties></testcase><testcase classname="tests.fuzz.test_mutants"'
-        ' name="test_b" time="1"><failure/></testcase><testcase classname="tests.test_ggml" name="test_c" time="0">'
+        ' name="test_b" time="1"><failure/></testcase><testcase classname="tests.fuzz.test_more" name="test_c" time="0">'
         '<skipped message="no CUDA device"/></testcase></testsuite></testsuites>',
         encoding="utf-8",
     )
     prove = load(ROOT / "scripts" / "prove.py")
-    page = prove.page(prove.read_report(report), prove.Times(90.0, 60.0, 120.0), 1)
+    area = prove.read_report(report)
+    area.clock_s, area.processor_s, area.machine_s, area.date, area.commit = 90.0, 60.0, 120.0, "2026-01-02", "abc"
+    page = prove.page({"fuzz": area}, ["fuzz", "quant"])
     assert (
         "- duration: 1.5 minutes, 1.0 minutes of processor time; the machine was shared: other programs took 50%"
         in page
     )
-    assert "| fuzz | 1 | 1 | 0 | 4 |" in page
-    assert "| fuzz | `test_a` | mutants = 3000 |" in page
-    assert "- test_ggml: 1 x no CUDA device" in page
-    assert "FAILED" in page
+    assert "| fuzz | 1 | 1 | 1 | 1.5 | 1.0 | 2026-01-02 | abc |" in page
+    assert "| fuzz | `test_a` | mutants = 3000 |" in page and "- fuzz: 1 x no CUDA device" in page
+    assert "FAILED (1)" in page and "- `tests.fuzz.test_mutants.test_b`" in page and "- not proven: quant" in page
+
+
+def test_prove_knows_every_test() -> None:
+    paths = load(ROOT / "scripts" / "prove.py").area_paths(ROOT / "tests")
+    covered = {file for places in paths.values() for place in places
+               for file in ([place] if place.is_file() else place.rglob("test_*.py"))}  # fmt: skip
+    assert covered == set((ROOT / "tests").rglob("test_*.py"))
+
+
+@pytest.mark.slow
+def test_an_interrupted_proof_keeps_what_it_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prove = load(ROOT / "scripts" / "prove.py")
+    for name, value in (("RESULTS", tmp_path / "proof"), ("PAGE", tmp_path / "proof.md"), ("ROOT", tmp_path)):
+        monkeypatch.setattr(prove, name, value)
+    for name in ("first", "second"):
+        (tmp_path / "tests" / name).mkdir(parents=True)
+        (tmp_path / "tests" / name / "test_it.py").write_text("def test_it(): pass\n")
+    (tmp_path / "tests" / "second" / "test_it.py").write_text("def test_it(): assert False\n")
+    monkeypatch.setattr("sys.argv", ["prove.py", "first"])
+    assert prove.main() == 0
+    assert "- not proven: second" in (tmp_path / "proof.md").read_text()
+    monkeypatch.setattr("sys.argv", ["prove.py", "second"])
+    assert prove.main() == 1
+    page = (tmp_path / "proof.md").read_text()
+    assert "1 passed, 1 failed" in page and "| first | 1 | 0 |" in page and "| second | 0 | 1 |" in page
+    monkeypatch.setattr("sys.argv", ["prove.py", "third"])
+    assert prove.main() == 2 and "no area 'third' (there are: first, second)" in capsys.readouterr().err
