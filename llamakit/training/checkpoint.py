@@ -27,8 +27,8 @@ _VERSION = 1
 _STATE_KEY, _HASH_KEY = "llamakit.checkpoint.state", "llamakit.checkpoint.sha256"
 
 
-TrainingType = Literal["finetune_lora", "train_model"]
-"""What is trained; the words of llama.cpp's two tools."""
+TrainingType = Literal["finetune_lora", "finetune_full", "train_model"]
+"""What is trained: the words of llama.cpp's two tools, and one for all weights of a base."""
 
 
 def file_name(template: str, config: LoopOptions, iteration: int | None) -> Path:

@@ -34,7 +34,9 @@ from llamakit.training.checkpoint import (
 )
 from llamakit.training.config import FinetuneConfig
 from llamakit.training.finetune_data import FinetuneData, read_data
+from llamakit.training.finetune_full import FullSubject
 from llamakit.training.finetune_lora import LoraSubject
+from llamakit.training.full_plan import plan_full
 from llamakit.training.log import StepLog
 from llamakit.training.loop import Control, Parameters, Trainer
 from llamakit.training.optim import schedule
@@ -66,7 +68,7 @@ from llamakit.training.validation import HeldOut
 
 
 def finetune(config: FinetuneConfig, control: Control | None = None) -> Iterator[Report]:
-    """Train a LoRA adapter on a frozen, packed model; yields what happens, ends with Finished.
+    """Train a LoRA adapter on a frozen, packed model, or all of its weights; yields what happens, ends with Finished.
 
     control: set `signal` to have the running step finished, everything saved and the run ended; `save` to save and
     go on. Nothing is written before the base, the text, the checkpoint and the outputs are known to be good.
@@ -76,8 +78,8 @@ def finetune(config: FinetuneConfig, control: Control | None = None) -> Iterator
     with ExitStack() as stack:
         run = _Run(config, control or Control(), stack)
         yield from run.prepare()
-        if config.only_write_lora:
-            yield from run.write_adapter_only()
+        if config.only_write:
+            yield from run.write_product_only()
         else:
             yield from StepLog(config.log_file, append=run.saved is not None).follow(run.train())
         yield Finished(
@@ -103,13 +105,14 @@ class _Run:
         config = self.config
         if not config.model_base:
             raise UsageError("--model-base is missing", hint="name the GGUF model to train on: --model-base FILE")
-        if not config.train_data and not config.only_write_lora:
+        if not config.train_data and not config.only_write:
             raise UsageError("--train-data is empty", hint="name the text to train on: --train-data FILE")
-        if config.save_best and config.pattern_fn_it not in Path(config.lora_out).name:
-            hint = f"such as --lora-out lora-{config.pattern_fn_it}.gguf"
-            raise UsageError(f"--save-best needs {config.pattern_fn_it} in the name of --lora-out", hint=hint)
-        if not (config.lora_out or config.checkpoint_out):
-            raise UsageError("--lora-out and --checkpoint-out are both empty: nothing would be written")
+        out, name = ("--model-out", "model") if config.full else ("--lora-out", "lora")
+        if config.save_best and config.pattern_fn_it not in Path(config.product_out).name:
+            hint = f"such as {out} {name}-{config.pattern_fn_it}.gguf"
+            raise UsageError(f"--save-best needs {config.pattern_fn_it} in the name of {out}", hint=hint)
+        if not (config.product_out or config.checkpoint_out):
+            raise UsageError(f"{out} and --checkpoint-out are both empty: nothing would be written")
         # A source that states no context takes any: the model's own is only a bound of --ctx.
         self.base = open_model(config.model_base, n_ctx=config.ctx, rope_theta=config.rope_freq_base)
         check_is_model(self.base)
@@ -120,23 +123,29 @@ class _Run:
         self._claim_outputs()
         self.stamps = base_stamps(self.base)
         self.saved = self._read_checkpoint_in()
-        self.subject: Subject = LoraSubject(config, self.base, self.shape, self.saved)
+        self.subject = self._subject()
         self.seed = self._seed()
         self.manager = CheckpointManager(config, self.subject.training_type, self.subject.product)
         yield ModelFacts(self.seed, config.model_base, self.shape, config.ctx, self.subject.ranks, self.subject.alpha)
         yield from self._remarks()
 
+    def _subject(self) -> Subject:
+        if self.config.full:
+            return FullSubject(self.config, self.base, self.shape)
+        return LoraSubject(self.config, self.base, self.shape, self.saved)
+
     def _claim_outputs(self) -> None:
         config = self.config
-        outputs = [file_name(t, config, None) for t in (config.checkpoint_out, config.lora_out) if t]
+        outputs = [file_name(t, config, None) for t in (config.checkpoint_out, config.product_out) if t]
         outputs += [Path(path) for path in (config.log_file, config.merge_out) if path]
         sources = (*model_files(config.model_base), config.train_data, config.val_data, config.lora_init)
-        lock = claim_outputs(outputs, sources, "checkpoint, adapter, merged model and log")
+        lock = claim_outputs(outputs, sources, "checkpoint, adapter, model and log")
         self._stack.enter_context(lock)
 
     def _read_checkpoint_in(self) -> TrainState | OldCheckpoint | None:
         path = self.config.checkpoint_in
-        return read_checkpoint(Path(path)) if path and os.path.lexists(path) else None
+        kind = "finetune_full" if self.config.full else "finetune_lora"
+        return read_checkpoint(Path(path), kind) if path and os.path.lexists(path) else None
 
     def _seed(self) -> int:
         given = self.config.seed
@@ -153,7 +162,7 @@ class _Run:
         yield from self.subject.remarks()
         first = self.saved.progress.iterations if self.saved else 0
         last = first + config.adam_iter
-        if last < config.warmup and not config.only_write_lora:
+        if last < config.warmup and not config.only_write:
             peak = schedule(last, config) * config.adam_alpha if last else 0.0
             yield Remark("warning", f"--warmup {config.warmup} is longer than the run, which ends at iteration {last}:"
                          f" the learning rate will reach {peak:.3g}, not {config.adam_alpha:g}")  # fmt: skip
@@ -245,11 +254,11 @@ class _Run:
         trained = trainer.parameters.n_numbers
         yield Counters(
             progress.iterations, progress.samples, progress.tokens, progress.epochs, progress.updates,
-            4 * trained, 8 * trained, trained,
+            4 * trained, 8 * trained, trained, "model" if config.full else "lora",
         )  # fmt: skip
         yield from data.remarks
         yield data.facts
-        yield make_plan(
+        yield (plan_full if config.full else make_plan)(
             trainer.model,
             config,
             dtype=self.dtype,
@@ -311,19 +320,17 @@ class _Run:
     def _state(self, trainer: Trainer, identity: dict[str, Any]) -> TrainState:
         return TrainState(identity, self._settings(), place(self.device), self.progress, trainer.parameters.snapshot())
 
-    def write_adapter_only(self) -> Iterator[Report]:
-        """--only-write-lora: the adapter of --checkpoint-in."""
+    def write_product_only(self) -> Iterator[Report]:
+        """--only-write-lora, --only-write-model: the adapter or model of --checkpoint-in."""
         config, saved = self.config, self.saved
         if saved is None:
-            raise UsageError(
-                "--only-write-lora needs a checkpoint: --checkpoint-in does not exist",
-                path=config.checkpoint_in,
-            )
+            name = "--only-write-model" if config.full else "--only-write-lora"
+            raise UsageError(f"{name} needs a checkpoint: --checkpoint-in does not exist", path=config.checkpoint_in)
         if isinstance(saved, TrainState):
             bases = {"base model": self.stamps.model, "base file": self.stamps.file}
             check_identity(saved.identity, bases | self.subject.identity, path=config.checkpoint_in)
         check_shapes(saved.arrays, self.subject.shapes(), config.checkpoint_in)
-        self.progress, self.reason = saved.progress, "the adapter is written"
+        self.progress, self.reason = saved.progress, f"the {self.subject.product.kind} is written"
         yield from self.manager.save_product(TrainState({}, {}, {}, saved.progress, saved.arrays))
         path = file_name(self.subject.product.template, config, saved.progress.iterations)
         yield from self.subject.finish(self._best(path))

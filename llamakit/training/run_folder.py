@@ -68,7 +68,7 @@ def keep_report(
     metrics = StepLog(str(folder / "metrics.jsonl"), append=goes_on, events=True)
     written: list[Path] = []
     for report in metrics.follow(recorder.follow(reports)):
-        if isinstance(report, Saving) and (report.kind == "model" or "BEST" in Path(report.path).name):
+        if isinstance(report, Saving) and (report.path == config.merge_out or "BEST" in Path(report.path).name):
             written.append(Path(report.path))
         if isinstance(report, Finished):
             outside = dict.fromkeys([*map(Path, report.files), *written])
