@@ -56,6 +56,7 @@ def finetune(
         str,
         typer.Option("--lora-out", help="Name of the adapters; empty: none is written.", rich_help_panel=options.FILES),
     ] = _D.lora_out,
+    lora_format: lora.LoraFormatOption = _D.lora_format,
     only_write_lora: Annotated[
         bool,
         typer.Option(

@@ -13,6 +13,7 @@ Device = Literal["auto", "cpu", "cuda"]
 Dtype = Literal["auto", "f32", "bf16"]
 Cache = Literal["auto", "bf16", "none"]
 Outtype = Literal["f32", "f16", "bf16"]
+LoraFormat = Literal["gguf", "peft"]
 
 
 #: of FinetuneConfig, besides those that begin with lora_ and rank_
@@ -138,6 +139,8 @@ class FinetuneConfig(SampleOptions, ChatOptions, LoopOptions):
     """data to evaluate, of the same kind, instead of a share of the training data"""
     lora_out: str = "ggml-lora-ITERATION-f32.gguf"
     """name of the adapters; empty: none is written"""
+    lora_format: LoraFormat = "gguf"
+    """what an adapter is: a GGUF file, or the folder of PEFT"""
     save_best: bool = False
     """keep the adapter, or model, of the best held-out loss, with BEST in place of the pattern"""
     patience: int = 0
@@ -245,6 +248,9 @@ class FinetuneConfig(SampleOptions, ChatOptions, LoopOptions):
         self._check_full()
         if self.lora_init and (self.lora_targets or any(rank is not None for rank in self._ranks().values())):
             raise UsageError("--lora-init brings its tensors and ranks: --lora-targets and --rank-* cannot be given")
+        if self.lora_format == "peft" and self.lora_out.endswith(".gguf"):
+            hint = f"such as --lora-out lora-{self.pattern_fn_it}"
+            raise UsageError(f"--lora-format peft writes folders, and --lora-out is {self.lora_out}", hint=hint)
         if self.merge_out and not self.lora_out:
             raise UsageError("--merge-out needs an adapter to merge, and --lora-out is empty")
         for name in ("norm_rms_eps", "rope_freq_base", "rope_freq_scale") if self.merge_out else ():

@@ -18,6 +18,7 @@ from torch import Tensor
 from llamakit.dataset.order import SampleOrder
 from llamakit.errors import UsageError
 from llamakit.formats.open import check_is_model, model_files, open_model, size_on_disk
+from llamakit.formats.peft import FILES as PEFT_FILES
 from llamakit.formats.stamps import base_stamps
 from llamakit.inference.config import GenerateConfig
 from llamakit.model import Llama, ModelConfig, RopeScaling, load_config
@@ -139,7 +140,11 @@ class _Run:
         outputs = [file_name(t, config, None) for t in (config.checkpoint_out, config.product_out) if t]
         outputs += [Path(path) for path in (config.log_file, config.merge_out) if path]
         sources = (*model_files(config.model_base), config.train_data, config.val_data, config.lora_init)
-        lock = claim_outputs(outputs, sources, "checkpoint, adapter, model and log")
+        folders = {file_name(config.lora_out, config, None): PEFT_FILES} if config.lora_format == "peft" else {}
+        for path in folders:
+            if path.is_dir() and not path.is_symlink() and path != file_name(config.lora_out, config, 0):
+                raise UsageError("is a folder, a link to the newest one is to be put there", path=path)
+        lock = claim_outputs(outputs, sources, "checkpoint, adapter, model and log", folders)
         self._stack.enter_context(lock)
 
     def _read_checkpoint_in(self) -> TrainState | OldCheckpoint | None:
@@ -294,7 +299,7 @@ class _Run:
                 control.save, last_save = False, progress.iterations
                 yield from self.manager.save(self._state(trainer, identity))
                 if config.save_best and evaluation is not None and evaluation.is_best:
-                    yield from self.manager.mark(progress.iterations, "BEST")
+                    yield from self.manager.mark(progress, "BEST")
             trainer.check_diverged()
             if stop or control.signal:
                 self.reason = stop or "interrupted"

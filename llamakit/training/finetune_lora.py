@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -14,8 +15,9 @@ from torch import Tensor
 from llamakit.conversion.merge import MergePlan, merge
 from llamakit.conversion.merge_config import MergeConfig
 from llamakit.errors import MismatchError, UsageError
-from llamakit.formats.adapter import write_adapter
+from llamakit.formats.adapter import write_adapter, write_adapter_folder
 from llamakit.formats.base import ModelFile
+from llamakit.formats.peft import FILES as PEFT_FILES
 from llamakit.model import ModelConfig, load_model
 from llamakit.model.device import dtype_name
 from llamakit.model.layers import Dropout
@@ -46,7 +48,11 @@ class LoraSubject:
         self._config, self._base, self._shape, self._saved = config, base, shape, saved
         self._plan = plan_lora(config, shape, base, _ranks(config, shape, saved))
         self.ranks, self.alpha = self._plan.kinds, self._plan.alpha
-        self.product = Product("adapter", config.lora_out, self._write)
+        files = PEFT_FILES if config.lora_format == "peft" else ()
+        self.product = Product("adapter", config.lora_out, self._write, files)
+        norms = [kind for kind in _NOT_IN_ADAPTER_USE if self.ranks[kind]]
+        if norms and config.lora_format == "peft":
+            raise UsageError(f"--lora-format peft has no pairs for norms: {', '.join(norms)} cannot be trained")
         self._dtype = torch.float32
 
     @property
@@ -94,7 +100,12 @@ class LoraSubject:
         return model, named_pairs(pairs)
 
     def _write(self, path: Path, arrays: Mapping[str, np.ndarray]) -> None:
-        write_adapter(path, as_adapter(arrays, self.alpha, rslora=self._config.rslora), self._base)
+        adapter = as_adapter(arrays, self.alpha, rslora=self._config.rslora)
+        if self._config.lora_format == "gguf":
+            write_adapter(path, adapter, self._base)
+            return
+        folder = self._config.model_base if os.path.isdir(self._config.model_base) else None
+        write_adapter_folder(path, adapter, self._base, base_model=folder, replace=True)
 
     def prove(self, path: Path, tokens: Tensor, logits: Tensor, named: Mapping[str, Tensor]) -> Iterator[Report]:
         """The adapter that was written, on a fresh base."""

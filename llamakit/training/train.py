@@ -345,7 +345,7 @@ class _Run:
         yield from self.manager.save(TrainState(self.identity, self._settings(), place(self.device), progress, arrays))
         if self._new_best:
             self._new_best = False
-            yield from self.manager.mark(progress.iterations, "BEST")
+            yield from self.manager.mark(progress, "BEST")
 
     def write_model_only(self) -> Iterator[Report]:
         """--only-write-model: the model of --checkpoint-in."""
