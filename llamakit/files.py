@@ -10,7 +10,7 @@ import re
 import shlex
 import shutil
 import stat
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -85,15 +85,18 @@ def atomic_path(path: str | os.PathLike[str], verify: Callable[[Path], None] | N
 
 
 @contextlib.contextmanager
-def atomic_directory(path: str | os.PathLike[str], verify: Callable[[Path], None] | None = None) -> Iterator[Path]:
+def atomic_directory(
+    path: str | os.PathLike[str], verify: Callable[[Path], None] | None = None, *, replacing: Collection[str] = ()
+) -> Iterator[Path]:
     """A temporary directory beside `path`, to be filled by the caller; it becomes `path` only once it is whole.
 
-    An empty directory may stand there already. On leaving: fsync of every file, `verify(temporary)`, rename, fsync of
-    the parent. On any error the temporary directory is removed and `path` stays as it was. Raises UsageError where
-    `path` is a file or a directory that is not empty, SaveError for what the disk refuses.
+    An empty directory may stand there already, or one with no other files than those named in `replacing`, which the
+    new one is exchanged for. On leaving: fsync of every file, `verify(temporary)`, rename, fsync of the parent. On any
+    error the temporary directory is removed and `path` stays as it was. Raises UsageError where `path` is a file or
+    another directory that is not empty, SaveError for what the disk refuses.
     """
     path = Path(path)
-    _refuse_occupied(path)
+    refuse_occupied(path, replacing)
     path = Path(os.path.realpath(path)) if path.is_symlink() else path  # a link to an empty folder stays one
     temporary = _temporary(path)
     try:
@@ -104,7 +107,10 @@ def atomic_directory(path: str | os.PathLike[str], verify: Callable[[Path], None
         _fsync_path(temporary)
         if verify is not None:
             verify(temporary)
-        os.rename(temporary, path)
+        if replacing and path.is_dir():
+            _exchange(temporary, path)
+        else:
+            os.rename(temporary, path)
         _fsync_path(path.parent)
     except BrokenPipeError:  # what was printed meanwhile, not the disk
         raise
@@ -166,26 +172,56 @@ def _move_in(source: Path, directory: Path) -> None:
         raise
 
 
-def _refuse_occupied(path: Path) -> None:
-    """A folder is written anew or not at all: mixing two models' files would give neither."""
+def refuse_occupied(path: Path, replacing: Collection[str] = ()) -> None:
+    """A folder is written anew or not at all: mixing two models' files would give neither.
+
+    replacing: files of an older one that may stand there. Raises UsageError.
+    """
     if path.is_dir():
-        if any(path.iterdir()):
+        if not {entry.name for entry in path.iterdir()} <= set(replacing):
             raise UsageError("is not empty", path=path, hint="name a new folder, or remove this one first")
     elif os.path.lexists(path):
         raise UsageError("is a file, a folder is to be written", path=path)
 
 
+def _exchange(new: Path, old: Path) -> None:
+    """Swap the names of two directories in one step (renameat2); in three where the file system cannot."""
+    import ctypes
+
+    at_cwd, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE (linux/fs.h)
+    rename = getattr(ctypes.CDLL(None), "renameat2", None)
+    if rename is not None and rename(at_cwd, os.fsencode(new), at_cwd, os.fsencode(old), exchange) == 0:
+        return
+    aside = new.with_name(f"{new.name}-old")
+    os.rename(old, aside)
+    os.rename(new, old)
+    os.rename(aside, new)
+
+
+def remove_directory(path: Path, only: Collection[str]) -> None:
+    """Remove a directory that has no other files than those named; at no time is a part of it under its name."""
+    if {entry.name for entry in path.iterdir()} <= set(only):
+        temporary = _temporary(path)
+        os.rename(path, temporary)
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
 def replace_with_link(source: Path, target: Path) -> None:
     """Make `target` another name of `source`'s content, replacing it atomically; a copy where links cannot be.
 
-    Raises SaveError.
+    Of a directory it is a symbolic link, relative, which needs `source` to stay. Raises SaveError.
     """
     temporary = _temporary(target)
     try:
         temporary.unlink(missing_ok=True)
         try:
-            os.link(source, temporary)
+            if source.is_dir():
+                os.symlink(os.path.relpath(source, target.parent), temporary)
+            else:
+                os.link(source, temporary)
         except OSError:
+            if source.is_dir():
+                raise
             shutil.copyfile(source, temporary)
             with temporary.open("rb") as file:
                 os.fsync(file.fileno())
@@ -223,10 +259,16 @@ def is_same_file(a: str | os.PathLike[str], b: str | os.PathLike[str]) -> bool:
         return False
 
 
-def check_writable(path: str | os.PathLike[str]) -> None:
-    """Raise UsageError now if `path` could not be written later: no such directory, no permission, full disk."""
+def check_writable(path: str | os.PathLike[str], *, folder: Collection[str] | None = None) -> None:
+    """Raise UsageError now if `path` could not be written later: no such directory, no permission, full disk.
+
+    folder: a folder of these files, or a link to one, is to be written, not a file.
+    """
     path = Path(path)
-    if path.is_dir():
+    if folder is not None:
+        if not (path.is_symlink() and path.is_dir()):
+            refuse_occupied(path, folder)
+    elif path.is_dir():
         raise UsageError("is a directory, a file name is needed", path=path)
     probe = path.with_name(f".{path.name}.probe-{os.getpid()}")
     try:
@@ -306,6 +348,15 @@ def available_memory_bytes() -> int | None:
         used = int(Path("/sys/fs/cgroup/memory.current").read_text(encoding="ascii"))
         available.append(max(0, limit - used))
     return min(available, default=None)
+
+
+def resident_memory_bytes() -> int:
+    """Memory that this process has in use now; 0 where the system does not tell."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+    except (OSError, ValueError, IndexError):
+        return 0
+    return pages * os.sysconf("SC_PAGE_SIZE")
 
 
 def read_text(path: str | os.PathLike[str]) -> str:

@@ -64,7 +64,7 @@ SaveBestOption = Annotated[
     bool,
     typer.Option(
         "--save-best",
-        help="Keep the adapter of the best held-out loss, with BEST in place of the pattern.",
+        help="Keep the adapter or model of the best held-out loss, with BEST in place of the pattern.",
         rich_help_panel=EVALUATION,
     ),
 ]

@@ -11,6 +11,7 @@ import typer
 
 from llamakit import hub
 from llamakit.cli import chat_data_options as chat
+from llamakit.cli import full_options as full_
 from llamakit.cli import loop_options as loop
 from llamakit.cli import lora_options as lora
 from llamakit.cli import options, render
@@ -37,7 +38,7 @@ def finetune(
         str,
         typer.Option(
             "--model-base",
-            help="GGUF model whose frozen weights the adapter is trained on: a path, hf:user/repo[:QUANT] or a URL.",
+            help="Model to train on, any GGUF or a Hugging Face folder: a path, hf:user/repo[:QUANT] or a URL.",
             rich_help_panel=options.FILES,
         ),
     ] = _D.model_base,
@@ -55,6 +56,7 @@ def finetune(
         str,
         typer.Option("--lora-out", help="Name of the adapters; empty: none is written.", rich_help_panel=options.FILES),
     ] = _D.lora_out,
+    lora_format: lora.LoraFormatOption = _D.lora_format,
     only_write_lora: Annotated[
         bool,
         typer.Option(
@@ -63,6 +65,10 @@ def finetune(
             rich_help_panel=options.FILES,
         ),
     ] = _D.only_write_lora,
+    full: full_.FullOption = _D.full,
+    model_out: full_.ModelOutOption = _D.model_out,
+    outtype: full_.OuttypeOption = _D.outtype,
+    only_write_model: full_.OnlyWriteModelOption = _D.only_write_model,
     pattern_fn_it: loop.PatternFnItOption = _D.pattern_fn_it,
     fn_latest: loop.FnLatestOption = _D.fn_latest,
     save_every: loop.SaveEveryOption = _D.save_every,
@@ -346,7 +352,7 @@ def finetune(
     config: options.ConfigOption = None,
     json: options.JsonOption = False,
 ) -> None:
-    """Train a LoRA adapter on the GGUF model that you have, quantized as it is.
+    """Train a LoRA adapter on the model that you have, quantized as it is, or all of its weights.
 
     Example: llamakit finetune --model-base base.gguf --train-data shakespeare.txt --lora-out lora-ITERATION.gguf
     """

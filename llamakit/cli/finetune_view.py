@@ -43,6 +43,13 @@ _RANK_NAMES = (
     ("output", "output"),
 )
 
+#: kind of a file -> what of the old tools wrote it
+_FUNCTIONS = {
+    "checkpoint": "save_checkpoint_lora_file",
+    "adapter": "save_as_llama_lora",
+    "model": "save_llama_model_file",
+}
+
 
 def step_line(step: StepReport, dt_s: float, first_loss: float) -> str:
     """One line as the old tool's train_opt_callback: its fields, its order, its bar."""
@@ -95,6 +102,7 @@ class View:
                 self._sample(report)
             case Verified():
                 self._verified = {"max_dlogit": report.difference, "change": report.change}
+                self._verified |= {} if report.weights is None else {"weights": report.weights}
                 for line in _lines(report):
                     self._say(line)
             case Finished():
@@ -167,7 +175,8 @@ def _lines(report: Report) -> Iterator[str]:
             yield f"main: seen train_samples     {report.samples}"
             yield f"main: seen train_tokens      {report.tokens}"
             yield f"main: completed train_epochs {report.epochs}"
-            yield f"main: lora_size = {_size(report.lora_bytes)}, {report.trained_parameters} parameters"
+            trained = f"{_size(report.trained_bytes)}, {report.trained_parameters} parameters"
+            yield f"main: {report.what}_size = {trained}"
             yield f"main: opt_size  = {_size(report.optimizer_bytes)}"
             yield f"main: opt iter {report.updates}"
         case DataFacts():
@@ -195,14 +204,20 @@ def _lines(report: Report) -> Iterator[str]:
                 f" ({report.n_tokens} of {report.n_held_out} tokens)"
             )
         case Verified():
+            on_the_base = " on the base" if report.weights is None else ""
             yield (
-                f"main: verified: max |dlogit| = {report.difference:.3g} between {report.path} on the base and the"
+                f"main: verified: max |dlogit| = {report.difference:.3g} between {report.path}{on_the_base} and the"
                 f" trained model ({report.n_tokens} tokens)"
             )
-            yield f"main: the adapter changes the base: max |dlogit| = {report.change:.3g}"
+            if report.weights is None:
+                yield f"main: the adapter changes the base: max |dlogit| = {report.change:.3g}"
+            else:
+                yield (
+                    f"main: the model differs from the base: weights by {100 * report.weights:.3g} %,"
+                    f" max |dlogit| = {report.change:.3g}"
+                )
         case Saving():
-            function = "save_checkpoint_lora_file" if report.kind == "checkpoint" else "save_as_llama_lora"
-            yield f"{function}: saving to {report.path}"
+            yield f"{_FUNCTIONS[report.kind]}: saving to {report.path}"
 
 
 def _chat_lines(facts: ChatFacts) -> Iterator[str]:
@@ -240,6 +255,9 @@ def _model_lines(facts: ModelFacts) -> Iterator[str]:
     }
     for name, value in values.items():
         yield f"print_params: {name:<22}: {value}"
+    if not facts.ranks:
+        yield "main: all weights are trained"
+        return
     for name, kind in _RANK_NAMES:
         yield f"print_lora_params: {'n_rank_' + name:<22}: {facts.ranks[kind]}"
     yield f"print_lora_params: {'lora_alpha':<22}: {facts.alpha:g}"

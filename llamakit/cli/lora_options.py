@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -37,4 +37,8 @@ MergeOutOption = Annotated[
         help="GGUF file for the base with the finished adapter merged in, the best one with --save-best.",
         rich_help_panel=FILES,
     ),
+]
+LoraFormatOption = Annotated[
+    Literal["gguf", "peft"],
+    typer.Option("--lora-format", help="Write GGUF files, or folders that PEFT loads.", rich_help_panel=FILES),
 ]

@@ -38,15 +38,16 @@ def gguf_types(file: ModelFile, outtype: str) -> tuple[dict[str, GGMLType], File
     if file_type.default is None:
         raise UsageError(f"--outtype {outtype} names no type", hint="--outtype auto keeps the types of a GGUF file")
     if file_type.name in _UNIFORM:
-        return {name: _uniform_type(info, file_type.default) for name, info in file.tensors.items()}, file_type
+        return {name: uniform_type(info, file_type.default) for name, info in file.tensors.items()}, file_type
     infos = [file.tensors[name] for name in output_order(file.tensors)]
     types = tensor_types(file_type, file.metadata, infos).types
     # What a mixture leaves as it is are vectors, in a checkpoint in 16 bits: those are F32 in GGUF.
-    plain = {name: _uniform_type(info, GGMLType.F32) for name, info in file.tensors.items() if len(info.shape) < 2}
+    plain = {name: uniform_type(info, GGMLType.F32) for name, info in file.tensors.items() if len(info.shape) < 2}
     return {name: plain.get(name, types[name]) for name in file.tensors}, file_type
 
 
-def _uniform_type(info: TensorInfo, wanted: GGMLType) -> GGMLType:
+def uniform_type(info: TensorInfo, wanted: GGMLType) -> GGMLType:
+    """The type of a tensor in a GGUF file whose matrices are `wanted`: vectors and norms stay F32."""
     if len(info.shape) < 2 or info.name.endswith("_norm.weight") or not info.name.endswith(".weight"):
         return GGMLType.F32
     if wanted in _TERNARY and info.name in ("token_embd.weight", "output.weight"):

@@ -110,9 +110,13 @@ def read_chat_data(
             totals.update({"cut": 1, "lost": lost} if is_cut(item, options.long_samples) else {"windowed": 1})
         pieces += found
     if not pieces:
+        first = skipped[0]
+        if all(problem.line is None for problem in skipped):  # empty files have no record
+            raise first.error()
         raise DataError(
-            f"there is nothing to train on: all {len(skipped)} records were skipped",
-            path=files[0],
+            f"there is nothing to train on: all {len(skipped)} records were skipped (this one: {first.reason})",
+            path=first.path,
+            line=first.line,
             hint="llamakit data check says what is wrong with each",
         )
     counts = ChatCounts(

@@ -99,6 +99,7 @@ def _batch(
             timeouts = yield from _batch(tokenizer, records[:middle], train_on, timeouts)
             return (yield from _batch(tokenizer, records[middle:], train_on, timeouts))
         if timeouts + 1 >= _MOST_TIMEOUTS:
+            error.path, error.line = records[0].path, records[0].line
             raise
         yield records[0], Problem(records[0].path, records[0].line, "template", error.reason)
         return timeouts + 1

@@ -318,12 +318,18 @@ def write_adapter(path: str | os.PathLike[str], adapter: Adapter, base: ModelFil
 
 
 def write_adapter_folder(
-    path: str | os.PathLike[str], adapter: Adapter, base: ModelFile, *, base_model: str | None = None
+    path: str | os.PathLike[str],
+    adapter: Adapter,
+    base: ModelFile,
+    *,
+    base_model: str | None = None,
+    replace: bool = False,
 ) -> None:
-    """Write an adapter as a PEFT folder, F32; base_model: what stands as base_model_name_or_path.
+    """Write an adapter as a PEFT folder, F32; base_model: what stands as base_model_name_or_path; replace: an older one
+    may stand there.
 
     What `peft` computes with it is what the adapter computes here, and reading it back gives the same matrices.
     Raises as `write_peft`, and UnsupportedError where the adapter replaces whole tensors.
     """
     refuse_replaced(adapter)
-    write_peft(path, alpha=adapter.alpha, tensors=adapter.tensors, base=base, base_model=base_model)
+    write_peft(path, alpha=adapter.alpha, tensors=adapter.tensors, base=base, base_model=base_model, replace=replace)

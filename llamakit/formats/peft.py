@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from llamakit.formats.torch_file import TorchFile
 
 CONFIG, WEIGHTS, OLD_WEIGHTS = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+#: what `write_peft` writes
+FILES = (CONFIG, WEIGHTS)
 _PREFIX = "base_model.model."
 _EMBEDDING = "token_embd.weight"
 _COMPARED_ELEMENTS = 1 << 22
@@ -231,11 +233,13 @@ def write_peft(
     tensors: Mapping[str, Pair],
     base: ModelFile,
     base_model: str | None = None,
+    replace: bool = False,
 ) -> None:
     """Write a PEFT folder, F32, that `peft` loads on the same model in Hugging Face's form; whole or not at all.
 
     alpha, tensors: as in `Adapter`: GGUF's names, A (r, n_in), B (n_out, r), scale alpha / r, or 1 where alpha is 0.
-    base_model: what stands as base_model_name_or_path. The bytes depend on the arguments alone.
+    base_model: what stands as base_model_name_or_path. replace: an older one may stand there, and nothing else. The
+    bytes depend on the arguments alone.
 
     Raises UnsupportedError for a tensor that PEFT has no pair for (norms, biases), MismatchError for one that the base
     does not have, UsageError where `path` is taken, SaveError when the disk refuses.
@@ -244,7 +248,7 @@ def write_peft(
     ordered = [name for name in base.tensors if name in tensors]
     config = _config(alpha, {modules[name]: len(tensors[name][0]) for name in ordered}, base_model)
     stored = [data for name in ordered for data in _stored(base, name, modules[name], tensors[name])]
-    with atomic_directory(path) as folder:
+    with atomic_directory(path, replacing=FILES if replace else ()) as folder:
         (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         write_safetensors(folder / WEIGHTS, tensors=stored, metadata={"format": "pt"})
 

@@ -15,18 +15,25 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from llamakit.formats.base import ModelFile, TensorData
+from llamakit.conversion.file_types import parse_file_type
+from llamakit.conversion.outtype import uniform_type
+from llamakit.errors import UnsupportedError
+from llamakit.formats.base import ModelFile, TensorData, TensorInfo
 from llamakit.formats.gguf import typed_metadata, write_gguf
 from llamakit.ggml import GGMLType
 from llamakit.model import Llama, ModelConfig, load_config
 from llamakit.model.layers import RMSNorm
 from llamakit.model.trained import TrainedEmbedding, TrainedLinear
-from llamakit.quant import dequantize
+from llamakit.quant import dequantize, first_bad_block
+from llamakit.quant.encode import quantize
+from llamakit.training.config import Outtype
 from llamakit.training.train_config import TrainConfig
 
 _STD = 0.02
 _INTO_RESIDUAL = ("attn_output", "ffn_up")
 _FILE_TYPE_F32 = 0
+#: a table, which is part of a file and is not trained
+ROPE_FREQS = "rope_freqs.weight"
 
 
 @dataclass(frozen=True)
@@ -96,9 +103,9 @@ def from_file(file: ModelFile, vocabulary: Mapping[str, Any]) -> Blueprint:
 
 def build(blueprint: Blueprint, device: torch.device, dtype: torch.dtype) -> tuple[Llama, dict[str, Tensor]]:
     """The model, every tensor of it trained, and the tensors by name; rope_freqs, which is a table, is not trained."""
-    frequencies = blueprint.first("rope_freqs.weight") if "rope_freqs.weight" in blueprint.names else None
+    frequencies = blueprint.first(ROPE_FREQS) if ROPE_FREQS in blueprint.names else None
     model = Llama(blueprint.shape, frequencies)
-    named = {n: nn.Parameter(blueprint.first(n).to(device)) for n in blueprint.names if n != "rope_freqs.weight"}
+    named = {n: nn.Parameter(blueprint.first(n).to(device)) for n in blueprint.names if n != ROPE_FREQS}
     for name, parameter in named.items():
         path, _, kind = name.rpartition(".")
         if kind != "bias":
@@ -121,10 +128,34 @@ def _leaf(
     return TrainedLinear(parameter, bias)
 
 
-def write_model(path: Path, arrays: Mapping[str, np.ndarray], blueprint: Blueprint) -> None:
-    """Write trained tensors as an F32 GGUF model; other names in `arrays` are left out. Raises SaveError."""
+def write_model(path: Path, arrays: Mapping[str, np.ndarray], blueprint: Blueprint, outtype: Outtype = "f32") -> None:
+    """Write trained tensors as a GGUF model, matrices in outtype, vectors F32; other names in `arrays` are left out.
+
+    Raises UnsupportedError for a weight beyond F16, SaveError.
+    """
+    file_type = parse_file_type(outtype)
+    assert file_type.default is not None, "each of them is a tensor type"
     tensors = [
-        TensorData(name, shape, GGMLType.F32, arrays[name] if name in arrays else blueprint.first(name).numpy())
+        _written(TensorInfo(name, shape, GGMLType.F32, 0), arrays, blueprint, file_type.default)
         for name, shape in blueprint.names.items()
     ]
-    write_gguf(path, metadata=blueprint.metadata, tensors=tensors)
+    write_gguf(path, metadata={**blueprint.metadata, "general.file_type": file_type.number}, tensors=tensors)
+
+
+def _written(info: TensorInfo, arrays: Mapping[str, np.ndarray], blueprint: Blueprint, wanted: GGMLType) -> TensorData:
+    kind = uniform_type(info, wanted)
+
+    def data() -> np.ndarray:
+        values = arrays[info.name] if info.name in arrays else blueprint.first(info.name).numpy()
+        return values if kind is GGMLType.F32 else rounded(torch.from_numpy(values), kind, info.name).numpy()
+
+    return TensorData(info.name, info.shape, kind, data)
+
+
+def rounded(weights: Tensor, kind: GGMLType, name: str) -> Tensor:
+    """Float32 weights packed as F16 or BF16, uint8 rows. Raises UnsupportedError for what F16 cannot hold."""
+    packed = quantize(weights, kind)
+    if kind is GGMLType.F16 and first_bad_block(packed, kind) is not None:
+        hint = "write the model as bf16 or f32: --outtype"
+        raise UnsupportedError(f"tensor {name} has weights that F16 cannot hold", hint=hint)
+    return packed

@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -14,7 +14,14 @@ from typing import Literal
 import numpy as np
 
 from llamakit.errors import FormatError, UsageError
-from llamakit.files import RunLock, check_writable, is_same_file, remove_stale_temporaries, replace_with_link
+from llamakit.files import (
+    RunLock,
+    check_writable,
+    is_same_file,
+    remove_directory,
+    remove_stale_temporaries,
+    replace_with_link,
+)
 from llamakit.formats.adapter import transposed_pair
 from llamakit.formats.gguf import GGUFFile, TensorData, write_gguf
 from llamakit.ggml import GGMLType
@@ -27,8 +34,8 @@ _VERSION = 1
 _STATE_KEY, _HASH_KEY = "llamakit.checkpoint.state", "llamakit.checkpoint.sha256"
 
 
-TrainingType = Literal["finetune_lora", "train_model"]
-"""What is trained; the words of llama.cpp's two tools."""
+TrainingType = Literal["finetune_lora", "finetune_full", "train_model"]
+"""What is trained: the words of llama.cpp's two tools, and one for all weights of a base."""
 
 
 def file_name(template: str, config: LoopOptions, iteration: int | None) -> Path:
@@ -37,8 +44,11 @@ def file_name(template: str, config: LoopOptions, iteration: int | None) -> Path
     return Path(template.replace(config.pattern_fn_it, value, 1) if config.pattern_fn_it else template)
 
 
-def claim_outputs(outputs: Sequence[Path], sources: Iterable[str | Path], kinds: str) -> RunLock:
-    """A lock on what a run will write, once it is known that it can be. kinds: what the outputs are, in words.
+def claim_outputs(
+    outputs: Sequence[Path], sources: Iterable[str | Path], kinds: str, folders: Mapping[Path, Collection[str]] = {}
+) -> RunLock:
+    """A lock on what a run will write, once it is known that it can be. kinds: what the outputs are, in words. folders:
+    those that are folders, with the files in them.
 
     Raises UsageError for a name that stands for two of them, that cannot be written, or that is one of the sources.
     """
@@ -47,7 +57,7 @@ def claim_outputs(outputs: Sequence[Path], sources: Iterable[str | Path], kinds:
         raise UsageError(f"is named for two of {kinds}: one would replace the other", path=twice)
     named = [source for source in sources if source]
     for output in outputs:
-        check_writable(output)
+        check_writable(output, folder=folders.get(output))
         if any(is_same_file(output, source) for source in named):
             raise UsageError("is an input of this run: it would be overwritten", path=output)
     return RunLock(outputs)
@@ -172,11 +182,13 @@ def _arrays_of_old(file: GGUFFile) -> dict[str, np.ndarray]:
 
 @dataclass(frozen=True)
 class Product:
-    """What is saved beside the checkpoints. template: its name, with the pattern; write: puts it at a path."""
+    """What is saved beside the checkpoints. template: its name, with the pattern; write: puts it at a path. files: of a
+    product that is a folder."""
 
     kind: Literal["adapter", "model"]
     template: str
     write: Callable[[Path, Mapping[str, np.ndarray]], None]
+    files: tuple[str, ...] = ()
 
 
 class CheckpointManager:
@@ -210,14 +222,16 @@ class CheckpointManager:
         kind, template = self._product.kind, self._product.template
         yield from self._write(kind, template, state.progress, lambda path: self._product.write(path, state.arrays))
 
-    def mark(self, iteration: int, word: str) -> Iterator[Saving]:
-        """Give the product of an iteration another name, with `word` in place of the number: BEST."""
+    def mark(self, progress: Progress, word: str) -> Iterator[Saving]:
+        """Give the newest product another name, with `word` in place of the number: BEST."""
         template, pattern = self._product.template, self._config.pattern_fn_it
         if not template or not pattern or pattern not in Path(template).name:
             return
-        numbered, marked = file_name(template, self._config, iteration), Path(template.replace(pattern, word, 1))
+        numbered = file_name(template, self._config, progress.iterations)
+        marked = Path(template.replace(pattern, word, 1))
         yield Saving(self._product.kind, str(marked))
         replace_with_link(numbered, marked)
+        self._clear_away(progress)  # a folder that had this name may go now
 
     def _write(
         self,
@@ -241,13 +255,25 @@ class CheckpointManager:
         keep = self._config.keep_last
         if keep <= 0:
             return
+        linked = []
         for iteration in progress.saved[:-keep]:
             for template in self._templates:
                 path = file_name(template, self._config, iteration)
-                if path not in (
+                if path in (
                     file_name(template, self._config, None),
                     file_name(template, self._config, progress.iterations),
                 ):
-                    with contextlib.suppress(OSError):
+                    continue
+                with contextlib.suppress(OSError):
+                    if not path.is_dir():
                         path.unlink(missing_ok=True)
-        progress.saved = progress.saved[-keep:]
+                    elif _is_linked(path):
+                        linked.append(iteration)
+                    else:
+                        remove_directory(path, self._product.files)
+        progress.saved = linked + progress.saved[-keep:]
+
+
+def _is_linked(folder: Path) -> bool:
+    """Whether another name in the same directory leads to a folder: LATEST, BEST, or one of the user's."""
+    return any(path.is_symlink() and is_same_file(path, folder) for path in folder.parent.iterdir())

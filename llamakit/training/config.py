@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
 from llamakit.dataset.config import ChatOptions, SampleOptions
@@ -12,6 +12,13 @@ from llamakit.errors import UsageError
 Device = Literal["auto", "cpu", "cuda"]
 Dtype = Literal["auto", "f32", "bf16"]
 Cache = Literal["auto", "bf16", "none"]
+Outtype = Literal["f32", "f16", "bf16"]
+LoraFormat = Literal["gguf", "peft"]
+
+
+#: of FinetuneConfig, besides those that begin with lora_ and rank_
+_OF_ADAPTERS = ("rslora", "merge_out", "only_write_lora", "weight_cache")
+_OF_FULL = ("model_out", "outtype", "only_write_model")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,15 +132,17 @@ class FinetuneConfig(SampleOptions, ChatOptions, LoopOptions):
     """Options of `finetune`, named after llama.cpp's flags; an unset rank (None) means its rule applies."""
 
     model_base: str = ""
-    """GGUF model whose frozen weights the adapter is trained on"""
+    """model whose frozen weights the adapter is trained on, GGUF or another format that is read"""
     train_data: str = "shakespeare.txt"
     """UTF-8 text to train on, or questions and answers: JSON, JSON lines, CSV, or a folder with these"""
     val_data: str = ""
     """data to evaluate, of the same kind, instead of a share of the training data"""
     lora_out: str = "ggml-lora-ITERATION-f32.gguf"
     """name of the adapters; empty: none is written"""
+    lora_format: LoraFormat = "gguf"
+    """what an adapter is: a GGUF file, or the folder of PEFT"""
     save_best: bool = False
-    """keep the adapter of the best held-out loss, with BEST in place of the pattern"""
+    """keep the adapter, or model, of the best held-out loss, with BEST in place of the pattern"""
     patience: int = 0
     """stop after N evaluations in a row without a better held-out loss; 0: never"""
     sample_prompt: tuple[str, ...] = ()
@@ -142,6 +151,14 @@ class FinetuneConfig(SampleOptions, ChatOptions, LoopOptions):
     """tokens of each of its answers at most"""
     only_write_lora: bool = False
     """write the adapter of --checkpoint-in and end"""
+    full: bool = False
+    """train all weights of the base, and write a model instead of an adapter"""
+    model_out: str = "model-ITERATION.gguf"
+    """name of the models that --full writes; empty: none is written"""
+    outtype: Outtype = "f32"
+    """type of the matrices in them"""
+    only_write_model: bool = False
+    """write the model of --checkpoint-in, a checkpoint of --full, and end"""
     log_file: str = ""
     """JSONL file with one object per step"""
     force_reshuffle: bool = False
@@ -228,8 +245,12 @@ class FinetuneConfig(SampleOptions, ChatOptions, LoopOptions):
 
     def _check_together(self) -> None:
         """Raises UsageError for options that say different things."""
+        self._check_full()
         if self.lora_init and (self.lora_targets or any(rank is not None for rank in self._ranks().values())):
             raise UsageError("--lora-init brings its tensors and ranks: --lora-targets and --rank-* cannot be given")
+        if self.lora_format == "peft" and self.lora_out.endswith(".gguf"):
+            hint = f"such as --lora-out lora-{self.pattern_fn_it}"
+            raise UsageError(f"--lora-format peft writes folders, and --lora-out is {self.lora_out}", hint=hint)
         if self.merge_out and not self.lora_out:
             raise UsageError("--merge-out needs an adapter to merge, and --lora-out is empty")
         for name in ("norm_rms_eps", "rope_freq_base", "rope_freq_scale") if self.merge_out else ():
@@ -237,6 +258,28 @@ class FinetuneConfig(SampleOptions, ChatOptions, LoopOptions):
                 raise UsageError(
                     f"--merge-out cannot be given with --{name.replace('_', '-')}: the base has another one"
                 )
+
+    def _check_full(self) -> None:
+        """Raises UsageError for an option of an adapter with --full, and for one of --full without it."""
+        of_adapters = [f.name for f in fields(self) if f.name.startswith(("lora_", "rank_")) or f.name in _OF_ADAPTERS]
+        defaults = {field.name: field.default for field in fields(self)}
+        for name in of_adapters if self.full else _OF_FULL:
+            if getattr(self, name) != defaults[name]:
+                flag = f"--{name.replace('_', '-')}"
+                if self.full:
+                    hint = "--model-out names the models" if name == "lora_out" else None
+                    raise UsageError(f"{flag} is for an adapter, and --full trains all weights", hint=hint)
+                raise UsageError(f"{flag} needs --full: without it an adapter is trained")
+
+    @property
+    def product_out(self) -> str:
+        """The name of what is trained: --model-out with --full, else --lora-out."""
+        return self.model_out if self.full else self.lora_out
+
+    @property
+    def only_write(self) -> bool:
+        """Whether the run writes what a checkpoint holds, and ends."""
+        return self.only_write_lora or self.only_write_model
 
     def targets(self) -> list[tuple[str, int | None]]:
         """(pattern, its rank or None) of --lora-targets, which may have commas in them. Raises UsageError."""

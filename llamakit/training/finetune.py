@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -13,16 +13,15 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from llamakit.conversion.merge import MergePlan, merge
-from llamakit.conversion.merge_config import MergeConfig
 from llamakit.dataset.order import SampleOrder
-from llamakit.errors import MismatchError, UsageError
-from llamakit.formats.adapter import write_adapter
+from llamakit.errors import UsageError
 from llamakit.formats.open import check_is_model, model_files, open_model, size_on_disk
+from llamakit.formats.peft import FILES as PEFT_FILES
 from llamakit.formats.stamps import base_stamps
 from llamakit.inference.config import GenerateConfig
-from llamakit.model import Llama, ModelConfig, RopeScaling, load_config, load_model
+from llamakit.model import Llama, ModelConfig, RopeScaling, load_config
 from llamakit.model.device import dtype_name, resolve_device, training_dtype
 from llamakit.model.layers import Dropout
 from llamakit.tokenizer import load_tokenizer
@@ -30,20 +29,20 @@ from llamakit.training.answers import Answers
 from llamakit.training.checkpoint import (
     CheckpointManager,
     OldCheckpoint,
-    Product,
     claim_outputs,
     file_name,
     read_checkpoint,
 )
 from llamakit.training.config import FinetuneConfig
 from llamakit.training.finetune_data import FinetuneData, read_data
+from llamakit.training.finetune_full import FullSubject
+from llamakit.training.finetune_lora import LoraSubject
+from llamakit.training.full_plan import plan_full
 from llamakit.training.log import StepLog
 from llamakit.training.loop import Control, Parameters, Trainer
-from llamakit.training.lora import as_adapter, attach_trainable, named_pairs, rank_field
-from llamakit.training.lora_plan import plan_lora
 from llamakit.training.optim import schedule
 from llamakit.training.plan import make_plan
-from llamakit.training.proof import N_TOKENS, logits_of, prove
+from llamakit.training.proof import N_TOKENS, logits_of
 from llamakit.training.report import (
     Begin,
     ChatFacts,
@@ -54,7 +53,6 @@ from llamakit.training.report import (
     ModelFacts,
     Remark,
     Report,
-    Saving,
 )
 from llamakit.training.state import (
     Progress,
@@ -66,13 +64,12 @@ from llamakit.training.state import (
     place,
     resume_remarks,
 )
+from llamakit.training.subject import Subject
 from llamakit.training.validation import HeldOut
-
-_NOT_IN_ADAPTER_USE = ("attn_norm", "ffn_norm", "output_norm")
 
 
 def finetune(config: FinetuneConfig, control: Control | None = None) -> Iterator[Report]:
-    """Train a LoRA adapter on a frozen, packed model; yields what happens, ends with Finished.
+    """Train a LoRA adapter on a frozen, packed model, or all of its weights; yields what happens, ends with Finished.
 
     control: set `signal` to have the running step finished, everything saved and the run ended; `save` to save and
     go on. Nothing is written before the base, the text, the checkpoint and the outputs are known to be good.
@@ -82,8 +79,8 @@ def finetune(config: FinetuneConfig, control: Control | None = None) -> Iterator
     with ExitStack() as stack:
         run = _Run(config, control or Control(), stack)
         yield from run.prepare()
-        if config.only_write_lora:
-            yield from run.write_adapter_only()
+        if config.only_write:
+            yield from run.write_product_only()
         else:
             yield from StepLog(config.log_file, append=run.saved is not None).follow(run.train())
         yield Finished(
@@ -109,13 +106,14 @@ class _Run:
         config = self.config
         if not config.model_base:
             raise UsageError("--model-base is missing", hint="name the GGUF model to train on: --model-base FILE")
-        if not config.train_data and not config.only_write_lora:
+        if not config.train_data and not config.only_write:
             raise UsageError("--train-data is empty", hint="name the text to train on: --train-data FILE")
-        if config.save_best and config.pattern_fn_it not in Path(config.lora_out).name:
-            hint = f"such as --lora-out lora-{config.pattern_fn_it}.gguf"
-            raise UsageError(f"--save-best needs {config.pattern_fn_it} in the name of --lora-out", hint=hint)
-        if not (config.lora_out or config.checkpoint_out):
-            raise UsageError("--lora-out and --checkpoint-out are both empty: nothing would be written")
+        out, name = ("--model-out", "model") if config.full else ("--lora-out", "lora")
+        if config.save_best and config.pattern_fn_it not in Path(config.product_out).name:
+            hint = f"such as {out} {name}-{config.pattern_fn_it}.gguf"
+            raise UsageError(f"--save-best needs {config.pattern_fn_it} in the name of {out}", hint=hint)
+        if not (config.product_out or config.checkpoint_out):
+            raise UsageError(f"{out} and --checkpoint-out are both empty: nothing would be written")
         # A source that states no context takes any: the model's own is only a bound of --ctx.
         self.base = open_model(config.model_base, n_ctx=config.ctx, rope_theta=config.rope_freq_base)
         check_is_model(self.base)
@@ -126,44 +124,33 @@ class _Run:
         self._claim_outputs()
         self.stamps = base_stamps(self.base)
         self.saved = self._read_checkpoint_in()
-        self.lora = plan_lora(config, self.shape, self.base, self._ranks())
-        self.ranks, self.alpha = self.lora.kinds, self.lora.alpha
+        self.subject = self._subject()
         self.seed = self._seed()
-        product = Product("adapter", config.lora_out, self._write_adapter)
-        self.manager = CheckpointManager(config, "finetune_lora", product)
-        yield ModelFacts(self.seed, config.model_base, self.shape, config.ctx, self.ranks, self.alpha)
+        self.manager = CheckpointManager(config, self.subject.training_type, self.subject.product)
+        yield ModelFacts(self.seed, config.model_base, self.shape, config.ctx, self.subject.ranks, self.subject.alpha)
         yield from self._remarks()
+
+    def _subject(self) -> Subject:
+        if self.config.full:
+            return FullSubject(self.config, self.base, self.shape)
+        return LoraSubject(self.config, self.base, self.shape, self.saved)
 
     def _claim_outputs(self) -> None:
         config = self.config
-        outputs = [file_name(t, config, None) for t in (config.checkpoint_out, config.lora_out) if t]
+        outputs = [file_name(t, config, None) for t in (config.checkpoint_out, config.product_out) if t]
         outputs += [Path(path) for path in (config.log_file, config.merge_out) if path]
         sources = (*model_files(config.model_base), config.train_data, config.val_data, config.lora_init)
-        lock = claim_outputs(outputs, sources, "checkpoint, adapter, merged model and log")
+        folders = {file_name(config.lora_out, config, None): PEFT_FILES} if config.lora_format == "peft" else {}
+        for path in folders:
+            if path.is_dir() and not path.is_symlink() and path != file_name(config.lora_out, config, 0):
+                raise UsageError("is a folder, a link to the newest one is to be put there", path=path)
+        lock = claim_outputs(outputs, sources, "checkpoint, adapter, model and log", folders)
         self._stack.enter_context(lock)
 
     def _read_checkpoint_in(self) -> TrainState | OldCheckpoint | None:
         path = self.config.checkpoint_in
-        return read_checkpoint(Path(path)) if path and os.path.lexists(path) else None
-
-    def _ranks(self) -> dict[str, int]:
-        ranks = self.config.rank_of()
-        if isinstance(self.saved, OldCheckpoint):
-            given = {k for k, v in vars(self.config).items() if k.startswith("rank_") and v is not None}
-            ranks |= {k: r for k, r in self.saved.ranks.items() if k in ranks and rank_field(k) not in given}
-            for kind, rank in self.saved.ranks.items():
-                if ranks.get(kind) != rank:
-                    raise MismatchError(
-                        f"rank of {kind} is {rank} in the checkpoint, and {ranks.get(kind)} in this run",
-                        path=self.config.checkpoint_in,
-                    )
-        if self.shape.tied_output:
-            if self.config.rank_out:
-                raise UsageError("--rank-out: this model has no output matrix of its own (it uses token_embd)")
-            ranks["output"] = 0
-        if not any(ranks.values()):
-            raise UsageError("every rank is 0: there is nothing to train")
-        return ranks
+        kind = "finetune_full" if self.config.full else "finetune_lora"
+        return read_checkpoint(Path(path), kind) if path and os.path.lexists(path) else None
 
     def _seed(self) -> int:
         given = self.config.seed
@@ -175,27 +162,12 @@ class _Run:
 
     def _remarks(self) -> Iterator[Remark]:
         config = self.config
-        yield from (Remark("warning", text) for text in self.lora.remarks)
-        path = config.checkpoint_in
-        if self.saved is None:
-            if path:
-                yield Remark("note", f"no checkpoint at {path}: starting afresh")
-        elif isinstance(self.saved, OldCheckpoint):
-            yield Remark("note", f"{path} is a checkpoint of llama.cpp's finetune: its LoRA tensors and counters are"
-                         " taken, its shuffle state and optimizer moments are not")  # fmt: skip
-            if any(rank and self.alpha != rank for rank in self.ranks.values()):
-                yield Remark("warning", "the old tool trained without the factor alpha / rank that was applied when"
-                             f" its adapters were used; --lora-alpha {self.alpha:g} is part of it here")  # fmt: skip
-        norms = [kind for kind in _NOT_IN_ADAPTER_USE if self.ranks[kind]]
-        if norms:
-            yield Remark("warning", f"llama.cpp ignores the trained changes of {', '.join(norms)}: an adapter without"
-                         " them is what it runs; llamakit applies them")  # fmt: skip
-        if self.ranks["token_embd"] and self.shape.tied_output:
-            yield Remark("warning", "this model uses token_embd as its output matrix too: llama.cpp of 2026 ends with a"
-                         " failed assertion on adapters that change it")  # fmt: skip
+        if self.saved is None and config.checkpoint_in:
+            yield Remark("note", f"no checkpoint at {config.checkpoint_in}: starting afresh")
+        yield from self.subject.remarks()
         first = self.saved.progress.iterations if self.saved else 0
         last = first + config.adam_iter
-        if last < config.warmup and not config.only_write_lora:
+        if last < config.warmup and not config.only_write:
             peak = schedule(last, config) * config.adam_alpha if last else 0.0
             yield Remark("warning", f"--warmup {config.warmup} is longer than the run, which ends at iteration {last}:"
                          f" the learning rate will reach {peak:.3g}, not {config.adam_alpha:g}")  # fmt: skip
@@ -215,16 +187,10 @@ class _Run:
             raise UsageError(f"{name} needs held-out data, and there is none", hint=hint)
         identity = data.identity | self._identity(data.sha256)
         yield from self._resume(identity)
-        model = load_model(
-            self.base,
-            device=self.device,
-            dtype=self.dtype,
-            weight_cache=config.weight_cache,
-            config=self.shape,
-            for_training=True,
-        )
+        dropout = Dropout(config.lora_dropout)
+        model, named = self.subject.build(self.seed, self.device, self.dtype, dropout)
         before = self.progress.iterations
-        trainer = self._trainer(model, data)
+        trainer = self._trainer(model, named, data, dropout)
         is_chat = isinstance(data.facts, ChatFacts)
         likeliest = GenerateConfig(n_predict=config.sample_tokens, temperature=0.0, seed=0)
         answers = Answers(model, tokenizer, config.sample_prompt, likeliest, as_messages=is_chat)
@@ -235,22 +201,26 @@ class _Run:
             yield held_out.evaluate("start")
         yield from answers.samples(before)
         yield from self._steps(trainer, held_out, answers, identity)
-        if config.lora_out and self.progress.iterations > before and not self.control.signal:
+        if self.subject.product.template and self.progress.iterations > before and not self.control.signal:
             some = data.first[: min(N_TOKENS, config.ctx)].astype(np.int64).clip(0, self.shape.n_vocab - 1)
             tokens = torch.from_numpy(some).to(self.device)
             logits = logits_of(model, tokens)
             del model, trainer, held_out, answers  # the base is loaded once more
-            yield from self._proof(tokens, logits)
+            path = file_name(self.subject.product.template, config, self.progress.iterations)
+            yield from self.subject.prove(path, tokens, logits, named)
+            yield from self.subject.finish(self._best(path))
 
     def _identity(self, text_hash: str) -> dict[str, Any]:
-        return make_identity(
-            self.config,
-            seed=self.seed,
-            ranks=self.ranks,
-            base_model=self.stamps.model,
-            base_file=self.stamps.file,
-            text=text_hash,
-        ) | {"--lora-alpha": self.alpha, "--rslora": self.config.rslora}
+        return (
+            make_identity(
+                self.config,
+                seed=self.seed,
+                base_model=self.stamps.model,
+                base_file=self.stamps.file,
+                text=text_hash,
+            )
+            | self.subject.identity
+        )
 
     def _settings(self) -> dict[str, Any]:
         return make_settings(self.config, dtype_name(self.dtype))
@@ -272,14 +242,10 @@ class _Run:
             self.progress.next_sample, self.progress.order_epoch = 0, self.progress.order_epoch + 1
         yield from resume_remarks(saved, self._settings(), place(self.device))
 
-    def _trainer(self, model: Llama, data: FinetuneData) -> Trainer:
+    def _trainer(self, model: Llama, named: dict[str, Tensor], data: FinetuneData, dropout: Dropout) -> Trainer:
         config = self.config
         model.use_checkpointing = config.use_checkpointing
-        dropout = Dropout(config.lora_dropout)
-        pairs = attach_trainable(
-            model, self.lora.initial(self.shape, self.seed), self.alpha, dropout, rslora=config.rslora
-        )
-        parameters = Parameters(named_pairs(pairs), config)
+        parameters = Parameters(named, config)
         if self.saved is not None:
             check_shapes(self.saved.arrays, parameters.shapes, config.checkpoint_in)
             parameters.restore(self.saved.arrays, self.progress.updates)
@@ -293,11 +259,11 @@ class _Run:
         trained = trainer.parameters.n_numbers
         yield Counters(
             progress.iterations, progress.samples, progress.tokens, progress.epochs, progress.updates,
-            4 * trained, 8 * trained, trained,
+            4 * trained, 8 * trained, trained, "model" if config.full else "lora",
         )  # fmt: skip
         yield from data.remarks
         yield data.facts
-        yield make_plan(
+        yield (plan_full if config.full else make_plan)(
             trainer.model,
             config,
             dtype=self.dtype,
@@ -333,7 +299,7 @@ class _Run:
                 control.save, last_save = False, progress.iterations
                 yield from self.manager.save(self._state(trainer, identity))
                 if config.save_best and evaluation is not None and evaluation.is_best:
-                    yield from self.manager.mark(progress.iterations, "BEST")
+                    yield from self.manager.mark(progress, "BEST")
             trainer.check_diverged()
             if stop or control.signal:
                 self.reason = stop or "interrupted"
@@ -341,27 +307,10 @@ class _Run:
         if last_save < progress.iterations:  # the signal came between a step and the next
             yield from self.manager.save(self._state(trainer, identity))
 
-    def _proof(self, tokens: torch.Tensor, logits: torch.Tensor) -> Iterator[Report]:
-        """The adapter that was just written, on a fresh base; logits: what the trained model says to tokens."""
-        load = partial(load_model, self.base, device=self.device, dtype=self.dtype, weight_cache="none",
-                       config=self.shape)  # fmt: skip
-        path = file_name(self.config.lora_out, self.config, self.progress.iterations)
-        verified = prove(path, self.base, load, tokens, logits, self.dtype)
-        yield verified
-        if not verified.change:
-            yield Remark("warning", f"the adapter is so small that no logit changes in {dtype_name(self.dtype)}")
-        if self.config.merge_out:
-            yield from self._merged(path)
-
-    def _merged(self, path: Path) -> Iterator[Report]:
-        """--merge-out: the best adapter where it was kept, else the last, merged into the base."""
-        config = self.config
-        if config.save_best:
-            path = Path(config.lora_out.replace(config.pattern_fn_it, "BEST", 1))
-        yield Saving("model", config.merge_out)
-        for report in merge(MergeConfig(model=Path(config.model_base), lora=(path,), out=Path(config.merge_out))):
-            if isinstance(report, MergePlan):
-                yield from (Remark("warning", text) for text in report.warnings)
+    def _best(self, path: Path) -> Path:
+        """The product of the best evaluation where it was kept, else the last, which is at path."""
+        config, template = self.config, self.subject.product.template
+        return Path(template.replace(config.pattern_fn_it, "BEST", 1)) if config.save_best else path
 
     def _judged(self, evaluation: Evaluation) -> Evaluation:
         """An evaluation, and whether it is the best so far."""
@@ -376,29 +325,20 @@ class _Run:
     def _state(self, trainer: Trainer, identity: dict[str, Any]) -> TrainState:
         return TrainState(identity, self._settings(), place(self.device), self.progress, trainer.parameters.snapshot())
 
-    def _write_adapter(self, path: Path, arrays: Mapping[str, np.ndarray]) -> None:
-        write_adapter(path, as_adapter(arrays, self.alpha, rslora=self.config.rslora), self.base)
-
-    def write_adapter_only(self) -> Iterator[Report]:
-        """--only-write-lora: the adapter of --checkpoint-in."""
+    def write_product_only(self) -> Iterator[Report]:
+        """--only-write-lora, --only-write-model: the adapter or model of --checkpoint-in."""
         config, saved = self.config, self.saved
         if saved is None:
-            raise UsageError(
-                "--only-write-lora needs a checkpoint: --checkpoint-in does not exist",
-                path=config.checkpoint_in,
-            )
+            name = "--only-write-model" if config.full else "--only-write-lora"
+            raise UsageError(f"{name} needs a checkpoint: --checkpoint-in does not exist", path=config.checkpoint_in)
         if isinstance(saved, TrainState):
-            mine = self._identity(saved.identity["text"])
-            adapter_keys = {
-                k: v for k, v in mine.items() if k.startswith(("base ", "rank ", "--lora-alpha", "--rslora"))
-            }
-            check_identity(saved.identity, adapter_keys, path=config.checkpoint_in, restart_data=False)
-        start = {name: (w.a, w.b) for name, w in self.lora.initial(self.shape, 0).items()}
-        check_shapes(saved.arrays, {n: x.shape for n, x in named_pairs(start).items()}, config.checkpoint_in)
-        self.progress, self.reason = saved.progress, "the adapter is written"
+            bases = {"base model": self.stamps.model, "base file": self.stamps.file}
+            check_identity(saved.identity, bases | self.subject.identity, path=config.checkpoint_in)
+        check_shapes(saved.arrays, self.subject.shapes(), config.checkpoint_in)
+        self.progress, self.reason = saved.progress, f"the {self.subject.product.kind} is written"
         yield from self.manager.save_product(TrainState({}, {}, {}, saved.progress, saved.arrays))
-        if config.merge_out:
-            yield from self._merged(file_name(config.lora_out, config, saved.progress.iterations))
+        path = file_name(self.subject.product.template, config, saved.progress.iterations)
+        yield from self.subject.finish(self._best(path))
 
 
 def _overridden(shape: ModelConfig, config: FinetuneConfig) -> ModelConfig:

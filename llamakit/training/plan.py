@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import resource
 import time
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -64,13 +65,19 @@ def memory_bytes(model: Llama, config: FinetuneConfig, dtype: torch.dtype, train
     return resident + trained * (_BYTES_PER_TRAINED + item) + activations + decoded + logits
 
 
-def _best_of(runs: int, work) -> float:
+def measured_s(runs: int, work: Callable[[], object]) -> float:
+    """Seconds of the fastest of some runs."""
     seconds = []
     for _ in range(runs):
         start = time.perf_counter()
         work()
         seconds.append(time.perf_counter() - start)
     return min(seconds)
+
+
+def efficiency(shape: ModelConfig) -> float:
+    """Share of a step's time that its products take."""
+    return shape.n_embd / (shape.n_embd + _EVEN_EMBD)
 
 
 def step_seconds(model: Llama, config: FinetuneConfig, dtype: torch.dtype, device: torch.device) -> float:
@@ -81,12 +88,11 @@ def step_seconds(model: Llama, config: FinetuneConfig, dtype: torch.dtype, devic
     rows = min(n_tokens, 512)
     x: Tensor = torch.zeros(rows, layer.shape[1], dtype=dtype, device=device)
     n_weights = layer.shape[0] * layer.shape[1]
-    decode = _best_of(2, lambda: layer.dense(dtype)) if layer.is_packed(dtype) else 0.0
-    rate = 2 * rows * n_weights / max(_best_of(3, lambda: layer.product(x)) - decode, 1e-9)
+    decode = measured_s(2, lambda: layer.dense(dtype)) if layer.is_packed(dtype) else 0.0
+    rate = 2 * rows * n_weights / max(measured_s(3, lambda: layer.product(x)) - decode, 1e-9)
     attention = 2 * config.ctx * shape.n_head * shape.head_dim * shape.n_layer  # causal: half of 4
     passes = 6 if config.use_checkpointing else 4
-    efficiency = shape.n_embd / (shape.n_embd + _EVEN_EMBD)
-    seconds = n_tokens * passes * (shape.n_matmul + attention) / (rate * efficiency)
+    seconds = n_tokens * passes * (shape.n_matmul + attention) / (rate * efficiency(shape))
     seconds += decode / n_weights * shape.n_matmul * passes / 2
     return seconds * config.grad_acc
 

@@ -76,8 +76,11 @@ class Recorder:
             case ChatFacts():
                 self._data |= _chat_facts(report)
             case Verified():
-                self._results["max |dlogit| of the adapter read back"] = report.difference
+                what = "adapter" if report.weights is None else "model"
+                self._results[f"max |dlogit| of the {what} read back"] = report.difference
                 self._results["max |dlogit| against the base"] = report.change
+                if report.weights is not None:
+                    self._results["relative change of the weights"] = report.weights
             case Plan():
                 self._results["predicted peak memory, bytes"] = report.memory_bytes
                 self._results["predicted seconds"] = round(report.total_s, 1)
@@ -174,6 +177,8 @@ def _model_facts(report: ModelFacts | NewModel | Counters) -> dict[str, object]:
             "tokens per iteration": report.tokens_per_iteration,
             "computed on": f"{report.device} in {report.dtype}, threads: {report.threads}",
         }
+    if not report.ranks:
+        return {"base": report.path} | facts | {"trained": "all weights"}
     ranks = ", ".join(f"{kind} {rank}" for kind, rank in report.ranks.items() if rank)
     return {"base": report.path} | facts | {"ranks": ranks, "alpha": report.alpha}
 

@@ -28,7 +28,8 @@ class Remark:
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """The base model, the seed and the ranks (GGUF tensor kind -> rank, 0: not trained) of a run."""
+    """The base model, the seed and the ranks (GGUF tensor kind -> rank, 0: not trained) of a run; no ranks: all weights
+    are trained."""
 
     seed: int
     path: str
@@ -40,16 +41,17 @@ class ModelFacts:
 
 @dataclass(frozen=True)
 class Counters:
-    """Where a run starts."""
+    """Where a run starts. trained_bytes: of what is trained, an adapter (lora) or a model."""
 
     iterations: int
     samples: int
     tokens: int
     epochs: int
     updates: int
-    lora_bytes: int
+    trained_bytes: int
     optimizer_bytes: int
     trained_parameters: int
+    what: Literal["lora", "model"] = "lora"
 
 
 @dataclass(frozen=True)
@@ -94,15 +96,18 @@ class ChatFacts:
 
 @dataclass(frozen=True)
 class Verified:
-    """The adapter was read from its file and put on the base again. path: of the file; n_tokens: compared.
+    """What was trained was read from its file, an adapter was put on the base again. path: of the file; n_tokens:
+    compared.
 
     difference: largest one of its logits to those of the model as it was trained; change: to those of the base.
+    weights: of a model, how far all of its weights are from the base's: |W - W0| / |W0|.
     """
 
     path: str
     n_tokens: int
     difference: float
     change: float
+    weights: float | None = None
 
 
 @dataclass(frozen=True)

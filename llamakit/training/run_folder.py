@@ -68,7 +68,7 @@ def keep_report(
     metrics = StepLog(str(folder / "metrics.jsonl"), append=goes_on, events=True)
     written: list[Path] = []
     for report in metrics.follow(recorder.follow(reports)):
-        if isinstance(report, Saving) and (report.kind == "model" or "BEST" in Path(report.path).name):
+        if isinstance(report, Saving) and (report.path == config.merge_out or "BEST" in Path(report.path).name):
             written.append(Path(report.path))
         if isinstance(report, Finished):
             outside = dict.fromkeys([*map(Path, report.files), *written])
@@ -79,7 +79,10 @@ def keep_report(
 def _listed(folder: Path, outside: Iterable[Path]) -> Iterator[RunFile]:
     """The files of the folder, when they are asked for, and others by their way from there."""
     yield from run_files(folder)
-    yield from (RunFile(os.path.relpath(path, folder), path.stat().st_size) for path in outside if path.exists())
+    for path in filter(Path.exists, outside):
+        is_folder = path.is_dir()
+        n_bytes = sum(file.stat().st_size for file in (path.iterdir() if is_folder else (path,)))
+        yield RunFile(os.path.relpath(path, folder) + "/" * is_folder, n_bytes)
 
 
 def _append(path: Path, sample: Sample) -> None:

@@ -127,10 +127,8 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def make_identity(
-    config: FinetuneConfig, *, seed: int, ranks: Mapping[str, int], base_model: str, base_file: str, text: str
-) -> dict[str, Any]:
-    """What a checkpoint and a run must agree on: base, adapter, text, and how the text is cut and ordered."""
+def make_identity(config: FinetuneConfig, *, seed: int, base_model: str, base_file: str, text: str) -> dict[str, Any]:
+    """What a checkpoint and a run must agree on: base, text, and how the text is cut and ordered."""
     identity: dict[str, Any] = {
         "base model": base_model,
         "base file": base_file,
@@ -138,9 +136,7 @@ def make_identity(
         "--seed": seed,
         "--ctx": config.ctx,
         "--val-split": config.val_split,
-        "--lora-alpha": config.alpha,
     }
-    identity |= {f"rank of {kind}": rank for kind, rank in ranks.items()}
     return identity | {flag(name): getattr(config, name) for name in (*SAMPLE_FLAGS, *_MODEL_FLAGS)}
 
 

@@ -26,7 +26,7 @@ from llamakit.model import Llama
 from llamakit.model.device import dtype_name, resolve_device, training_dtype
 from llamakit.model.layers import Dropout
 from llamakit.native import library
-from llamakit.training.blueprint import Blueprint, build, from_file, from_scratch, write_model
+from llamakit.training.blueprint import ROPE_FREQS, Blueprint, build, from_file, from_scratch, write_model
 from llamakit.training.checkpoint import CheckpointManager, Product, claim_outputs, file_name, read_checkpoint
 from llamakit.training.corpus import known_vocabulary, open_corpus
 from llamakit.training.evaluation import Evaluator
@@ -345,7 +345,7 @@ class _Run:
         yield from self.manager.save(TrainState(self.identity, self._settings(), place(self.device), progress, arrays))
         if self._new_best:
             self._new_best = False
-            yield from self.manager.mark(progress.iterations, "BEST")
+            yield from self.manager.mark(progress, "BEST")
 
     def write_model_only(self) -> Iterator[Report]:
         """--only-write-model: the model of --checkpoint-in."""
@@ -354,7 +354,7 @@ class _Run:
                 "--only-write-model needs a checkpoint: --checkpoint-in does not exist", path=self.config.checkpoint_in
             )
         check_identity(self.saved.identity, self._model_identity(), path=self.config.checkpoint_in)
-        expected = {n: tuple(s) for n, s in self.blueprint.names.items() if n != "rope_freqs.weight"}
+        expected = {n: tuple(s) for n, s in self.blueprint.names.items() if n != ROPE_FREQS}
         check_shapes(self.saved.arrays, expected, self.config.checkpoint_in)
         self.progress, self.reason = self.saved.progress, "the model is written"
         yield from self.manager.save_product(self.saved)

@@ -95,7 +95,9 @@ class HeldOut:
             n_tokens += n
         self._model.train()
         loss = total / n_tokens
-        return Evaluation(when, loss, float(np.exp(np.float64(loss))), n_tokens, self._part.n_tokens, step=step)
+        with np.errstate(over="ignore"):  # a model that was spoilt has a loss beyond 709
+            ppl = float(np.exp(np.float64(loss)))
+        return Evaluation(when, loss, ppl, n_tokens, self._part.n_tokens, step=step)
 
 
 def validation_windows(tokens: np.ndarray, ctx: int, bos: int, at_most: int | None) -> list[tuple[Tensor, Tensor]]:
