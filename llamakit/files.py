@@ -350,15 +350,6 @@ def available_memory_bytes() -> int | None:
     return min(available, default=None)
 
 
-def resident_memory_bytes() -> int:
-    """Memory that this process has in use now; 0 where the system does not tell."""
-    try:
-        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
-    except (OSError, ValueError, IndexError):
-        return 0
-    return pages * os.sysconf("SC_PAGE_SIZE")
-
-
 def read_text(path: str | os.PathLike[str]) -> str:
     """A whole UTF-8 text. Raises LlamakitError naming the byte at fault, or what the system said."""
     data = read_whole(path)

@@ -14,7 +14,7 @@ from llamakit.cli import chat_data_options as chat
 from llamakit.cli import full_options as full_
 from llamakit.cli import loop_options as loop
 from llamakit.cli import lora_options as lora
-from llamakit.cli import options, render
+from llamakit.cli import options, plan_options, render
 from llamakit.cli.run_signals import exit_code, stopping_signals
 from llamakit.cli.sources import local
 from llamakit.training.config import FinetuneConfig
@@ -30,6 +30,7 @@ _NOT_CONFIG = (
     "report_to",
     "report_dir",
     "report",
+    "plan",
 )
 
 
@@ -87,6 +88,7 @@ def finetune(
         int, typer.Option("-c", "--ctx", help="Tokens per sequence.", rich_help_panel=options.TRAINING)
     ] = _D.ctx,
     grad_acc: loop.GradAccOption = _D.grad_acc,
+    micro_batch: loop.MicroBatchOption = _D.micro_batch,
     seed: loop.SeedOption = _D.seed,
     use_checkpointing: loop.UseCheckpointingOption = _D.use_checkpointing,
     warmup: loop.WarmupOption = _D.warmup,
@@ -348,6 +350,8 @@ def finetune(
         ),
     ] = _D.weight_cache,
     threads: loop.ThreadsOption = _D.threads,
+    max_memory: plan_options.MaxMemoryOption = _D.max_memory,
+    plan: plan_options.PlanOption = False,
     offline: options.OfflineOption = False,
     config: options.ConfigOption = None,
     json: options.JsonOption = False,
@@ -366,18 +370,22 @@ def finetune(
         **values, sample_prompt=tuple(sample_prompt or ()), lora_targets=tuple(lora_targets or ())
     )
     events = Path(report_dir) if report_dir else Path(log_file).parent / "tensorboard"
-    if model_base:
+    if model_base and not plan:
         render.loading(run_config.model_base)  # said before torch is imported: nobody waits in silence
 
     options.keep_freed_memory()
 
     from llamakit.cli.finetune_view import View
+    from llamakit.cli.plan_view import show_plan
     from llamakit.training.finetune import finetune as run
     from llamakit.training.loop import Control
     from llamakit.training.run_folder import keep_report
     from llamakit.training.tensorboard import follow
 
     options.set_threads(threads)
+    if plan:
+        show_plan(run_config, json=json)
+        return
     control = Control()
     reports = run(run_config, control)
     if report:

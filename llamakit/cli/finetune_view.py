@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from types import TracebackType
 
 from llamakit.cli import render
+from llamakit.cli.plan_view import outcome_lines
 from llamakit.training.config import FinetuneConfig
 from llamakit.training.report import (
     Begin,
@@ -19,6 +20,7 @@ from llamakit.training.report import (
     Finished,
     Loading,
     ModelFacts,
+    Outcome,
     Plan,
     Remark,
     Report,
@@ -72,6 +74,7 @@ class View:
         self._last: dict[str, object] = {}
         self._said: dict[str, list[Sample]] = {}
         self._verified: dict[str, float] | None = None
+        self._outcome: dict[str, float] | None = None
         self.training = False
 
     def __enter__(self) -> View:
@@ -104,6 +107,10 @@ class View:
                 self._verified = {"max_dlogit": report.difference, "change": report.change}
                 self._verified |= {} if report.weights is None else {"weights": report.weights}
                 for line in _lines(report):
+                    self._say(line)
+            case Outcome():
+                self._outcome = {**vars(report)}
+                for line in outcome_lines(report):
                     self._say(line)
             case Finished():
                 self._finish(report)
@@ -158,6 +165,7 @@ class View:
                 "last_step": self._last,
                 "samples": self._asked(),
                 "verified": self._verified,
+                "plan": self._outcome,
             }
             render.print_json(summary)
 
@@ -193,6 +201,8 @@ def _lines(report: Report) -> Iterator[str]:
         case Plan():
             kept = "decoded once" if report.weights_kept_dense else "decoded for each use"
             yield f"main: computing on {report.device} in {report.dtype}, {report.threads} threads, weights {kept}"
+            if report.chosen:
+                yield f"main: {report.chosen}"
             yield f"main: predicted peak memory = {_size(report.memory_bytes)}"
             yield (
                 f"main: predicted time = {render.human_duration(report.total_s)}"

@@ -93,6 +93,14 @@ BatchOption = Annotated[
 GradAccOption = Annotated[
     int, typer.Option("--grad-acc", help="Micro-steps per iteration.", rich_help_panel=options.TRAINING)
 ]
+MicroBatchOption = Annotated[
+    int,
+    typer.Option(
+        "--micro-batch",
+        help="Sequences of a micro-step that are computed at a time, to the same losses; 0: all of them.",
+        rich_help_panel=options.TRAINING,
+    ),
+]
 SeedOption = Annotated[
     int,
     typer.Option(

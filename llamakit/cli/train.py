@@ -165,6 +165,7 @@ def train(
     ] = _D.max_minutes,
     batch: loop.BatchOption = _D.batch,
     grad_acc: loop.GradAccOption = _D.grad_acc,
+    micro_batch: loop.MicroBatchOption = _D.micro_batch,
     seed: Annotated[
         int,
         typer.Option(

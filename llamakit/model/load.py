@@ -21,7 +21,7 @@ from llamakit.quant import QTensor, can_decode, dequantize
 
 WeightCache = Literal["auto", "bf16", "none"]
 # A cache may take this share of the memory that is free: the rest is for activations and the system.
-_CACHE_SHARE = 0.6
+CACHE_SHARE = 0.6
 
 
 def load_config(file: ModelFile) -> ModelConfig:
@@ -112,7 +112,7 @@ def _keep_decoded(model: Llama, dtype: torch.dtype, weight_cache: WeightCache, f
         return
     n_bytes = sum(layer.shape[0] * layer.shape[-1] * dtype.itemsize for layer in layers)
     free = _free_bytes(device)
-    room = math.inf if free is None else _CACHE_SHARE * free
+    room = math.inf if free is None else CACHE_SHARE * free
     if weight_cache == "auto" and can_prepack(device, dtype) and (1 + for_training) * n_bytes <= room:
         _prepack(layers, dtype, for_training)
     elif weight_cache == "bf16" or sum(layer.dense_bytes(dtype) for layer in layers) <= room:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass, fields
 from typing import Literal
 
@@ -19,6 +20,9 @@ LoraFormat = Literal["gguf", "peft"]
 #: of FinetuneConfig, besides those that begin with lora_ and rank_
 _OF_ADAPTERS = ("rslora", "merge_out", "only_write_lora", "weight_cache")
 _OF_FULL = ("model_out", "outtype", "only_write_model")
+
+_SIZE = re.compile(r"(\d{1,15}(?:\.\d{1,9})?) ?([kKmMgGtT]?)(?:i?[bB])?")
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +79,8 @@ class LoopOptions:
     """decay of the second moment"""
     adam_gclip: float = 1.0
     """largest norm of the whole gradient; 0: no clipping"""
+    micro_batch: int = 0
+    """sequences of a micro-step that are computed at a time, to the same losses; 0: all of them"""
     use_checkpointing: bool = True
     """recompute activations in the backward pass instead of keeping them"""
     device: Device = "auto"
@@ -89,6 +95,7 @@ class LoopOptions:
         for flag, value, least in (
             ("--batch", self.batch, 1),
             ("--grad-acc", self.grad_acc, 1),
+            ("--micro-batch", self.micro_batch, 0),
             ("--adam-iter", self.adam_iter, 0),
             ("--warmup", self.warmup, 0),
             ("--cos-decay-steps", self.cos_decay_steps, 0),
@@ -107,6 +114,20 @@ class LoopOptions:
             check_share(flag, value)
         if not 0 <= self.cos_decay_min <= 1:
             raise UsageError(f"--cos-decay-min is {self.cos_decay_min} (expected a number from 0 to 1)")
+
+    @property
+    def micro_rows(self) -> int:
+        """Sequences that are computed at a time."""
+        return min(self.micro_batch or self.batch, self.batch)
+
+
+def size_bytes(flag: str, text: str, units: str = "bytes") -> int:
+    """Bytes of a size as `3G`, `1.5G` or `800M`, decimal units, or of a plain number. Raises UsageError."""
+    found = _SIZE.fullmatch(text.strip())
+    size = int(float(found[1]) * _UNITS[found[2].upper()]) if found else 0
+    if size <= 0:
+        raise UsageError(f"{flag} is {text!r} (expected a number of {units} with K, M, G or T, as in 3G)")
+    return size
 
 
 def check_least(flag: str, value: float, least: float) -> None:
@@ -216,6 +237,8 @@ class FinetuneConfig(SampleOptions, ChatOptions, LoopOptions):
     """factor on the rotary frequencies instead of the model's own scaling"""
     weight_cache: Cache = "auto"
     """keep the decoded weights once (bf16), decode them for each use (none), or decide by the free memory (auto)"""
+    max_memory: str = ""
+    """compute in a way that fits into so much memory, as in 3G; empty: as the other options say"""
 
     def __post_init__(self) -> None:
         """Raises UsageError naming the flag whose value cannot be."""
@@ -241,7 +264,14 @@ class FinetuneConfig(SampleOptions, ChatOptions, LoopOptions):
         for _, rank in self.targets():
             if rank is not None:
                 check_least("--lora-targets", rank, 1)
+        if self.max_memory:
+            size_bytes("--max-memory", self.max_memory)
         self._check_together()
+
+    @property
+    def max_memory_bytes(self) -> int:
+        """--max-memory in bytes; 0: none was given."""
+        return size_bytes("--max-memory", self.max_memory) if self.max_memory else 0
 
     def _check_together(self) -> None:
         """Raises UsageError for options that say different things."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import time
 from collections.abc import Iterator
@@ -37,11 +38,11 @@ from llamakit.training.config import FinetuneConfig
 from llamakit.training.finetune_data import FinetuneData, read_data
 from llamakit.training.finetune_full import FullSubject
 from llamakit.training.finetune_lora import LoraSubject
-from llamakit.training.full_plan import plan_full
 from llamakit.training.log import StepLog
 from llamakit.training.loop import Control, Parameters, Trainer
 from llamakit.training.optim import schedule
-from llamakit.training.plan import make_plan
+from llamakit.training.outcome import with_outcome
+from llamakit.training.plan import footprint, make_plan
 from llamakit.training.proof import N_TOKENS, logits_of
 from llamakit.training.report import (
     Begin,
@@ -82,7 +83,8 @@ def finetune(config: FinetuneConfig, control: Control | None = None) -> Iterator
         if config.only_write:
             yield from run.write_product_only()
         else:
-            yield from StepLog(config.log_file, append=run.saved is not None).follow(run.train())
+            reports = StepLog(config.log_file, append=run.saved is not None).follow(run.train())
+            yield from with_outcome(reports)
         yield Finished(
             run.reason,
             time.perf_counter() - started,
@@ -92,11 +94,20 @@ def finetune(config: FinetuneConfig, control: Control | None = None) -> Iterator
         )
 
 
+def plan_finetune(config: FinetuneConfig) -> Iterator[Report]:
+    """What `finetune` of these options would take: its reports up to the Plan. No weights are loaded, nothing is
+    written. Raises what `finetune` raises before it loads its base."""
+    with ExitStack() as stack:
+        run = _Run(config, Control(), stack, writes=False)
+        yield from run.prepare()
+        yield from run.plan(run.read_data())
+
+
 class _Run:
     """One run from start to end; a class because so many of its parts need each other."""
 
-    def __init__(self, config: FinetuneConfig, control: Control, stack: ExitStack) -> None:
-        self.config, self.control, self._stack = config, control, stack
+    def __init__(self, config: FinetuneConfig, control: Control, stack: ExitStack, *, writes: bool = True) -> None:
+        self.config, self.control, self._stack, self._writes = config, control, stack, writes
         self.progress, self.reason = Progress(), ""
 
     # ---- before training -------------------------------------------------------------------------------------
@@ -121,12 +132,14 @@ class _Run:
         self.shape = _overridden(load_config(self.base), config)
         self.device = resolve_device(config.device)
         self.dtype = training_dtype(config.dtype, self.device)
-        self._claim_outputs()
-        self.stamps = base_stamps(self.base)
+        if self._writes:
+            self._claim_outputs()
+            self.stamps = base_stamps(self.base)
         self.saved = self._read_checkpoint_in()
         self.subject = self._subject()
         self.seed = self._seed()
-        self.manager = CheckpointManager(config, self.subject.training_type, self.subject.product)
+        if self._writes:
+            self.manager = CheckpointManager(config, self.subject.training_type, self.subject.product)
         yield ModelFacts(self.seed, config.model_base, self.shape, config.ctx, self.subject.ranks, self.subject.alpha)
         yield from self._remarks()
 
@@ -174,27 +187,51 @@ class _Run:
 
     # ---- training --------------------------------------------------------------------------------------------
 
-    def train(self) -> Iterator[Report]:
-        """Load text and model, go on from the checkpoint, and step."""
+    def read_data(self) -> FinetuneData:
+        """What is trained on and held out."""
         config = self.config
-        tokenizer = load_tokenizer(self.base)
-        text_bytes = os.path.getsize(config.train_data) if os.path.isfile(config.train_data) else 0
-        yield Loading("text", config.train_data, text_bytes)
-        data = read_data(config, tokenizer, n_vocab=self.shape.n_vocab, seed=self.seed)
+        self.tokenizer = load_tokenizer(self.base)
+        data = read_data(config, self.tokenizer, n_vocab=self.shape.n_vocab, seed=self.seed)
         if (config.patience or config.save_best) and data.held_out is None:
             name = "--patience" if config.patience else "--save-best"
             hint = "hold some of it out (--val-split 0.1), or name some: --val-data FILE"
             raise UsageError(f"{name} needs held-out data, and there is none", hint=hint)
+        return data
+
+    def plan(self, data: FinetuneData) -> Iterator[Report]:
+        """What the run will take, in the way that fits into --max-memory; before the base is loaded."""
+        run = footprint(
+            self.config,
+            self.shape,
+            self.base,
+            trained=sum(math.prod(shape) for shape in self.subject.shapes().values()),
+            dtype=self.dtype,
+            device=self.device,
+            held_out=data.held_out is not None,
+            full=self.config.full,
+        )
+        self.config, plan = make_plan(self.config, self.base, run, data.facts, dtype=self.dtype, device=self.device)
+        yield from data.remarks
+        yield data.facts
+        yield plan
+
+    def train(self) -> Iterator[Report]:
+        """Load text and model, go on from the checkpoint, and step."""
+        source = self.config.train_data
+        yield Loading("text", source, os.path.getsize(source) if os.path.isfile(source) else 0)
+        data = self.read_data()
         identity = data.identity | self._identity(data.sha256)
         yield from self._resume(identity)
+        yield from self.plan(data)
+        config, tokenizer = self.config, self.tokenizer
         dropout = Dropout(config.lora_dropout)
-        model, named = self.subject.build(self.seed, self.device, self.dtype, dropout)
+        model, named = self.subject.build(self.seed, self.device, self.dtype, dropout, config.weight_cache)
         before = self.progress.iterations
         trainer = self._trainer(model, named, data, dropout)
         is_chat = isinstance(data.facts, ChatFacts)
         likeliest = GenerateConfig(n_predict=config.sample_tokens, temperature=0.0, seed=0)
         answers = Answers(model, tokenizer, config.sample_prompt, likeliest, as_messages=is_chat)
-        yield from self._facts(data, trainer)
+        yield from self._facts(trainer)
         whole = config.save_best or config.patience > 0  # evaluations are held against each other
         held_out = HeldOut(data.held_out, model, self.device, whole=whole)
         if held_out and not self.progress.iterations:
@@ -254,23 +291,13 @@ class _Run:
         factor = partial(schedule, config=config)
         return Trainer(model.train(), parameters, data.batches, order, self.progress, config, dropout, factor)
 
-    def _facts(self, data: FinetuneData, trainer: Trainer) -> Iterator[Report]:
+    def _facts(self, trainer: Trainer) -> Iterator[Report]:
         config, progress = self.config, self.progress
         trained = trainer.parameters.n_numbers
         yield Counters(
             progress.iterations, progress.samples, progress.tokens, progress.epochs, progress.updates,
             4 * trained, 8 * trained, trained, "model" if config.full else "lora",
         )  # fmt: skip
-        yield from data.remarks
-        yield data.facts
-        yield (plan_full if config.full else make_plan)(
-            trainer.model,
-            config,
-            dtype=self.dtype,
-            dtype_name=dtype_name(self.dtype),
-            device=self.device,
-            trained=trained,
-        )
         yield Begin(progress.iterations, config.adam_iter)
 
     def _steps(

@@ -24,7 +24,7 @@ from llamakit.model.layers import Dropout
 from llamakit.quant import dequantize
 from llamakit.training.blueprint import ROPE_FREQS, build, from_file, rounded, write_model
 from llamakit.training.checkpoint import Product, TrainingType
-from llamakit.training.config import FinetuneConfig
+from llamakit.training.config import Cache, FinetuneConfig
 from llamakit.training.proof import logits_of, tolerance
 from llamakit.training.report import Remark, Report, Verified
 from llamakit.training.subject import Built
@@ -73,7 +73,9 @@ class FullSubject:
             yield Remark("warning", f"the saves of this run take {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are"
                          " free: a larger --save-every or --keep-last 2 needs less")  # fmt: skip
 
-    def build(self, seed: int, device: torch.device, dtype: torch.dtype, dropout: Dropout) -> Built:
+    def build(
+        self, seed: int, device: torch.device, dtype: torch.dtype, dropout: Dropout, weight_cache: Cache
+    ) -> Built:
         """The base with a trained leaf in the place of each packed one; nothing in it is dropped or drawn."""
         self._dtype = dtype
         return build(self._blueprint, device, dtype)

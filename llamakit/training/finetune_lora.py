@@ -22,7 +22,7 @@ from llamakit.model import ModelConfig, load_model
 from llamakit.model.device import dtype_name
 from llamakit.model.layers import Dropout
 from llamakit.training.checkpoint import OldCheckpoint, Product, TrainingType
-from llamakit.training.config import FinetuneConfig
+from llamakit.training.config import Cache, FinetuneConfig
 from llamakit.training.lora import as_adapter, attach_trainable, named_pairs, rank_field
 from llamakit.training.lora_plan import plan_lora
 from llamakit.training.proof import prove
@@ -84,14 +84,16 @@ class LoraSubject:
             yield Remark("warning", "this model uses token_embd as its output matrix too: llama.cpp of 2026 ends with a"
                          " failed assertion on adapters that change it")  # fmt: skip
 
-    def build(self, seed: int, device: torch.device, dtype: torch.dtype, dropout: Dropout) -> Built:
+    def build(
+        self, seed: int, device: torch.device, dtype: torch.dtype, dropout: Dropout, weight_cache: Cache
+    ) -> Built:
         """The base, packed, with a pair on every tensor that is trained."""
         self._dtype = dtype
         model = load_model(
             self._base,
             device=device,
             dtype=dtype,
-            weight_cache=self._config.weight_cache,
+            weight_cache=weight_cache,
             config=self._shape,
             for_training=True,
         )

@@ -29,6 +29,8 @@ from llamakit.training.state import MOMENT_SUFFIXES, Progress
 
 # So many steps in a row without a finite loss, and the run is over.
 _MOST_SKIPPED = 5
+# Parts of a micro-step draw dropout masks of their own, whose keys no micro-step comes to.
+_PARTS_APART = 1 << 40
 
 
 @dataclass
@@ -151,8 +153,9 @@ class Trainer:
         batches = list(self._next_batches())
         n_trained = sum(batch.n_trained for batch in batches)
         for micro, batch in enumerate(batches):
-            self.dropout.key = progress.iterations * config.grad_acc + micro
-            total += backpropagate(self.model, rows_of(batch, self._device), 1 / n_trained)
+            for part, rows in enumerate(rows_of(batch, self._device).parts(config.micro_rows)):
+                self.dropout.key = progress.iterations * config.grad_acc + micro + part * _PARTS_APART
+                total += backpropagate(self.model, rows, 1 / n_trained)
         progress.order_epoch, progress.next_sample = self.order.epoch, self.order.next_sample
         return total / n_trained, sum(batch.n_tokens for batch in batches)
 

@@ -5,6 +5,7 @@ Shapes: N tokens, B rows, T places of a row, C n_embd, V n_vocab.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -18,9 +19,9 @@ from llamakit.model.recompute import weighted_sum
 from llamakit.model.trained import TrainedLinear
 
 # Logits of one chunk: 64 MB in bf16 at a vocabulary of 128k, an efficient product, nothing to notice in memory.
-_CHUNK_TOKENS = 256
+CHUNK_TOKENS = 256
 # Where the output matrix is trained each chunk adds a whole gradient of it: fewer chunks, of so many logits at most.
-_CHUNK_LOGITS_TRAINED = 1 << 25
+CHUNK_LOGITS_TRAINED = 1 << 25
 # The float32 copy is made for so many logits at a time: 1 MB, which stays in the L2 cache.
 _TILE_LOGITS = 1 << 18
 
@@ -43,6 +44,13 @@ class Rows:
         """The same on a device."""
         rest = (x if x is None else x.to(device) for x in (self.trained, self.positions, self.segments))
         return Rows(self.tokens.to(device), self.targets.to(device), *rest)
+
+    def parts(self, size: int) -> Iterator[Rows]:
+        """The same, at most `size` rows at a time, in order."""
+        for at in range(0, len(self.tokens), size):
+            some = slice(at, at + size)
+            rest = (x if x is None or x.dim() == 1 else x[some] for x in (self.trained, self.positions, self.segments))
+            yield Rows(self.tokens[some], self.targets[some], *rest)
 
 
 def rows_of(batch: Batch | ChatBatch, device: torch.device) -> Rows:
@@ -91,8 +99,8 @@ class _CrossEntropySum(torch.autograd.Function):
 
 def _chunk_tokens(model: Llama) -> int:
     if isinstance(model.output, TrainedLinear):
-        return max(_CHUNK_TOKENS, _CHUNK_LOGITS_TRAINED // model.config.n_vocab)
-    return _CHUNK_TOKENS
+        return max(CHUNK_TOKENS, CHUNK_LOGITS_TRAINED // model.config.n_vocab)
+    return CHUNK_TOKENS
 
 
 def evaluate_loss(model: Llama, rows: Rows) -> float:
@@ -106,10 +114,10 @@ def evaluate_loss(model: Llama, rows: Rows) -> float:
         return sum(
             float(
                 _CrossEntropySum.apply(
-                    model.output(hidden[at : at + _CHUNK_TOKENS]), wanted[at : at + _CHUNK_TOKENS], 1.0
+                    model.output(hidden[at : at + CHUNK_TOKENS]), wanted[at : at + CHUNK_TOKENS], 1.0
                 )
             )
-            for at in range(0, len(wanted), _CHUNK_TOKENS)
+            for at in range(0, len(wanted), CHUNK_TOKENS)
         )
 
 

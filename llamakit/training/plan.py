@@ -1,68 +1,37 @@
-"""What a run will take, predicted from the model's shape and two short measurements.
+"""What a run will take, from the header of its base, its data and its options; and two short measurements.
 
-Shapes: C n_embd, F n_ff, H n_head, K n_head_kv, D head_dim, T ctx, N tokens of a micro-step.
+Shapes: T ctx, N tokens at a time.
 """
 
 from __future__ import annotations
 
-import resource
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
-from llamakit.model import Llama, ModelConfig
-from llamakit.model.layers import SLAB_WEIGHTS
-from llamakit.model.load import linear_layers
+from llamakit.files import available_memory_bytes
+from llamakit.formats.base import ModelFile
+from llamakit.formats.open import size_on_disk
+from llamakit.model import ModelConfig
+from llamakit.model.device import can_prepack, dtype_name
+from llamakit.model.layers import SLAB_WEIGHTS, QuantizedLinear, Scratch
+from llamakit.quant import QTensor
 from llamakit.training.config import FinetuneConfig
-from llamakit.training.report import Plan
+from llamakit.training.fit import Choice, chosen
+from llamakit.training.memory import Footprint, Kept, cache_sizes, kept_by, memory_of
+from llamakit.training.outcome import resident_bytes
+from llamakit.training.report import ChatFacts, DataFacts, Plan
 
 # What a step does beside its products grows with n_embd, they with its square: at so many channels each takes as long
 # (measured on models of 576 and 2,048 channels, which work at 47 to 60 and 81 to 84 % of the product rate).
 _EVEN_EMBD = 450
-# A weight, its gradient and two moments, float32 each; the backward pass keeps a copy in the dtype of the products.
-_BYTES_PER_TRAINED = 16
-_CHUNK_LOGITS = 256
-# The heap holds this much more than the activations: holes between tensors of many sizes, measured over ten steps.
-_HEAP_SHARE = 1.2
-
-
-def kept_numbers(config: ModelConfig, ctx: int) -> int:
-    """Numbers that the backward pass needs of the forward pass, per token and block.
-
-    The inputs of two norms (2C), queries and the mixed values (2HD), keys and values (2KD), gate and up (2F), the
-    softmax up to 1,024 tokens (HT, of which tiles leave out half).
-    """
-    heads, kv = config.n_head * config.head_dim, config.n_head_kv * config.head_dim
-    softmax = config.n_head * min(ctx, (ctx + 128) // 2) if ctx <= 1024 else 0
-    return 2 * config.n_embd + 2 * heads + 2 * kv + 2 * config.n_ff + softmax
-
-
-def activation_bytes(config: ModelConfig, *, n_tokens: int, ctx: int, checkpointing: bool, item: int) -> int:
-    """Most bytes that activations take at a time, item bytes each; with checkpointing one block's and all inputs."""
-    block = kept_numbers(config, ctx)
-    # The backward pass of a block holds float32 copies of a few of these at a time.
-    transient = 2 * (4 * config.n_embd + 3 * config.n_ff)
-    kept = config.n_embd * config.n_layer + block if checkpointing else block * config.n_layer
-    return int((kept + transient) * n_tokens * item * _HEAP_SHARE)
-
-
-def memory_bytes(model: Llama, config: FinetuneConfig, dtype: torch.dtype, trained: int) -> int:
-    """Predicted peak of the process: what it holds now, the optimizer, activations, one decoded matrix, logits."""
-    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    shape, item = model.config, dtype.itemsize
-    activations = activation_bytes(
-        shape,
-        n_tokens=config.batch * config.ctx,
-        ctx=config.ctx,
-        checkpointing=config.use_checkpointing,
-        item=item,
-    )
-    packed = [layer.dense_bytes(dtype) for layer in linear_layers(model) if layer.is_packed(dtype)]
-    decoded = min(max(packed, default=0), SLAB_WEIGHTS * item)
-    logits = min(_CHUNK_LOGITS, config.batch * config.ctx) * shape.n_vocab * item
-    return resident + trained * (_BYTES_PER_TRAINED + item) + activations + decoded + logits
+_PROBE_TOKENS, _PROBED = 512, "blk.0.ffn_gate.weight"
+# A file of tensors has a name and a place for each, besides their numbers.
+_HEADER_BYTES = 8192
+_WEIGHT, _MOMENTS = 4, 8
 
 
 def measured_s(runs: int, work: Callable[[], object]) -> float:
@@ -80,39 +49,145 @@ def efficiency(shape: ModelConfig) -> float:
     return shape.n_embd / (shape.n_embd + _EVEN_EMBD)
 
 
-def step_seconds(model: Llama, config: FinetuneConfig, dtype: torch.dtype, device: torch.device) -> float:
-    """Predicted seconds of one iteration: 4 operations per weight and token (forward, and back to the input), two
-    more with checkpointing, and the decoding of weights that are not kept decoded."""
-    shape, layer = model.config, linear_layers(model)[0]
-    n_tokens = config.batch * config.ctx
-    rows = min(n_tokens, 512)
-    x: Tensor = torch.zeros(rows, layer.shape[1], dtype=dtype, device=device)
+def step_operations(shape: ModelConfig, n_tokens: int, ctx: int, *, checkpointing: bool, full: bool) -> float:
+    """Floating point operations of a step over n_tokens in sequences of ctx.
+
+    Two for each weight and token forward, two back to the input, two to the weight where it is trained, and two more
+    where the forward pass is computed again; causal attention is half of 4 T H D for each layer.
+    """
+    passes = (6 if full else 4) + (2 if checkpointing else 0)
+    attention = 2 * ctx * shape.n_head * shape.head_dim * shape.n_layer
+    return float(n_tokens * passes * (shape.n_matmul + attention))
+
+
+def _probed(base: ModelFile, device: torch.device) -> QuantizedLinear:
+    """Some rows of a matrix of the base, as it lies there."""
+    info = base.tensors[_PROBED]
+    rows = min(info.n_rows, max(1, SLAB_WEIGHTS // info.shape[-1]))
+    packed = torch.from_numpy(base.read(_PROBED, 0, rows)).to(device)
+    return QuantizedLinear(QTensor(packed, info.type, (rows, info.shape[-1])), scratch=Scratch())
+
+
+def step_seconds(base: ModelFile, run: Footprint, config: FinetuneConfig, dtype: torch.dtype, device: torch.device):
+    """Predicted seconds of one iteration: its operations at the rate of a matrix of the base, measured now, and the
+    decoding of weights that are not kept decoded."""
+    layer, n_tokens = _probed(base, device), config.batch * config.ctx * config.grad_acc
+    x: Tensor = torch.zeros(min(run.rows * config.ctx, _PROBE_TOKENS), layer.shape[1], dtype=dtype, device=device)
     n_weights = layer.shape[0] * layer.shape[1]
     decode = measured_s(2, lambda: layer.dense(dtype)) if layer.is_packed(dtype) else 0.0
-    rate = 2 * rows * n_weights / max(measured_s(3, lambda: layer.product(x)) - decode, 1e-9)
-    attention = 2 * config.ctx * shape.n_head * shape.head_dim * shape.n_layer  # causal: half of 4
-    passes = 6 if config.use_checkpointing else 4
-    seconds = n_tokens * passes * (shape.n_matmul + attention) / (rate * efficiency(shape))
-    seconds += decode / n_weights * shape.n_matmul * passes / 2
-    return seconds * config.grad_acc
+    (layer.prepack if run.kept == "twice" else layer.keep_dense)(dtype)
+    rate = 2 * len(x) * n_weights / max(measured_s(3, lambda: layer.product(x)), 1e-9)
+    operations = step_operations(run.shape, n_tokens, run.ctx, checkpointing=run.checkpointing, full=run.full)
+    seconds = operations / (rate * efficiency(run.shape))
+    if run.kept == "none" and not run.full:
+        passes = (3 if run.checkpointing else 2) * math.ceil(config.batch / run.rows) * config.grad_acc
+        seconds += decode / n_weights * run.shape.n_matmul * passes
+    return seconds
+
+
+def disk_bytes(config: FinetuneConfig, trained: int, n_steps: int) -> dict[str, int]:
+    """Bytes of the files that are there when the run is over, by kind; a -LATEST is another name of the newest."""
+    saves = 1 if not config.save_every else max(1, -(-n_steps // config.save_every))
+    files = min(saves, config.keep_last) if config.keep_last else saves
+    found = {
+        "checkpoints": files * (trained * (_WEIGHT + _MOMENTS) + _HEADER_BYTES) if config.checkpoint_out else 0,
+        "adapters": files * (trained * _WEIGHT + _HEADER_BYTES // 2) if config.lora_out and not config.full else 0,
+        "models": files * trained * (4 if config.outtype == "f32" else 2) if config.model_out and config.full else 0,
+        "merged model": size_on_disk(config.model_base) if config.merge_out else 0,
+    }
+    return {name: size for name, size in found.items() if size}
+
+
+def n_iterations(config: FinetuneConfig, rows_of_an_epoch: int) -> int:
+    """Iterations of this run: --adam-iter, or fewer where --epochs are over before."""
+    if config.epochs < 0:
+        return config.adam_iter
+    return min(config.adam_iter, -(-config.epochs * rows_of_an_epoch // (config.batch * config.grad_acc)))
+
+
+def footprint(
+    config: FinetuneConfig,
+    shape: ModelConfig,
+    base: ModelFile,
+    *,
+    trained: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    held_out: bool,
+    full: bool = False,
+) -> Footprint:
+    """What of a run decides over its memory. trained: numbers; held_out: whether there is data to evaluate."""
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory_bytes()
+    sizes = cache_sizes(shape, base.tensors, dtype.itemsize)
+    kept: Kept = kept_by(config.weight_cache, sizes, free, twice=can_prepack(device, dtype))
+    return Footprint(
+        shape=shape,
+        tensors=base.tensors,
+        trained=trained,
+        full=full,
+        rows=config.micro_rows,
+        ctx=config.ctx,
+        checkpointing=config.use_checkpointing,
+        kept=kept,
+        item=dtype.itemsize,
+        held_out=held_out,
+        native=device.type == "cpu",
+    )
 
 
 def make_plan(
-    model: Llama,
     config: FinetuneConfig,
+    base: ModelFile,
+    run: Footprint,
+    facts: DataFacts | ChatFacts,
     *,
     dtype: torch.dtype,
-    dtype_name: str,
     device: torch.device,
-    trained: int,
-) -> Plan:
-    """The prediction for a run that is about to begin. trained: LoRA parameters."""
-    return Plan(
+) -> tuple[FinetuneConfig, Plan]:
+    """The options of a run that is about to load its base, within --max-memory, and what it will take.
+
+    Raises UsageError where nothing fits into --max-memory.
+    """
+    interpreter = resident_bytes() if device.type == "cpu" else 0
+    choice = Choice(config, run)
+    if config.max_memory:
+        choice = chosen(config, run, interpreter, twice=can_prepack(device, dtype))
+    config, run = choice.config, choice.run
+    rows, share = _rows_and_share(facts)
+    n_steps = n_iterations(config, rows)
+    memory = memory_of(run, interpreter)
+    plan = Plan(
         device=device.type,
-        dtype=dtype_name,
+        dtype=dtype_name(dtype),
         threads=torch.get_num_threads(),
-        weights_kept_dense=not any(layer.is_packed(dtype) for layer in linear_layers(model)),
-        memory_bytes=memory_bytes(model, config, dtype, trained),
-        step_s=step_seconds(model, config, dtype, device),
-        n_steps=config.adam_iter,
+        weights_kept_dense=run.kept != "none",
+        memory_bytes=memory.total,
+        step_s=step_seconds(base, run, config, dtype, device),
+        n_steps=n_steps,
+        memory=memory.parts(),
+        trained_parameters=run.trained,
+        n_tokens=n_steps * config.batch * config.grad_acc * config.ctx,
+        trained_share=share,
+        disk=disk_bytes(config, run.trained, n_steps),
+        options=_told(config, run),
+        chosen=choice.why,
     )
+    return config, plan
+
+
+def _rows_and_share(facts: DataFacts | ChatFacts) -> tuple[int, float]:
+    """Rows of an epoch, and which share of the tokens has a loss."""
+    if isinstance(facts, ChatFacts):
+        return facts.n_rows, facts.n_trained / max(1, facts.n_tokens)
+    return facts.n_samples, 1.0
+
+
+def _told(config: FinetuneConfig, run: Footprint) -> Mapping[str, object]:
+    return {
+        "--batch": config.batch,
+        "--grad-acc": config.grad_acc,
+        "--micro-batch": run.rows,
+        "--ctx": config.ctx,
+        "--use-checkpointing": run.checkpointing,
+        "--weight-cache": {"twice": "auto", "once": "bf16", "none": "none"}[run.kept],
+    }

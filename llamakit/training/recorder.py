@@ -21,6 +21,7 @@ from llamakit.training.report import (
     Finished,
     ModelFacts,
     NewModel,
+    Outcome,
     Plan,
     Remark,
     Sample,
@@ -84,6 +85,11 @@ class Recorder:
             case Plan():
                 self._results["predicted peak memory, bytes"] = report.memory_bytes
                 self._results["predicted seconds"] = round(report.total_s, 1)
+                self._results |= {f"predicted memory, {name}, bytes": n for name, n in report.memory.items()}
+            case Outcome():
+                self._results["peak memory, bytes"] = report.peak_bytes
+                self._results["seconds of an iteration"] = round(report.step_s, 4)
+                self._results["predicted seconds of an iteration"] = round(report.predicted_step_s, 4)
             case Evaluation() if report.n_tokens:
                 if report.when == "start":
                     self._before = report.ppl

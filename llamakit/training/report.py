@@ -112,7 +112,13 @@ class Verified:
 
 @dataclass(frozen=True)
 class Plan:
-    """What the run will take, predicted. memory_bytes: peak resident memory of the process; step_s: seconds a step."""
+    """What the run will take, predicted. memory_bytes: peak resident memory of the process; step_s: seconds a step,
+    from a measurement of this machine.
+
+    memory: bytes by what they are for; trained_parameters: numbers; n_tokens: places of all rows of the run;
+    trained_share: of the data's tokens, those with a loss; disk: bytes of files by kind; options: those that decide
+    over memory, as they are in the end; chosen: what --max-memory made of them, and why.
+    """
 
     device: str
     dtype: str
@@ -121,11 +127,28 @@ class Plan:
     memory_bytes: int
     step_s: float
     n_steps: int
+    memory: Mapping[str, int]
+    trained_parameters: int
+    n_tokens: int
+    trained_share: float
+    disk: Mapping[str, int]
+    options: Mapping[str, object]
+    chosen: str = ""
 
     @property
     def total_s(self) -> float:
         """Predicted seconds of all steps, saves and evaluation not counted."""
         return self.step_s * self.n_steps
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What was predicted and what it was: the peak of the memory in bytes, the median of the steps in seconds."""
+
+    predicted_bytes: int
+    peak_bytes: int
+    predicted_step_s: float
+    step_s: float
 
 
 @dataclass(frozen=True)
@@ -247,6 +270,7 @@ Report = (
     | ChatFacts
     | Verified
     | Plan
+    | Outcome
     | Begin
     | StepReport
     | Evaluation

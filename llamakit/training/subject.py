@@ -12,6 +12,7 @@ from torch import Tensor
 from llamakit.model import Llama
 from llamakit.model.layers import Dropout
 from llamakit.training.checkpoint import Product, TrainingType
+from llamakit.training.config import Cache
 from llamakit.training.report import Remark, Report
 
 
@@ -51,8 +52,13 @@ class Subject(Protocol):
         """What there is to say before training."""
         ...
 
-    def build(self, seed: int, device: torch.device, dtype: torch.dtype, dropout: Dropout) -> Built:
-        """The model as it starts, and what of it is trained: float32, by name in checkpoints."""
+    def build(
+        self, seed: int, device: torch.device, dtype: torch.dtype, dropout: Dropout, weight_cache: Cache
+    ) -> Built:
+        """The model as it starts, and what of it is trained: float32, by name in checkpoints.
+
+        weight_cache: how the weights of a frozen base are kept, see `load_model`.
+        """
         ...
 
     def prove(self, path: Path, tokens: Tensor, logits: Tensor, named: Mapping[str, Tensor]) -> Iterator[Report]:

@@ -30,7 +30,7 @@ from tests.helpers import assert_parity
 
 
 def test_finetune() -> None:
-    others = ("config", "json", "n_gpu_layers", "offline", "report_to", "report_dir", "report")
+    others = ("config", "json", "n_gpu_layers", "offline", "plan", "report_to", "report_dir", "report")
     repeated = ("sample_prompt", "lora_targets")  # None there, tuples here
     assert_parity(finetune, FinetuneConfig, cli_only=(*others, *repeated), config_only=repeated)
 

@@ -12,7 +12,7 @@ from llamakit.formats.open import open_model
 from llamakit.model import load_model
 from llamakit.model.layers import Dropout
 from llamakit.training.lora import attach_trainable, initial_weights
-from llamakit.training.plan import kept_numbers
+from llamakit.training.memory import kept_numbers
 from tests.helpers import ROOT
 from tests.tiny import cached_tiny_gguf
 from tests.training.test_gradients import ranks
