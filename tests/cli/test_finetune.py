@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import resource
 import shlex
 import signal
 import subprocess
@@ -18,8 +17,9 @@ from llamakit.formats.adapter import read_adapter
 from llamakit.training.report import StepReport
 from tests.formats.files import split_gguf
 from tests.formats.torch_models import meta_model
-from tests.helpers import assert_error, called, cli
+from tests.helpers import assert_error, called, cli, warm
 from tests.tiny import cached_tiny_gguf, tiny_text
+from tests.warm import Process
 
 COMMAND = """finetune --model-base base.gguf --checkpoint-in chk-LATEST.gguf --checkpoint-out chk-ITERATION.gguf \
   --lora-out lora-ITERATION.bin --train-data shakespeare.txt --save-every 10 --threads 2 --adam-iter 30 --batch 4 \
@@ -171,12 +171,12 @@ def test_bad_input_gives_one_line_and_writes_nothing(place, capsys, arguments, f
     assert sorted(p.name for p in place.iterdir()) == before
 
 
+ENDLESS = [*shlex.split(COMMAND), "--adam-iter", "100000", "--ctx", "16", "--threads", "1"]
+
+
 def start(place, *arguments):
     """A run in a process of its own, once its first step is done."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "llamakit", *shlex.split(COMMAND), "--adam-iter", "100000", "--ctx", "16", *arguments],
-        cwd=place, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+    process = Process(*ENDLESS, *arguments, cwd=place)
     for line in process.stdout:
         if line.startswith("train_opt_callback"):
             return process
@@ -217,13 +217,7 @@ def test_a_full_disk_ends_the_run_and_leaves_the_old_files(place):
     short = (*shlex.split(COMMAND), "--adam-iter", "2", "--ctx", "16", "--save-every", "1")
     assert run(list(short)) == 0
     before = {p.name: p.read_bytes() for p in place.iterdir() if p.suffix in (".gguf", ".bin")}
-
-    def limit():
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
-
-    arguments = [sys.executable, "-m", "llamakit", *short]
-    result = subprocess.run(arguments, check=False, cwd=place, capture_output=True, text=True, preexec_fn=limit)
+    result = warm(*short, "--threads", "1", cwd=place, largest_file=20_000)
     assert_error(result, 3, "cannot save", "intact")
     assert {p.name: p.read_bytes() for p in place.iterdir() if p.suffix in (".gguf", ".bin")} == before
     assert not [p for p in place.iterdir() if ".tmp-" in p.name]
