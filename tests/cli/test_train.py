@@ -32,6 +32,17 @@ def _one_thread(monkeypatch: Any) -> None:
 
 
 @pytest.fixture
+def drawn() -> None:
+    """The run draws its picture, which takes longer than so small a run itself."""
+
+
+@pytest.fixture(autouse=True)
+def _no_picture(request: Any, monkeypatch: Any) -> None:
+    if "drawn" not in request.fixturenames:
+        monkeypatch.setattr("llamakit.training.recorder.save_figure", lambda *_: None)
+
+
+@pytest.fixture
 def place(tmp_path: Path, monkeypatch: Any) -> Path:
     """A directory with the files that the command names."""
     (tmp_path / "vocab.gguf").symlink_to(cached_tiny_gguf())
@@ -44,6 +55,7 @@ def words(line: str) -> list[str]:
     return shlex.split(line)
 
 
+@pytest.mark.usefixtures("drawn")
 def test_a_run_its_lines_and_its_folder(place: Path, capsys: Any) -> None:
     assert run(words(COMMAND)) == 0
     out = capsys.readouterr().out
