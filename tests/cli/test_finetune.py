@@ -17,7 +17,7 @@ from llamakit.formats.adapter import read_adapter
 from llamakit.training.report import StepReport
 from tests.formats.files import split_gguf
 from tests.formats.torch_models import meta_model
-from tests.helpers import assert_error, called, cli, warm
+from tests.helpers import assert_error, called, cli, render_in_this_process, warm
 from tests.tiny import cached_tiny_gguf, tiny_text
 from tests.warm import Process
 
@@ -256,8 +256,10 @@ def test_a_model_in_parts_gives_the_same_adapter(place):
     assert run(["finetune", "--model-base", base, "--lora-out", str(parts[2]), *shlex.split(options)]) == 2
 
 
-def test_questions_and_answers(place, capfd):
+def test_questions_and_answers(place, capfd, monkeypatch):
     """What a user sees of a chat: the data, the answers before and after, and the proof."""
+    render_in_this_process(monkeypatch)
+    monkeypatch.setattr("llamakit.training.recorder.save_figure", lambda *_: None)  # drawn in tests/training
     rows = [f'{{"prompt": "Who is {n}?", "completion": "The king {n}."}}' for n in range(9)]
     (place / "chat.jsonl").write_text("\n".join([*rows, '{"prompt": "x", "completion": ""}']) + "\n")
     words = shlex.split(
