@@ -368,9 +368,9 @@ def test_the_chain_of_samplers_is_shown_on_request_as_llama_cpp_prints_it(model,
 def test_head_takes_a_line_and_nobody_complains(model):
     """The pipe of a shell, with a text that is longer than a pipe holds."""
     long = cached_tiny_gguf(n_ctx=100_000, seed=5)
-    for options in (f"-p '{PROMPT}\nThe' -n 3000", "--prompts - -n 300"):
+    for options in (f"-p '{PROMPT}\nThe' -n 60000", "--prompts - -n 5"):
         command = f"{sys.executable} -m llamakit generate -m {long} -t 0 --dtype f32 --ignore-eos {options}"
-        shell = f"yes a | head -200 | ({command}; echo $? >&2) | head -1"
+        shell = f"yes {'a' * 400} | head -100 | ({command}; echo $? >&2) | head -1"
         result = subprocess.run(["bash", "-c", shell], capture_output=True, check=False, text=True, cwd=ROOT)
         assert result.stdout.count("\n") == 1
         assert "Traceback" not in result.stderr
