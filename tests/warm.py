@@ -113,8 +113,10 @@ class Process:
             except subprocess.TimeoutExpired:
                 self.kill()
                 raise
-            found = [done.result() for done in reading]
-        read = iter(found)
+            read = iter([done.result() for done in reading])
+        for stream in (self.stdout, self.stderr):
+            if stream is not None:
+                stream.close()
         return tuple(None if stream is None else next(read) for stream in (self.stdout, self.stderr))  # type: ignore
 
     def __enter__(self) -> Process:
@@ -231,7 +233,8 @@ if __name__ == "__main__":
 
     for module in pkgutil.walk_packages(llamakit.__path__, "llamakit."):
         if not module.name.startswith(("llamakit.__main__", "llamakit.server")):
-            importlib.import_module(module.name)
+            with contextlib.suppress(ImportError):  # of an extra that is not installed
+                importlib.import_module(module.name)
     gc.collect()
     gc.freeze()
     _become(_serve(socket.socket(fileno=int(sys.argv[1]))))
