@@ -1,11 +1,23 @@
 """One thread per test process: the models are tiny, and threads that wait for each other cost more than they give."""
 
+import functools
 import os
+from collections.abc import Iterator
 
 import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("MKL_NUM_THREADS", "1")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _speed_of_the_machine() -> Iterator[None]:
+    """Measured once, and not by each of the hundreds of runs that the tests train: it takes half a second."""
+    from llamakit.training import train
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "gemm_peak", functools.cache(train.gemm_peak))
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from tests.warm import Process
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -46,6 +48,16 @@ def cli(
         timeout=timeout_s,
         **stdin,
     )
+
+
+def warm(
+    *args: str | os.PathLike[str], cwd: str | os.PathLike[str] | None = None, input: str | None = None, **options: Any
+) -> subprocess.CompletedProcess[str]:
+    """`cli` in a process that has torch loaded when it starts; options: of `Process`."""
+    stdin = {} if input is None else {"stdin": subprocess.PIPE}
+    with Process(*args, cwd=cwd, **stdin, **options) as process:
+        out, err = process.communicate(input, timeout=250)
+    return subprocess.CompletedProcess(args, process.wait(), out, err)
 
 
 def called(capfd: Any, *args: str | os.PathLike[str]) -> subprocess.CompletedProcess[str]:

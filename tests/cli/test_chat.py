@@ -24,8 +24,9 @@ from llamakit.inference.conversation import Conversation
 from llamakit.inference.engine import TorchEngine
 from llamakit.model import load_model
 from llamakit.tokenizer import load_tokenizer
-from tests.helpers import ROOT, assert_error, render_in_this_process
+from tests.helpers import assert_error, render_in_this_process, warm
 from tests.tiny import cached_tiny_gguf
+from tests.warm import PIPE, Process
 
 SHORT = "{% for m in messages %}{{ m.role[0] + ':' + m.content + '\n' }}{% endfor %}"
 GREEDY = ("-t", "0", "-n", "5", "--dtype", "f32", "--logit-bias", "13-inf")  # no newline, so that lines can be counted
@@ -211,9 +212,8 @@ def test_messages_that_cannot_be_answered_end_a_pipe(talk, chat, model, tmp_path
 
 @pytest.mark.slow
 def test_what_is_no_input_is_said(model, tmp_path):
-    command = [sys.executable, "-m", "llamakit", "chat", "-m", str(model)]
     with (tmp_path / "output").open("w") as file:
-        result = subprocess.run(command, stdin=file, capture_output=True, text=True, cwd=ROOT, check=False)
+        result = warm("chat", "-m", model, stdin=file)
     assert_error(result, 2, "<stdin>: cannot be read")
 
 
@@ -277,12 +277,9 @@ class Terminal:
     """The command in a process with a terminal of its own."""
 
     def __init__(self, *args: object, env: dict[str, str]) -> None:
-        before = signal.signal(signal.SIGINT, signal.default_int_handler)  # the child shall hear Ctrl-C
-        self.pid, self.fd = pty.fork()
-        if self.pid == 0:
-            environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TERM": "xterm", **env}
-            os.execve(sys.executable, [sys.executable, "-m", "llamakit", *map(str, args)], environment)
-        signal.signal(signal.SIGINT, before)
+        self.fd, terminal = pty.openpty()
+        self.process = Process(*map(str, args), env={"TERM": "xterm", **env}, terminal=terminal)
+        os.close(terminal)
         self.seen = ""
 
     def until(self, text: str) -> str:
@@ -304,14 +301,14 @@ class Terminal:
 
     def interrupt_prompt(self) -> None:
         """Ctrl-C, once the program waits for a key: between the prompt and the wait, Python's readline loses it."""
-        stat = Path(f"/proc/{self.pid}/stat")
+        stat = Path(f"/proc/{self.process.pid}/stat")
         while stat.read_text().rpartition(")")[2].split()[0] != "S":
             os.sched_yield()
         self.type("\x03")
 
     def ended(self) -> int:
         """The exit code."""
-        code = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        code = self.process.wait(250)
         os.close(self.fd)
         return code
 
@@ -367,11 +364,8 @@ def test_colours_and_the_end_of_input(model):
 @pytest.mark.slow
 def test_ctrl_c_ends_a_pipe(tmp_path):
     long = cached_tiny_gguf(chat_template=SHORT, n_ctx=100_000, seed=5)
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    command = [sys.executable, "-m", "llamakit", "chat", "-m", str(long), "--dtype", "f32", "--ignore-eos", "-t", "0"]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    with subprocess.Popen(command, cwd=ROOT, **pipes) as process:  # type: ignore[call-overload]
-        signal.signal(signal.SIGINT, before)
+    command = ("chat", "-m", long, "--dtype", "f32", "--ignore-eos", "-t", "0")
+    with Process(*command, stdin=PIPE, text=False) as process:
         process.stdin.write(b"hello\nagain\n")
         process.stdin.flush()
         text = process.stdout.read(5)

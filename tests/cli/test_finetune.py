@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import resource
 import shlex
 import signal
 import subprocess
@@ -18,8 +17,9 @@ from llamakit.formats.adapter import read_adapter
 from llamakit.training.report import StepReport
 from tests.formats.files import split_gguf
 from tests.formats.torch_models import meta_model
-from tests.helpers import assert_error, called, cli
+from tests.helpers import assert_error, called, cli, render_in_this_process, warm
 from tests.tiny import cached_tiny_gguf, tiny_text
+from tests.warm import Process
 
 COMMAND = """finetune --model-base base.gguf --checkpoint-in chk-LATEST.gguf --checkpoint-out chk-ITERATION.gguf \
   --lora-out lora-ITERATION.bin --train-data shakespeare.txt --save-every 10 --threads 2 --adam-iter 30 --batch 4 \
@@ -119,7 +119,7 @@ def test_json_is_the_only_thing_on_stdout(place):
     summary = json.loads(result.stdout)
     assert summary["iterations"] == 2 and summary["files"] == ["chk-LATEST.gguf", "lora-LATEST.bin"]
     assert summary["last_step"]["step"] == 2
-    assert "train_opt_callback" in result.stderr
+    assert "train_opt_callback" in result.stderr and result.stderr.startswith("loading base.gguf")
 
 
 def test_a_config_file_sets_options_and_the_command_line_wins(place, capsys):
@@ -171,12 +171,12 @@ def test_bad_input_gives_one_line_and_writes_nothing(place, capsys, arguments, f
     assert sorted(p.name for p in place.iterdir()) == before
 
 
+ENDLESS = [*shlex.split(COMMAND), "--adam-iter", "100000", "--ctx", "16", "--threads", "1"]
+
+
 def start(place, *arguments):
     """A run in a process of its own, once its first step is done."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "llamakit", *shlex.split(COMMAND), "--adam-iter", "100000", "--ctx", "16", *arguments],
-        cwd=place, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+    process = Process(*ENDLESS, *arguments, cwd=place)
     for line in process.stdout:
         if line.startswith("train_opt_callback"):
             return process
@@ -217,13 +217,7 @@ def test_a_full_disk_ends_the_run_and_leaves_the_old_files(place):
     short = (*shlex.split(COMMAND), "--adam-iter", "2", "--ctx", "16", "--save-every", "1")
     assert run(list(short)) == 0
     before = {p.name: p.read_bytes() for p in place.iterdir() if p.suffix in (".gguf", ".bin")}
-
-    def limit():
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
-
-    arguments = [sys.executable, "-m", "llamakit", *short]
-    result = subprocess.run(arguments, check=False, cwd=place, capture_output=True, text=True, preexec_fn=limit)
+    result = warm(*short, "--threads", "1", cwd=place, largest_file=20_000)
     assert_error(result, 3, "cannot save", "intact")
     assert {p.name: p.read_bytes() for p in place.iterdir() if p.suffix in (".gguf", ".bin")} == before
     assert not [p for p in place.iterdir() if ".tmp-" in p.name]
@@ -237,8 +231,8 @@ def test_a_step_line_is_the_old_tools():
     )
 
 
-@pytest.mark.slow
-def test_the_start_says_what_is_loaded_within_five_seconds(place):
+@pytest.mark.prove
+def test_the_start_says_what_is_loaded_within_five_seconds(place, record_property):
     """Of processor time, which other programs on the machine do not lengthen."""
     process = subprocess.Popen(
         [sys.executable, "-m", "llamakit", *shlex.split(COMMAND), "--adam-iter", "0"],
@@ -248,6 +242,7 @@ def test_the_start_says_what_is_loaded_within_five_seconds(place):
     user, system = stat.rpartition(")")[2].split()[11:13]
     said_after_s = (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
     process.communicate()
+    record_property("seconds of processor time until finetune says what it loads", said_after_s)
     assert "loading base.gguf" in first and said_after_s < 5
 
 
@@ -262,8 +257,10 @@ def test_a_model_in_parts_gives_the_same_adapter(place):
     assert run(["finetune", "--model-base", base, "--lora-out", str(parts[2]), *shlex.split(options)]) == 2
 
 
-def test_questions_and_answers(place, capfd):
+def test_questions_and_answers(place, capfd, monkeypatch):
     """What a user sees of a chat: the data, the answers before and after, and the proof."""
+    render_in_this_process(monkeypatch)
+    monkeypatch.setattr("llamakit.training.recorder.save_figure", lambda *_: None)  # drawn in tests/training
     rows = [f'{{"prompt": "Who is {n}?", "completion": "The king {n}."}}' for n in range(9)]
     (place / "chat.jsonl").write_text("\n".join([*rows, '{"prompt": "x", "completion": ""}']) + "\n")
     words = shlex.split(

@@ -15,9 +15,9 @@ from llamakit.formats.adapter import Adapter, write_adapter
 from llamakit.formats.base import TensorData
 from llamakit.formats.gguf import GGUFFile, write_gguf
 from tests.formats.files import split_gguf
-from tests.helpers import ROOT, assert_error
-from tests.helpers import cli as process
+from tests.helpers import ROOT, assert_error, warm
 from tests.tiny import cached_tiny_gguf
+from tests.warm import Process
 
 GREEDY = ("-t", "0", "-n", "12")
 PROMPT = "The old king"
@@ -79,20 +79,19 @@ def test_every_source_of_the_prompt_gives_the_same_text(option, model, continuat
 
 @pytest.mark.slow
 def test_standard_input_is_the_prompt_where_something_was_redirected_or_piped_in(model, continuation, tmp_path):
-    piped = process("generate", "-m", model, *GREEDY, input=PROMPT + "\n")
+    piped = warm("generate", "-m", model, *GREEDY, input=PROMPT + "\n")
     assert piped.stdout == f"{PROMPT}{continuation}\n"
     file = tmp_path / "prompt.txt"
     file.write_text(PROMPT + "\n", encoding="utf-8")
-    command = [sys.executable, "-m", "llamakit", "generate", "-m", str(model), *GREEDY]
     with file.open("rb") as stdin:
-        redirected = subprocess.run(command, stdin=stdin, capture_output=True, check=True, text=True, cwd=ROOT)
+        redirected = warm("generate", "-m", model, *GREEDY, stdin=stdin)
     assert redirected.stdout == piped.stdout
 
 
 @pytest.mark.slow
 def test_an_empty_pipe_and_a_closed_standard_input_count_as_none(model, cli):
     nothing = cli("generate", "-m", model, *GREEDY).stdout
-    assert process("generate", "-m", model, *GREEDY, input="").stdout == nothing
+    assert warm("generate", "-m", model, *GREEDY, input="").stdout == nothing
     shell = f"exec {sys.executable} -m llamakit generate -m {model} -t 0 -n 12 <&-"
     closed = subprocess.run(["bash", "-c", shell], capture_output=True, check=True, text=True, cwd=ROOT)
     assert closed.stdout == nothing
@@ -200,31 +199,20 @@ def test_mistakes_are_one_line(arguments, fragment, model, cli):
 
 @pytest.mark.slow
 def test_a_reader_that_goes_away_is_no_error(model):
-    command = [sys.executable, "-m", "llamakit", "generate", "-m", str(model), "-t", "0", "-n", "50"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT) as process:
+    with Process("generate", "-m", model, "-t", "0", "-n", "50") as process:
         assert process.stdout is not None
         assert process.stderr is not None
         process.stdout.close()
-        stderr = process.stderr.read().decode()
+        stderr = process.stderr.read()
     assert "Error" not in stderr
     assert "error: " not in stderr
 
 
-@pytest.fixture
-def hearing_ctrl_c():
-    """What a shell starts in the background ignores Ctrl-C, and so do its children: not those of this test."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
 @pytest.mark.slow
-@pytest.mark.usefixtures("hearing_ctrl_c")
 def test_ctrl_c_keeps_the_text_so_far_and_exits_130(model):
     # The text of this model in float32 is longer than a pipe holds: it waits for a reader, and cannot end by itself.
     long, options = cached_tiny_gguf(n_ctx=100_000, seed=5), ("-t", "0", "--dtype", "f32")
-    command = [sys.executable, "-u", "-m", "llamakit", "generate", "-m", str(long), PROMPT, *options]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT) as process:
+    with Process("generate", "-m", long, PROMPT, *options, text=False) as process:
         assert process.stdout is not None
         text = process.stdout.read(len(PROMPT) + 5)
         process.send_signal(signal.SIGINT)
@@ -380,9 +368,9 @@ def test_the_chain_of_samplers_is_shown_on_request_as_llama_cpp_prints_it(model,
 def test_head_takes_a_line_and_nobody_complains(model):
     """The pipe of a shell, with a text that is longer than a pipe holds."""
     long = cached_tiny_gguf(n_ctx=100_000, seed=5)
-    for options in (f"-p '{PROMPT}\nThe' -n 3000", "--prompts - -n 300"):
+    for options in (f"-p '{PROMPT}\nThe' -n 60000", "--prompts - -n 5"):
         command = f"{sys.executable} -m llamakit generate -m {long} -t 0 --dtype f32 --ignore-eos {options}"
-        shell = f"yes a | head -200 | ({command}; echo $? >&2) | head -1"
+        shell = f"yes {'a' * 400} | head -100 | ({command}; echo $? >&2) | head -1"
         result = subprocess.run(["bash", "-c", shell], capture_output=True, check=False, text=True, cwd=ROOT)
         assert result.stdout.count("\n") == 1
         assert "Traceback" not in result.stderr

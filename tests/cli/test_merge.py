@@ -19,7 +19,7 @@ from tests.conversion.merge_files import SHAPES, UNTOUCHED, numbers, write_base,
 from tests.formats.files import split_gguf
 from tests.formats.test_peft import folder
 from tests.formats.torch_models import meta_model
-from tests.helpers import assert_error, cli
+from tests.helpers import assert_error, warm
 from tests.tiny import cached_tiny_gguf
 
 Done = subprocess.CompletedProcess[str]
@@ -50,7 +50,7 @@ def files(tmp_path: Path) -> Path:
 
 @pytest.mark.slow
 def test_merge(files: Path) -> None:
-    result = cli(
+    result = warm(
         "merge", "-m", "base.gguf", "--lora", "a.gguf", "--lora-scaled", "b.gguf:0.4", "-o", "out.gguf", cwd=files
     )
     assert result.returncode == 0, result.stderr

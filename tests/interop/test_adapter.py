@@ -56,18 +56,20 @@ PROMPTS = ("To be, or not to be", "The king said", "My lord,", "Once upon a time
 
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize(
-    ("prompts", "n", "every"),
+    ("prompts", "n", "every", "steps"),
     [
-        pytest.param(PROMPTS[1:2], 16, 28, marks=pytest.mark.slow),
-        pytest.param(PROMPTS, 64, 6, marks=pytest.mark.prove),
+        pytest.param(
+            PROMPTS[1:2], 16, 56, {"adam_iter": 3, "batch": 2, "adam_alpha": 6e-3, "warmup": 1}, marks=pytest.mark.slow
+        ),
+        pytest.param(PROMPTS, 64, 6, {"adam_iter": 12, "batch": 4}, marks=pytest.mark.prove),
     ],
     ids=["one", "all"],
 )
-def test_on_the_real_model(tmp_path, prompts, n, every):
+def test_on_the_real_model(tmp_path, prompts, n, every, steps):
     """F32 copy: base and adapter give llama.cpp's text. Packed file: its perplexity on held-out text falls."""
     packed, copy = smollm2_path(), smollm2_f32()
     (tmp_path / "text.txt").write_text(tiny_text(12000, 5))
-    run(tmp_path, model_base=str(packed), adam_iter=12, save_every=0, batch=4, ctx=48, dtype="auto")
+    run(tmp_path, model_base=str(packed), save_every=0, ctx=48, dtype="auto", **steps)
     file = tmp_path / "lora-LATEST.bin"
     adapter = read_adapter(file)
     base, tuned = LlamaServer(copy), LlamaServer(copy, lora=[(file, 1.0)])

@@ -23,6 +23,8 @@ from llamakit.server.run import Server, bound_socket
 from llamakit.server.service import Service
 from tests.tiny import cached_tiny_gguf
 
+#: how long a test waits for what must come: a machine that is busy with other things may need long
+WAIT_S = 120
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -43,14 +45,14 @@ class Served:
         return self.service.slots
 
     def post(self, path: str, value: Any, **more: Any) -> httpx.Response:
-        return httpx.post(self.url + path, json=value, timeout=60, verify=False, **more)
+        return httpx.post(self.url + path, json=value, timeout=WAIT_S, verify=False, **more)
 
     def get(self, path: str, **more: Any) -> httpx.Response:
-        return httpx.get(self.url + path, timeout=60, verify=False, **more)
+        return httpx.get(self.url + path, timeout=WAIT_S, verify=False, **more)
 
     def logged(self, path: str, n: int = 1) -> list[Record]:
         """The records of a path, once there are n of them: an answer arrives a moment before it is written down."""
-        end = time.monotonic() + 30
+        end = time.monotonic() + WAIT_S
         while len(found := [record for record in list(self.records) if record.path == path]) < n:
             assert time.monotonic() < end, f"{len(found)} of {n} answers to {path} were written down"
             time.sleep(0.01)
@@ -58,7 +60,7 @@ class Served:
 
     def connect(self) -> socket.socket:
         host, port = self.url.removeprefix("http://").split(":")
-        return socket.create_connection((host, int(port)), timeout=30)
+        return socket.create_connection((host, int(port)), timeout=WAIT_S)
 
 
 def tiny_chat_model(**options: Any) -> Path:
@@ -100,9 +102,9 @@ def serving(service: Service | None = None, *, keys: Sequence[str] = (), **optio
         thread = threading.Thread(target=server.run)
         thread.start()
         try:
-            assert ready.wait(30)
+            assert ready.wait(WAIT_S)
             yield Served(url, service, records, server)
         finally:
             server.stop()
-            thread.join(30)
+            thread.join(WAIT_S)
     assert not thread.is_alive()

@@ -11,7 +11,7 @@ import pytest
 from llamakit.server.config import ServeConfig
 from llamakit.server.fields import ApiError
 from llamakit.server.guard import Guard, is_loopback
-from tests.server.serving import Served, serving
+from tests.server.serving import WAIT_S, Served, serving
 
 CHAT = "/v1/chat/completions"
 BODY = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 1}
@@ -52,7 +52,7 @@ def test_foreign_pages_get_nothing(served: Served, origin: str) -> None:
         served.post(CHAT, BODY, headers={"origin": origin}),
         served.get("/v1/models", headers={"origin": origin}),
         httpx.options(
-            served.url + CHAT, headers={"origin": origin, "access-control-request-method": "POST"}, timeout=60
+            served.url + CHAT, headers={"origin": origin, "access-control-request-method": "POST"}, timeout=WAIT_S
         ),
     ):
         assert answer.status_code == 403 and "access-control-allow-origin" not in answer.headers
@@ -72,17 +72,17 @@ def test_a_foreign_host_is_refused(served: Served) -> None:
 @pytest.mark.parametrize("kind", ["text/plain", "multipart/form-data", "application/x-www-form-urlencoded", ""])
 def test_json_alone_is_taken(served: Served, kind: str) -> None:
     data = b'{"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 1}'
-    answer = httpx.post(served.url + CHAT, content=data, headers={"content-type": kind}, timeout=60)
+    answer = httpx.post(served.url + CHAT, content=data, headers={"content-type": kind}, timeout=WAIT_S)
     assert answer.status_code == 415
 
 
 def test_curls_form_is_taken_where_ollamas_manual_has_it_but_from_no_browser(served: Served) -> None:
     data, form = b'{"prompt": "a", "stream": false}', {"content-type": "application/x-www-form-urlencoded"}
     url = served.url + "/api/generate"
-    assert httpx.post(url, content=data, headers=form, timeout=60).status_code == 200
+    assert httpx.post(url, content=data, headers=form, timeout=WAIT_S).status_code == 200
     for browser in ({"origin": served.url}, {"sec-fetch-site": "cross-site"}):
-        assert httpx.post(url, content=data, headers=form | browser, timeout=60).status_code == 415
-    assert httpx.post(url, content=data, headers={"content-type": "text/plain"}, timeout=60).status_code == 415
+        assert httpx.post(url, content=data, headers=form | browser, timeout=WAIT_S).status_code == 415
+    assert httpx.post(url, content=data, headers={"content-type": "text/plain"}, timeout=WAIT_S).status_code == 415
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +116,7 @@ def test_keys_open_in_both_headers_and_never_stand_in_the_log(locked: Served) ->
 
 def test_a_page_of_an_allowed_origin_may_and_is_told_so(locked: Served) -> None:
     origin = {"origin": "https://app.example", "access-control-request-headers": "authorization,content-type"}
-    asked = httpx.options(locked.url + CHAT, headers=origin, timeout=60)
+    asked = httpx.options(locked.url + CHAT, headers=origin, timeout=WAIT_S)
     assert asked.status_code == 204
     assert asked.headers["access-control-allow-origin"] == "https://app.example"
     assert asked.headers["access-control-allow-headers"] == "authorization,content-type"

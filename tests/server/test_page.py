@@ -109,7 +109,7 @@ def test_stop_frees_the_slot(page: Any) -> None:
         page.wait_for_selector(RUNS)
         until(lambda: served.slots.n_running == 1)
         page.click("#stop")
-        until(lambda: served.slots.n_running == 0, 1)
+        until(lambda: served.slots.n_running == 0)
         page.wait_for_selector(ENDED)
         assert page.text_content(".answer small") == "stopped"
 

@@ -106,7 +106,7 @@ sys.stdout.buffer.write(encode_sentencepiece_model(new_vocabulary([Path(sys.argv
 def test_the_same_text_gives_the_same_bytes_in_another_process(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text(TEXT)
     command = [sys.executable, "-c", _TRAIN, str(tmp_path / "a.txt")]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, check=True, timeout=60)
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, check=True, timeout=250)
     assert result.stdout == encode_sentencepiece_model(new_vocabulary([TEXT], 600))
     assert result.stderr == b""  # SentencePiece's own log stays silent
 
