@@ -13,8 +13,8 @@
 static void normalize(const float *x, const float *weight, int n, float eps, float *out) {
     vf squares[2] = {{0}, {0}};
     int i = 0;
-    for (; i + 32 <= n; i += 32) {
-        const vf a = load(x + i), b = load(x + i + 16);
+    for (; i + 2 * WIDTH <= n; i += 2 * WIDTH) {
+        const vf a = load(x + i), b = load(x + i + WIDTH);
         squares[0] += a * a;
         squares[1] += b * b;
     }
@@ -104,20 +104,28 @@ static void multiply_token(const job *j, const products *p, const float *x, cons
         const int i = find_tile(p, &tile, &low);
         const matrix *up = p->w[1];
         const uint8_t *ahead = t + 1 < stop ? tile_at(p, t + 1) : next;
-        vf y = multiply_tile(p->w[i], tile, &d->one, ahead) + added(p->w[i], tile, d->low + low);
-        if (p->gated) {
-            ahead = up->tiles + (tile + 1) * up->tile_bytes;
-            y = gate(y, multiply_tile(up, tile, &d->one, ahead) + added(up, tile, d->low + p->w[0]->rank));
+        vf y[PARTS], other[PARTS];
+        multiply_tile(p->w[i], tile, &d->one, ahead, y);
+        if (p->gated) multiply_tile(up, tile, &d->one, up->tiles + (tile + 1) * up->tile_bytes, other);
+        for (int part = 0; part < PARTS; part++) {
+            float *out = p->out[i] + TILE * tile + WIDTH * part;
+            y[part] += added(p->w[i], tile, part, d->low + low);
+            if (p->gated) y[part] = gate(y[part], other[part] + added(up, tile, part, d->low + p->w[0]->rank));
+            store(out, p->accumulate ? load(out) + y[part] : y[part]);
         }
-        float *out = p->out[i] + TILE * tile;
-        store(out, p->accumulate ? load(out) + y : y);
     }
 }
 
-static void finish_group(const job *j, const products *p, int i, int64_t tile, int low, int group, vf y[GROUP]) {
-    const int first = group * GROUP;
+/* The product y [PARTS][GROUP] of a tile of matrix number i with a group, to where it goes. */
+static void finish_group(const job *j, const products *p, int i, int64_t tile, int low, int group, const vf *y) {
+    const int first = group * GROUP, side = p->gated && i;
     for (int t = 0; t < GROUP && first + t < j->tokens->n_tokens; t++)
-        y[t] += added(p->w[i], tile, j->low + (first + t) * j->ld_low + low);
+        for (int part = 0; part < PARTS; part++) {
+            float *out = p->out[i] + (first + t) * p->ld[i] + TILE * tile + WIDTH * part;
+            vf x = y[part * GROUP + t] + added(p->w[i], tile, part, j->low + (first + t) * j->ld_low + low);
+            if (side) x = gate(load(out), x);
+            store(out, p->accumulate ? load(out) + x : x);
+        }
 }
 
 static void multiply_groups(const job *j, const products *p, const desk *d, int64_t *counter) {
@@ -128,18 +136,17 @@ static void multiply_groups(const job *j, const products *p, const desk *d, int6
         const int i = find_tile(p, &tile, &low);
         for (int side = 0; side <= p->gated; side++) {
             const matrix *w = p->w[i + side];
-            const panel packed = unpack(w, tile, d->panel);
+            const uint8_t *ahead = w->tiles + (tile + 1) * w->tile_bytes;
+            const panel packed = j->n_groups > 1 ? unpack(w, tile, d->panel) : (panel){0};
             if (side) low += p->w[0]->rank;
             for (int group = 0; group < j->n_groups; group++) {
                 const activations a = activations_at(j->shared + group * j->group_bytes, n_in, GROUP);
-                vf y[GROUP];
-                multiply_panel(w, &packed, &a, y);
+                vf y[PARTS * GROUP];
+                if (j->n_groups > 1)
+                    multiply_panel(w, &packed, &a, y);
+                else
+                    multiply_tile_by_group(w, tile, &a, ahead, y);
                 finish_group(j, p, i + side, tile, low, group, y);
-                for (int t = 0; t < GROUP && group * GROUP + t < j->tokens->n_tokens; t++) {
-                    float *out = p->out[i] + (group * GROUP + t) * p->ld[i] + TILE * tile;
-                    if (side) y[t] = gate(load(out), y[t]);
-                    store(out, p->accumulate ? load(out) + y[t] : y[t]);
-                }
             }
         }
     }
