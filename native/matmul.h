@@ -86,15 +86,16 @@ INLINE void quantize_32(const float *x, const activations *to, int64_t index, in
     to->zeros16[(2 * index + 1) * m + token] = -128 * sums[1];
 }
 
-/* Token number `token` of m: x (n_in, readable and zero up to a multiple of 64). */
-INLINE void put_activations(const float *x, int64_t n_in, int need, const activations *to, int token, int m) {
+/* A share of the columns of token number `token` of m, from `first` (a multiple of 64) to `last`: x (n_in, readable and
+   zero up to a multiple of 64). */
+INLINE void put_activations(const float *x, int64_t first, int64_t last, int need, const activations *to, int token, int m) {
     if (need & NEED_INT8)
-        for (int64_t b = 0; b < n_in / 32; b++) quantize_32(x + 32 * b, to, b, token, m);
+        for (int64_t b = first / 32; b < last / 32; b++) quantize_32(x + 32 * b, to, b, token, m);
     if (need & NEED_BF16)
-        for (int64_t i = 0; i < n_in; i++) to->halves[(i / 2 * m + token) * 2 + i % 2] = to_bf16(x[i]);
-    if (need & NEED_BF16 && n_in % 2) to->halves[(n_in / 2 * m + token) * 2 + 1] = 0;
+        for (int64_t i = first; i < last; i++) to->halves[(i / 2 * m + token) * 2 + i % 2] = to_bf16(x[i]);
+    if (need & NEED_BF16 && last % 2) to->halves[(last / 2 * m + token) * 2 + 1] = 0;
     if (need & NEED_F32)
-        for (int64_t i = 0; i < n_in; i++) to->x[i * m + token] = x[i];
+        for (int64_t i = first; i < last; i++) to->x[i * m + token] = x[i];
 }
 
 /* Every tile is read once: while one is multiplied, the lines of the next (`ahead`) are on their way to the L2 cache. */
@@ -140,6 +141,7 @@ INLINE void multiply_quants(int type, int m, const uint8_t *tile, const panel *p
     const int shift = zero == 8 ? 4 : zero == 16 ? 3 : zero == 32 ? 2 : 0; /* zero = 128 >> shift */
     const int32_t *zeros = n_groups == 1 ? a->zeros32 : a->zeros16;
     const int64_t step = tile_bytes(type, 256) / 8;
+#pragma GCC unroll 16
     for (int i = 0; i < PARTS * m; i++) out[i] = (vf){0};
     for (int i = 0; i < n_blocks; i++) {
         for (int64_t line = 0; !p && line < step; line += 64) fetch(ahead + i * step + line);
@@ -150,9 +152,12 @@ INLINE void multiply_quants(int type, int m, const uint8_t *tile, const panel *p
                 for (int t = 0; t < m; t++)
                     sums[t] = zero ? splat_int(zeros[(i * n_groups + g) * m + t]) >> shift : (vi){0};
                 add_products(most_of_type(type), per, m, b.w + g * per, a->q + 4 * m * (8 * i + g * per), sums);
-                for (int t = 0; t < m; t++) out[part * m + t] += to_float(sums[t]) * (b.scale[g] * a->d[i * m + t]);
+                for (int t = 0; t < m; t++) {
+                    vf total = out[part * m + t] + to_float(sums[t]) * (b.scale[g] * a->d[i * m + t]);
+                    if (!zero) total += b.min * a->sums[i * m + t];
+                    out[part * m + t] = total;
+                }
             }
-            for (int t = 0; !zero && t < m; t++) out[part * m + t] += b.min * a->sums[i * m + t];
         }
     }
 }
@@ -260,10 +265,10 @@ INLINE vf added(const matrix *w, int64_t tile, int part, const float *low) {
     return total;
 }
 
-/* low = x A^T, x (n_in, zero up to a multiple of 64, as A's rows are). */
-static void lower(const matrix *w, const float *x, float *low) {
+/* low = x A^T, x (n_in, zero up to a multiple of 64, as A's rows are): every `step`-th of its numbers, from `first` on. */
+static void lower(const matrix *w, const float *x, int first, int step, float *low) {
     enum { N = 4 }; /* sums at once: one alone would wait for itself */
-    for (int r = 0; r < w->rank; r++) {
+    for (int r = first; r < w->rank; r += step) {
         const float *a = w->lora_a + r * padded(w->n_in);
         vf totals[N] = {{0}};
         for (int64_t i = 0; i < w->n_in; i += N * WIDTH)

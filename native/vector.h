@@ -154,14 +154,22 @@ INLINE int32_t word_at(const void *at) {
 /* As `add_products`, for weights up to 63: pairs of products are added up in 16 bits for as long as they fit. */
 INLINE void add_small_products(int most, int n, int m, const vb *w, const int8_t *q, vi *sums) {
     const int fit = most > 31 ? 2 : most > 15 ? 4 : 8; /* 2 * 127 * 15 * 8 < 2^15, and so on */
-    for (int first = 0; first < n; first += fit) {
+#pragma GCC unroll 8
+    for (int j = 0; j < n; j += fit) {
         __m256i pairs[8];
-        for (int j = first; j < first + fit && j < n; j++)
-            for (int t = 0; t < m; t++) {
-                const __m256i a = _mm256_set1_epi32(word_at(q + 4 * (j * m + t)));
-                const __m256i x = _mm256_maddubs_epi16((__m256i)w[j], a);
-                pairs[t] = j > first ? _mm256_add_epi16(pairs[t], x) : x;
+#pragma GCC unroll 8
+        for (int t = 0; t < m; t++) pairs[t] = _mm256_setzero_si256();
+#pragma GCC unroll 8
+        for (int i = 0; i < fit; i++) {
+            const int k = j + i;
+#pragma GCC unroll 8
+            for (int t = 0; k < n && t < m; t++) {
+                const __m256i a = _mm256_set1_epi32(word_at(q + 4 * (k * m + t)));
+                pairs[t] = _mm256_add_epi16(pairs[t], _mm256_maddubs_epi16((__m256i)w[k], a));
+                __asm__("" : "+x"(pairs[t])); /* now: the compiler would put all products aside, and add them later */
             }
+        }
+#pragma GCC unroll 8
         for (int t = 0; t < m; t++) sums[t] += (vi)_mm256_madd_epi16(pairs[t], _mm256_set1_epi16(1));
     }
 }
@@ -185,6 +193,7 @@ INLINE void add_products(int most, int n, int m, const vb *w, const int8_t *q, v
     }
     for (int t = 0; t < m; t++) sixteenths[t] = (vi){0};
     add_small_products(15, n, m, low, q, sums);
+    __asm__ volatile("" ::: "memory"); /* or the compiler would keep all of q for the second time */
     add_small_products(15, n, m, high, q, sixteenths);
     for (int t = 0; t < m; t++) sums[t] += sixteenths[t] << 4;
 #else
