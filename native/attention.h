@@ -30,31 +30,30 @@ INLINE void store_number(int wide, uint8_t *to, int64_t index, float x) {
 /* scores [n][stride]: q k^T * scale for the keys of the tiles first_tile to last_tile - 1, -inf where not visible. */
 INLINE void score(int n, int wide, const head *h, const float *const *q, const int *visible, int first_tile, int last_tile,
                   float *scores, int64_t stride) {
-    for (int tile = first_tile; tile < last_tile; tile++) {
-        const int64_t keys = (int64_t)tile * h->head_dim * 16;
+    for (int first = 16 * first_tile; first < 16 * last_tile; first += WIDTH) {
+        const int64_t keys = (int64_t)(first / 16) * h->head_dim * 16 + first % 16;
         vf sums[MAX_QUERIES] = {{0}};
         for (int d = 0; d < h->head_dim; d++) {
             const vf key = load_number(wide, h->keys, keys + 16 * d);
             for (int i = 0; i < n; i++) sums[i] += key * q[i][d];
         }
-        const vi position = (vi){0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15} + 16 * tile;
         for (int i = 0; i < n; i++)
-            store(scores + i * stride + 16 * (tile - first_tile),
-                  choose(position < visible[i], sums[i] * h->scale, splat(-INFINITY)));
+            store(scores + i * stride + first - 16 * first_tile,
+                  choose(lane_numbers() + first < visible[i], sums[i] * h->scale, splat(-INFINITY)));
     }
 }
 
 /* Scores -> exp(score - max) in place; the maximum and the sum. With nothing visible the sum is 0. */
 INLINE void exponentiate(float *scores, int n_keys, float *most, float *total) {
     vf top = splat(-INFINITY), sums = {0};
-    for (int i = 0; i < n_keys; i += 16) {
+    for (int i = 0; i < n_keys; i += WIDTH) {
         const vf x = load(scores + i);
         top = choose(x > top, x, top);
     }
     float largest = most_of_floats(top);
     *most = largest;
     if (largest == -INFINITY) largest = 0;
-    for (int i = 0; i < n_keys; i += 16) {
+    for (int i = 0; i < n_keys; i += WIDTH) {
         const vf x = exponential(load(scores + i) - largest);
         store(scores + i, x);
         sums += x;
@@ -65,7 +64,7 @@ INLINE void exponentiate(float *scores, int n_keys, float *most, float *total) {
 /* out[i] (value_stride each) = weights [n][stride] times the values of n_keys positions from `first` on. */
 INLINE void mix(int n, int wide, const head *h, const float *weights, int64_t stride, int first, int n_keys,
                 float *const *out) {
-    for (int d = 0; d < h->value_stride; d += 16) {
+    for (int d = 0; d < h->value_stride; d += WIDTH) {
         const int64_t values = (int64_t)first * h->value_stride + d;
         vf even[MAX_QUERIES] = {{0}}, odd[MAX_QUERIES] = {{0}};
         for (int k = 0; k < n_keys; k += 2) { /* n_keys is even: whole tiles */

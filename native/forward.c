@@ -13,8 +13,8 @@
 static void normalize(const float *x, const float *weight, int n, float eps, float *out) {
     vf squares[2] = {{0}, {0}};
     int i = 0;
-    for (; i + 32 <= n; i += 32) {
-        const vf a = load(x + i), b = load(x + i + 16);
+    for (; i + 2 * WIDTH <= n; i += 2 * WIDTH) {
+        const vf a = load(x + i), b = load(x + i + WIDTH);
         squares[0] += a * a;
         squares[1] += b * b;
     }
@@ -50,9 +50,10 @@ static int need_of_all(const products *p) {
     return need;
 }
 
-static void lower_all(const products *p, const float *x, float *low) {
+/* The share number `share` of n of the low products. */
+static void lower_all(const products *p, const float *x, int share, int n, float *low) {
     for (int i = 0; i < p->n; i++) {
-        lower(p->w[i], x, low);
+        lower(p->w[i], x, share, n, low);
         low += p->w[i]->rank;
     }
 }
@@ -96,28 +97,36 @@ static const uint8_t *first_of(const job *j, const products *p, int thread) {
 /* next: where this thread goes on after these products. */
 static void multiply_token(const job *j, const products *p, const float *x, const desk *d, const uint8_t *next) {
     const int64_t start = share(j, p, d->thread), stop = share(j, p, d->thread + 1);
-    put_activations(x, p->w[0]->n_in, need_of_all(p), &d->one, 0, 1);
-    lower_all(p, x, d->low);
+    put_activations(x, 0, p->w[0]->n_in, need_of_all(p), &d->one, 0, 1);
+    lower_all(p, x, 0, 1, d->low);
     for (int64_t t = start; t < stop; t++) {
         int64_t tile = t;
         int low;
         const int i = find_tile(p, &tile, &low);
         const matrix *up = p->w[1];
         const uint8_t *ahead = t + 1 < stop ? tile_at(p, t + 1) : next;
-        vf y = multiply_tile(p->w[i], tile, &d->one, ahead) + added(p->w[i], tile, d->low + low);
-        if (p->gated) {
-            ahead = up->tiles + (tile + 1) * up->tile_bytes;
-            y = gate(y, multiply_tile(up, tile, &d->one, ahead) + added(up, tile, d->low + p->w[0]->rank));
+        vf y[PARTS], other[PARTS];
+        multiply_tile(p->w[i], tile, &d->one, ahead, y);
+        if (p->gated) multiply_tile(up, tile, &d->one, up->tiles + (tile + 1) * up->tile_bytes, other);
+        for (int part = 0; part < PARTS; part++) {
+            float *out = p->out[i] + TILE * tile + WIDTH * part;
+            y[part] += added(p->w[i], tile, part, d->low + low);
+            if (p->gated) y[part] = gate(y[part], other[part] + added(up, tile, part, d->low + p->w[0]->rank));
+            store(out, p->accumulate ? load(out) + y[part] : y[part]);
         }
-        float *out = p->out[i] + TILE * tile;
-        store(out, p->accumulate ? load(out) + y : y);
     }
 }
 
-static void finish_group(const job *j, const products *p, int i, int64_t tile, int low, int group, vf y[GROUP]) {
-    const int first = group * GROUP;
+/* The product y [PARTS][GROUP] of a tile of matrix number i with a group, to where it goes. */
+static void finish_group(const job *j, const products *p, int i, int64_t tile, int low, int group, const vf *y) {
+    const int first = group * GROUP, side = p->gated && i;
     for (int t = 0; t < GROUP && first + t < j->tokens->n_tokens; t++)
-        y[t] += added(p->w[i], tile, j->low + (first + t) * j->ld_low + low);
+        for (int part = 0; part < PARTS; part++) {
+            float *out = p->out[i] + (first + t) * p->ld[i] + TILE * tile + WIDTH * part;
+            vf x = y[part * GROUP + t] + added(p->w[i], tile, part, j->low + (first + t) * j->ld_low + low);
+            if (side) x = gate(load(out), x);
+            store(out, p->accumulate ? load(out) + x : x);
+        }
 }
 
 static void multiply_groups(const job *j, const products *p, const desk *d, int64_t *counter) {
@@ -128,39 +137,43 @@ static void multiply_groups(const job *j, const products *p, const desk *d, int6
         const int i = find_tile(p, &tile, &low);
         for (int side = 0; side <= p->gated; side++) {
             const matrix *w = p->w[i + side];
-            const panel packed = unpack(w, tile, d->panel);
+            const uint8_t *ahead = w->tiles + (tile + 1) * w->tile_bytes;
+            const panel packed = j->n_groups > 1 ? unpack(w, tile, d->panel) : (panel){0};
             if (side) low += p->w[0]->rank;
             for (int group = 0; group < j->n_groups; group++) {
                 const activations a = activations_at(j->shared + group * j->group_bytes, n_in, GROUP);
-                vf y[GROUP];
-                multiply_panel(w, &packed, &a, y);
+                vf y[PARTS * GROUP];
+                if (j->n_groups > 1)
+                    multiply_panel(w, &packed, &a, y);
+                else
+                    multiply_tile_by_group(w, tile, &a, ahead, y);
                 finish_group(j, p, i + side, tile, low, group, y);
-                for (int t = 0; t < GROUP && group * GROUP + t < j->tokens->n_tokens; t++) {
-                    float *out = p->out[i] + (group * GROUP + t) * p->ld[i] + TILE * tile;
-                    if (side) y[t] = gate(load(out), y[t]);
-                    store(out, p->accumulate ? load(out) + y[t] : y[t]);
-                }
             }
         }
     }
 }
 
-/* The input of some products, for all tokens: x (rows of ld) as it is, or normalized. */
+/* The input of some products, for all tokens: x (rows of ld) as it is, or normalized. A piece is a group or, where there
+   are fewer groups than threads, a share of its columns. */
 static void prepare_groups(const job *j, const products *p, const float *x, int64_t ld, const float *norm,
                            const desk *d, int64_t *counter) {
-    const int need = need_of_all(p), n_in = p->w[0]->n_in;
-    for (int64_t start, stop; take(counter, j->n_groups, 1, &start, &stop);) {
-        const activations a = activations_at(j->shared + start * j->group_bytes, longest_input(j->model), GROUP);
+    const int need = need_of_all(p), n_in = p->w[0]->n_in, n_threads = j->team.n_threads;
+    const int n_shares = j->n_groups < n_threads ? n_threads : 1, n_64 = n_in / 64;
+    for (int64_t start, stop; take(counter, (int64_t)j->n_groups * n_shares, 1, &start, &stop);) {
+        const int64_t group = start / n_shares;
+        const int share = (int)(start % n_shares);
+        const int first = 64 * (n_64 * share / n_shares), last = share + 1 < n_shares ? 64 * (n_64 * (share + 1) / n_shares) : n_in;
+        const activations a = activations_at(j->shared + group * j->group_bytes, longest_input(j->model), GROUP);
         for (int t = 0; t < GROUP; t++) {
-            const int64_t token = start * GROUP + t;
+            const int64_t token = group * GROUP + t;
             const int64_t row = token < j->tokens->n_tokens ? token : j->tokens->n_tokens - 1;
             const float *from = x + row * ld;
             if (norm) {
                 normalize(from, norm, n_in, j->model->rms_eps, d->normed);
                 from = d->normed;
             }
-            put_activations(from, n_in, need, &a, t, GROUP);
-            if (token == row) lower_all(p, from, j->low + token * j->ld_low);
+            put_activations(from, first, last, need, &a, t, GROUP);
+            if (token == row) lower_all(p, from, share, n_shares, j->low + token * j->ld_low);
         }
     }
 }
@@ -249,13 +262,6 @@ static void join_heads(const job *j, float *mixed) {
     for (int64_t i = (int64_t)m->n_head * m->head_dim; i < j->ld_q; i++) mixed[i] = 0;
 }
 
-/* How many tokens from `token` on, before `end`, are of one cache. */
-static int run_of(const batch *b, int token, int end) {
-    int n = 1;
-    while (token + n < end && b->caches[token + n] == b->caches[token]) n++;
-    return n;
-}
-
 static void turn_tokens(const job *j, int layer, int64_t *counter) {
     const llama *m = j->model;
     for (int64_t start, stop; take(counter, j->tokens->n_tokens, 4, &start, &stop);)
@@ -266,33 +272,34 @@ static void turn_tokens(const job *j, int layer, int64_t *counter) {
         }
 }
 
-/* Pieces are a head and the tokens of a group, long contexts first. */
+/* Pieces are a run of tokens and a head, long contexts first. A run shorter than a group's eight tokens takes several
+   heads that share their keys: the first of them does it for all. */
 static void attend_groups(const job *j, int layer, const desk *d, int64_t *counter) {
     const llama *m = j->model;
     const batch *b = j->tokens;
-    for (int64_t start, stop; take(counter, (int64_t)j->n_groups * m->n_head, 1, &start, &stop);) {
-        const int group = j->n_groups - 1 - (int)(start / m->n_head), which = (int)(start % m->n_head);
-        const int end = (group + 1) * GROUP < b->n_tokens ? (group + 1) * GROUP : b->n_tokens;
-        for (int token = group * GROUP, n; token < end; token += n) {
-            n = run_of(b, token, end);
-            const head h = head_of(j, b->caches[token], layer, which / (m->n_head / m->n_head_kv));
-            const int64_t stride = part_numbers(j);
-            const float *q[MAX_QUERIES];
-            float *out[MAX_QUERIES];
-            int visible[MAX_QUERIES];
-            for (int i = 0; i < n; i++) {
-                q[i] = j->q + (token + i) * j->ld_q + which * m->head_dim;
-                visible[i] = b->positions[token + i] + 1;
-            }
-            const int64_t n_chunks = (visible[n - 1] + CHUNK - 1) / CHUNK;
-            for (int64_t chunk = 0; chunk < n_chunks; chunk++) {
-                for (int i = 0; i < n; i++) out[i] = d->parts + (i * n_chunks + chunk) * stride;
-                attend_chunk(j, n, &h, q, visible, chunk, d, out);
-            }
-            for (int i = 0; i < n; i++)
-                join_chunks(j, d->parts + i * n_chunks * stride, n_chunks, stride,
-                            j->mixed + (token + i) * j->ld_q + which * m->head_dim);
+    const int queries = m->n_head / m->n_head_kv;
+    const int64_t stride = part_numbers(j);
+    for (int64_t start, stop; take(counter, (int64_t)j->n_runs * m->n_head, 1, &start, &stop);) {
+        const int run = j->n_runs - 1 - (int)(start / m->n_head), which = (int)(start % m->n_head), own = which % queries;
+        const int token = j->runs[run], n_tokens = j->runs[run + 1] - token, together = MAX_QUERIES / n_tokens;
+        if (own % together) continue;
+        const int n_heads = queries - own < together ? queries - own : together, n = n_tokens * n_heads;
+        const head h = head_of(j, b->caches[token], layer, which / queries);
+        const float *q[MAX_QUERIES];
+        float *out[MAX_QUERIES], *mixed[MAX_QUERIES];
+        int visible[MAX_QUERIES];
+        for (int i = 0; i < n; i++) {
+            const int64_t at = (token + i / n_heads) * j->ld_q + (which + i % n_heads) * m->head_dim;
+            q[i] = j->q + at;
+            mixed[i] = j->mixed + at;
+            visible[i] = b->positions[token + i / n_heads] + 1;
         }
+        const int64_t n_chunks = (visible[n - 1] + CHUNK - 1) / CHUNK;
+        for (int64_t chunk = 0; chunk < n_chunks; chunk++) {
+            for (int i = 0; i < n; i++) out[i] = d->parts + (i * n_chunks + chunk) * stride;
+            attend_chunk(j, n, &h, q, visible, chunk, d, out);
+        }
+        for (int i = 0; i < n; i++) join_chunks(j, d->parts + i * n_chunks * stride, n_chunks, stride, mixed[i]);
     }
 }
 
@@ -405,6 +412,15 @@ static void work(void *data) {
     finish(j, &d);
 }
 
+/* Tokens of one cache that follow one another, at most a group of them at once. */
+static void find_runs(job *j) {
+    const batch *b = j->tokens;
+    j->n_runs = 0;
+    for (int i = 0; i < b->n_tokens; i++)
+        if (i == 0 || b->caches[i] != b->caches[i - 1] || i - j->runs[j->n_runs - 1] == GROUP) j->runs[j->n_runs++] = i;
+    j->runs[j->n_runs] = b->n_tokens;
+}
+
 /* The bytes of scratch memory that `forward` needs for a batch, at an address that is a multiple of 64. */
 int64_t ISA_NAME(scratch_bytes)(const llama *model, const batch *tokens, int n_threads) {
     job j = {.model = model, .tokens = tokens};
@@ -416,6 +432,7 @@ void ISA_NAME(forward)(const llama *model, const batch *tokens, uint8_t *scratch
     job j = {.model = model, .tokens = tokens, .thread_count = parallel ? thread_count : NULL};
     j.team.n_threads = 1;
     lay_out(&j, scratch, n_threads);
+    find_runs(&j);
     memset(j.counters, 0, 8 * ((size_t)PHASES * (size_t)model->n_layer + 8));
     if (parallel && n_threads > 1)
         parallel(work, &j, (unsigned)n_threads, 0);

@@ -21,8 +21,9 @@ typedef struct {
     float *x, *q, *k, *v, *mixed, *hidden, *low;
     float *partial; /* [n_head][chunks][part_numbers]: of a single token's attention */
     uint8_t *shared, *own; /* activations of all groups; what each thread has for itself */
+    int32_t *runs; /* where runs of tokens of one cache begin, [n_runs + 1] */
     int64_t own_bytes, ld_embd, ld_q, ld_kv, ld_ff, ld_low, group_bytes, n_chunks;
-    int32_t n_groups, value_stride;
+    int32_t n_groups, n_runs, value_stride;
 } job;
 
 /* What a thread has for itself. */
@@ -76,6 +77,7 @@ static int64_t lay_out(job *j, uint8_t *base, int n_threads) {
     j->group_bytes = activation_bytes(n_in, GROUP);
     uint8_t *at = base;
     j->counters = (int64_t *)place(&at, 8 * ((int64_t)PHASES * m->n_layer + 8));
+    j->runs = (int32_t *)place(&at, 4 * (n + 1));
     j->x = (float *)place(&at, 4 * n * j->ld_embd);
     j->q = (float *)place(&at, 4 * n * j->ld_q);
     j->k = (float *)place(&at, 4 * n * j->ld_kv);

@@ -6,6 +6,7 @@
 #include <math.h>
 
 #include "train.h"
+#define WIDTH 16
 #include "vector.h"
 
 #define JOIN2(a, b) a##_##b

@@ -153,7 +153,9 @@ class Sampler:
             for name in names
             if name != "adaptive_p" and is_on(config, name)
         ]
-        self._is_greedy = not self._bias and _keeps_the_likeliest(config, names)
+        self._is_greedy = _keeps_the_likeliest(config, names)
+        # The likeliest token of all stays that, unless it has a bias itself, or another one is raised.
+        self._only_lowered = {id for id, _ in self._bias} if all(amount <= 0 for _, amount in self._bias) else None
         self._vocabulary = np.arange(0)
         self._random = Mt19937(self.seed)
         self._xorshift = llama2c_rng.Xorshift(self.seed)
@@ -196,7 +198,7 @@ class Sampler:
         As in llama.cpp: most tokens need no mask, and the second draw has random numbers of its own.
         """
         grammar = self._grammar
-        token = int(logits.argmax()) if self._is_greedy else self._choose(self._biased(logits))
+        token = self._likeliest(logits) if self._is_greedy else self._choose(self._biased(logits))
         if grammar is not None:
             if not grammar.allows(token):
                 token = self._draw_allowed(logits, grammar.mask())
@@ -205,10 +207,17 @@ class Sampler:
             self._adaptive.add(self._share)
         return token
 
+    def _likeliest(self, logits: Logits) -> int:
+        """The first largest logit, biases added."""
+        lowered, token = self._only_lowered, int(logits.argmax())
+        if lowered is not None and token not in lowered and max(lowered, default=0) < len(logits):
+            return token
+        return int(self._biased(logits).logits.argmax())
+
     def _draw_allowed(self, logits: Logits, allowed: NDArray[np.bool_]) -> int:
         """A token of those allowed, (V,), whose logits alone are not -inf."""
         possible = np.where(allowed, logits, np.float32(-np.inf))
-        if self._is_greedy:
+        if self._is_greedy and not self._bias:
             return int(possible.argmax())
         candidates = self._biased(possible)
         token = self._choose(candidates)

@@ -73,7 +73,7 @@ def test_every_type_gives_the_logits_of_the_torch_model(type, isa):
     assert error(logits, expected) < limit
     # What a token gives does not depend on what is computed together with it, nor on the number of threads.
     assert (last_logits(engine(path, 1), one_by_one(IDS)) == logits).all()
-    assert (last_logits(runner, [IDS[:20], IDS[20:21], IDS[21:]]) == logits).all()
+    assert (last_logits(runner, [IDS[:20], IDS[20:21], IDS[21:24], IDS[24:32], IDS[32:]]) == logits).all()
 
 
 @pytest.mark.parametrize(
@@ -166,8 +166,20 @@ def test_what_has_no_tiles_is_left_to_torch():
         assert native_library(file, load_config(file)) is None
 
 
-def test_a_batch_gives_each_sequence_the_logits_that_it_has_alone(isa):
-    runner = engine(cached_tiny_gguf(type="F32"))
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"type": "F32"},
+        {"type": "Q4_1"},
+        {"n_embd": 96, "n_head": 12, "n_head_kv": 1, "biases": True},  # heads that share their keys
+    ],
+    ids=str,
+)
+def test_a_batch_gives_each_sequence_the_logits_that_it_has_alone(options, isa):
+    path = cached_tiny_gguf(**options)
+    runner = engine(path)
+    runner._llama.n_threads = 2  # a tiny model takes one by itself
+    runner.set_adapters([(random_adapter(path, 3, 1), 0.7)])
     prompts = [IDS[:5], IDS[:1], IDS * 5, IDS[7:30]]
     ours, alone = ([runner.context(400) for _ in prompts] for _ in range(2))
     for tokens in (prompts, [[5], [6, 7], [8], [9]]):

@@ -94,7 +94,14 @@ def test_llama2c_draws_run_cs_tokens():
 
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"top_p": 0.0}, {"top_n_sigma": 0.5, "min_p": 1.0}, {"samplers": "temperature;top_k", "top_k": 0}],
+    [
+        {},
+        {"top_p": 0.0},
+        {"top_n_sigma": 0.5, "min_p": 1.0},
+        {"samplers": "temperature;top_k", "top_k": 0},
+        {"logit_bias": tuple((id, -np.inf) for id in range(200))},
+        {"logit_bias": ((3, -20.0), (5, 0.5), (5, -0.25), (7, -0.5), (9, 1.0))},
+    ],
     ids=str,
 )
 def test_the_short_way_to_the_likeliest_token_is_the_long_one(settings):
@@ -116,7 +123,6 @@ def test_the_short_way_to_the_likeliest_token_is_the_long_one(settings):
         {"xtc_probability": 1.0},
         {"dynatemp_range": 0.5},
         {"mirostat": 2},
-        {"logit_bias": ((1, 2.0),)},
         {"samplers": "top_k"},
         {"samplers": "adaptive_p;temperature"},
     ],
