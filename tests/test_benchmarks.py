@@ -13,14 +13,19 @@ from pathlib import Path
 import pytest
 
 from llamakit.formats.gguf import GGUFFile
+from llamakit.tokenizer.chat_templates import find_chat_template
 from tests.helpers import ROOT
-from tests.tiny import cached_tiny_gguf
+from tests.smollm import smollm2_path
+from tests.tiny import cached_tiny_gguf, tiny_text
 
 BENCHMARKS = ROOT / "benchmarks"
-SCRIPTS = ("models.py", "finetune.py", "convert.py", "generate.py", "serve.py", "seven_b.py", "startup.py")
+SCRIPTS = (
+    "models.py", "finetune.py", "convert.py", "generate.py", "instruct_journey.py", "serve.py", "seven_b.py",
+    "startup.py",
+)  # fmt: skip
 
 
-def bench(script: str, *arguments: str | os.PathLike[str]) -> str:
+def bench(script: str, *arguments: str | os.PathLike[str], timeout_s: float = 250) -> str:
     """Run a benchmark with one thread and return what it printed."""
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     ran = subprocess.run(
@@ -29,7 +34,7 @@ def bench(script: str, *arguments: str | os.PathLike[str]) -> str:
         capture_output=True,
         check=False,
         text=True,
-        timeout=250,
+        timeout=timeout_s,
     )
     assert ran.returncode == 0, ran.stderr
     return ran.stdout
@@ -138,3 +143,35 @@ def test_serve_on_a_tiny_model(tmp_path: Path) -> None:
     assert "3 clients" in bench("serve.py", model, "--alone", *amounts, "--threads", "1", "--json", report)
     (results,) = json.loads(report.read_text())["results"]
     assert results["sides"]["llamakit"]["many"][0]["tok_per_s"] > 0
+
+
+@pytest.mark.slow
+def test_the_journey_of_an_instruction_set_on_a_tiny_folder(tmp_path: Path) -> None:
+    report, text = tmp_path / "report.json", tmp_path / "text.txt"
+    text.write_text(tiny_text(6000), encoding="utf-8")
+    template = find_chat_template("chatml")
+    model = cached_tiny_gguf(n_layer=11, n_ctx=1024, tokenizer="bpe", chat_template=template)
+    options = ("--seeds", "7", "--chunks", "1", "--threads", "1", "--option=--adam-iter=1", "--dir", tmp_path / "work")
+    arguments = ("--model", model, "--hf", "--text", text, *options)
+    assert "| 7 | " in bench("instruct_journey.py", *arguments, "--json", report)
+    results = json.loads(report.read_text())["results"]
+    seed = results["seeds"]["7"]
+    assert len(seed["answers"]) == len(results["base"]["answers"]) == 60
+    assert seed["seconds"].keys() == {"finetune", "merge", "quantize", "convert"} and seed["processor_s"] > 0
+    assert not list((tmp_path / "work").iterdir()), "what was written is deleted without --keep"
+
+
+@pytest.mark.prove
+@pytest.mark.timeout(3600)
+def test_the_journey_of_the_instruction_set_on_smollm2(tmp_path: Path, record_property) -> None:
+    smollm2_path()
+    report = tmp_path / "report.json"
+    bench("instruct_journey.py", "--seeds", "1", "--threads", "2", "--json", report, timeout_s=3500)
+    results = json.loads(report.read_text())["results"]
+    base, seed = results["base"]["answers"], results["seeds"]["1"]
+    record_property("right answers to 60 paraphrases", round(60 * seed["right"]))
+    record_property("of the base", sum(answer["right"] for answer in base))
+    record_property("rise in perplexity", f"{100 * seed['rise']:.1f} %")
+    record_property("seconds, of processors", f"{seed['wall_s']:.0f}, {seed['processor_s']:.0f}")
+    assert sum(answer["right"] for answer in base) < 0.2 * len(base)
+    assert seed["right"] >= 0.75 and seed["rise"] < 0.05

@@ -50,7 +50,7 @@ def _count(vocab: int, config: TrainConfig) -> int:
 
 
 def test_each_configuration_of_train_is_tested_here() -> None:
-    assert {path.stem for path in FOLDER.glob("*.toml")} == {*MODELS, "demo"}  # demo is finetune's
+    assert {path.stem for path in FOLDER.glob("*.toml")} == {*MODELS, "demo", "instruct"}  # these two are finetune's
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import json
+import os
 import re
+import subprocess
 import sys
 import tomllib
 from pathlib import Path
@@ -11,6 +14,7 @@ from types import ModuleType
 
 import pytest
 
+from llamakit.tokenizer.chat_templates import find_chat_template
 from tests.helpers import ROOT
 from tests.test_readme import PAGES
 from tests.tiny import cached_tiny_gguf, tiny_text
@@ -82,6 +86,34 @@ def test_convert_example(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert (tmp_path / "folder" / "model.safetensors").exists()
 
 
+@pytest.mark.slow
+def test_the_script_for_a_pipeline_hands_on_what_did_no_harm(tmp_path: Path) -> None:
+    chat, text, out = tmp_path / "chat.jsonl", tmp_path / "text.txt", tmp_path / "out"
+    lines = (ROOT / "data" / "llamakit-instruct.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    chat.write_text("".join(lines[:20]), encoding="utf-8")
+    text.write_text(tiny_text(3000), encoding="utf-8")
+    model = cached_tiny_gguf(n_layer=1, tokenizer="bpe", chat_template=find_chat_template("chatml"))
+
+    def script(*options: str, limit: str) -> int:
+        python = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "LLAMAKIT": f"{sys.executable} -m llamakit"}
+        return subprocess.run(
+            ["bash", ROOT / "docs/examples/finetune_ci.sh", model, chat, text, out, "--adam-iter", "2", *options],
+            env={**os.environ, **python, "PPL_CTX": "64", "PPL_CHUNKS": "4", "MAX_RISE": limit},
+            capture_output=True,
+            check=False,
+            timeout=250,
+        ).returncode
+
+    tried = {"lora.gguf", "report", "perplexity.json"}
+    assert script("--adam-alpha", "1e-5", limit="50") == 0
+    assert {path.name for path in out.iterdir()} == {*tried, "model-q8_0.gguf", "Modelfile"}
+    assert script("--adam-alpha", "1", "--warmup", "0", limit="5") == 1
+    assert {path.name for path in out.iterdir()} == tried
+    first, second = json.loads((out / "perplexity.json").read_text())["results"]
+    assert second["ppl"] > 1.05 * first["ppl"]
+    assert script("--no-such-option", limit="5") == 2
+
+
 @pytest.mark.parametrize("page", ALL_PAGES)
 def test_links_lead_somewhere(page: str) -> None:
     for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", text_of(page)):
@@ -144,10 +176,11 @@ def test_exit_codes_are_the_ones_in_the_code() -> None:
     assert told == {value for name, value in vars(errors).items() if name.startswith("EXIT_")}
 
 
-def test_the_demo_config_is_understood() -> None:
+@pytest.mark.parametrize("name", ["demo", "instruct"])
+def test_the_configurations_of_finetune_are_understood(name: str) -> None:
     from llamakit.training.config import FinetuneConfig
 
-    values = tomllib.loads((ROOT / "configs" / "demo.toml").read_text(encoding="utf-8"))
+    values = tomllib.loads((ROOT / "configs" / f"{name}.toml").read_text(encoding="utf-8"))
     FinetuneConfig(**{key.replace("-", "_"): value for key, value in values.items()})
 
 

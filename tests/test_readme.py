@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import re
 import shlex
-import shutil
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from llamakit.tokenizer.chat_templates import find_chat_template
 from tests.helpers import ROOT
 from tests.tiny import cached_tiny_gguf, tiny_text
 
@@ -19,6 +19,8 @@ PAGES = ["README.md", "CONTRIBUTING.md", *sorted(f"docs/{path.name}" for path in
 #: The files that the pages speak of; everything else they make themselves.
 MODELS, TEXTS = ("model.gguf", "base.gguf"), ("text.txt", "shakespeare.txt")
 CHATS = ("chat.jsonl",)
+#: A model with a chat template, and with more than ten blocks, as configs/instruct.toml expects.
+CHAT_MODELS = ("smollm2.gguf",)
 _BLOCK = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```", re.MULTILINE | re.DOTALL)
 _ITERATIONS = "3"
 
@@ -44,10 +46,16 @@ def directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
 
     for name in MODELS:
         (tmp_path / name).symlink_to(cached_tiny_gguf(n_layer=1))
+    for name in CHAT_MODELS:
+        (tmp_path / name).symlink_to(
+            cached_tiny_gguf(n_layer=11, tokenizer="bpe", chat_template=find_chat_template("chatml"))
+        )
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
     for name in TEXTS:
         (tmp_path / name).write_text(tiny_text(8000), encoding="utf-8")
     for name in CHATS:
-        shutil.copyfile(ROOT / "data" / "llamakit-instruct.jsonl", tmp_path / name)
+        lines = (ROOT / "data" / "llamakit-instruct.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+        (tmp_path / name).write_text("".join(lines[:40]), encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _pid: {0})  # one thread: a tiny model has no use for more
     threads = torch.get_num_threads()
@@ -76,6 +84,8 @@ def _shortened(words: list[str]) -> list[str]:
         # train counts all iterations, finetune those of this run: a later, larger number must stay the larger one
         few = str(int(words[at]) // 100) if words[0] == "train" else _ITERATIONS
         words = [*words[:at], few, *words[at + 1 :]]
+    elif words[0] == "finetune" and "--config" in words:
+        words = [*words, "--adam-iter", _ITERATIONS]
     return words
 
 

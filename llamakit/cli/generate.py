@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -51,6 +52,7 @@ from llamakit.inference.config import GenerateConfig
 
 if TYPE_CHECKING:
     from llamakit.inference.continuation import Done, Token
+    from llamakit.tokenizer.chat import Renderer
 
 _PROMPT = completion.PROMPT
 
@@ -191,6 +193,7 @@ def generate(
     config: ConfigOption = None,
 ) -> int:
     """Continue a prompt, from the command line, a file or standard input; without one, from the start of a text."""
+    from llamakit.tokenizer.chat import Renderer
     from llamakit.tokenizer.chat_templates import find_chat_template
 
     check_stated(None, rope_freq_base)
@@ -236,12 +239,16 @@ def generate(
         view.log_chain(wanted, loaded.tokenizer)
     if prompts and many is not None:
         _remarks(loaded, wanted)
-        encode = partial(_chat_ids, loaded, instructions) if conversation else partial(_prompt_ids, loaded, frame)
-        return run_prompts(loaded, many, prompts, wanted, encode)
+        if not conversation:
+            _hint_at_chat(loaded)
+            return run_prompts(loaded, many, prompts, wanted, partial(_prompt_ids, loaded, frame))
+        with closing(Renderer()) as renderer:  # one process renders all of them
+            return run_prompts(loaded, many, prompts, wanted, partial(_chat_ids, loaded, instructions, renderer))
     if conversation:
         _remarks(loaded, wanted)
         setup = ChatSetup(text, instructions, single_turn, json, force, offline)
         return converse(loaded, wanted, setup, as_json=partial(_as_json, logprobs=logprobs is not None))
+    _hint_at_chat(loaded)
     ids = _prompt_ids(loaded, frame, text)
     text = frame[0] + text + frame[1]
     return _run(loaded, ids, wanted, shown="" if no_display_prompt else text, prompt=text, json=json)
@@ -272,23 +279,27 @@ def _with_file_settings(loaded: Loaded, config: GenerateConfig, given: set[str])
     return config
 
 
-def _prompt_ids(loaded: Loaded, frame: tuple[str, ...], text: str) -> list[int]:
-    """The prompt as it is, or in its frame (--in-prefix and --in-suffix), and a hint where a chat may be meant."""
-    from llamakit.inference.completion import encode_prompt
-
+def _hint_at_chat(loaded: Loaded) -> None:
+    """Where a chat may be meant."""
     if loaded.tokenizer.chat_template:
         render.hint("this model has a chat template; a plain completion does not apply it, llamakit chat does")
+
+
+def _prompt_ids(loaded: Loaded, frame: tuple[str, ...], text: str) -> list[int]:
+    """The prompt as it is, or in its frame (--in-prefix and --in-suffix)."""
+    from llamakit.inference.completion import encode_prompt
+
     if any(frame):
         return framed_ids(loaded.tokenizer, frame[0], text, frame[1])
     return encode_prompt(loaded.tokenizer, text)
 
 
-def _chat_ids(loaded: Loaded, system: str, text: str) -> list[int]:
+def _chat_ids(loaded: Loaded, system: str, renderer: Renderer, text: str) -> list[int]:
     """A prompt of --prompts as the first message of a chat of its own."""
     from llamakit.tokenizer.chat import encode_chat
 
     head = [{"role": "system", "content": system}] if system else []
-    return encode_chat(loaded.tokenizer, [*head, {"role": "user", "content": text}])
+    return encode_chat(loaded.tokenizer, [*head, {"role": "user", "content": text}], renderer=renderer)
 
 
 def _run(loaded: Loaded, ids: list[int], config: GenerateConfig, *, shown: str, prompt: str, json: bool) -> int:

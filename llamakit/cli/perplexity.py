@@ -31,7 +31,7 @@ from llamakit.cli.options import (
 )
 from llamakit.cli.perplexity_view import Row, Watch
 from llamakit.cli.sources import local
-from llamakit.errors import UsageError
+from llamakit.errors import LlamakitError, UsageError
 from llamakit.files import check_writable, is_same_file
 from llamakit.inference.config import PerplexityConfig
 
@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from llamakit.model import Llama
 
 _BASE = "Another model as the measure"
+_LIMITS = "Limits"
 
 
 def perplexity(
@@ -80,6 +81,21 @@ def perplexity(
             "--kl-divergence", help="Measure the divergence from the model of that file.", rich_help_panel=_BASE
         ),
     ] = False,
+    max_ppl: Annotated[
+        float | None,
+        typer.Option(
+            "--max-ppl", help="End with exit code 1 where a perplexity is above this.", rich_help_panel=_LIMITS
+        ),
+    ] = PerplexityConfig.max_ppl,
+    max_rise: Annotated[
+        float | None,
+        typer.Option(
+            "--max-rise",
+            metavar="PERCENT",
+            help="Likewise where one is more than this above the first, that of the first -m without an adapter.",
+            rich_help_panel=_LIMITS,
+        ),
+    ] = PerplexityConfig.max_rise,
     lora: Annotated[
         list[str] | None,
         typer.Option(
@@ -106,9 +122,16 @@ def perplexity(
     config: ConfigOption = None,
 ) -> None:
     """Measure how well a model predicts a text, or several models, or adapters on one; less is better."""
-    wanted = PerplexityConfig(ctx=ctx, batch=batch, chunks=chunks, ppl_output_type=ppl_output_type)
+    wanted = PerplexityConfig(
+        ctx=ctx, batch=batch, chunks=chunks, ppl_output_type=ppl_output_type, max_ppl=max_ppl, max_rise=max_rise
+    )
     named = named_adapters(lora, lora_scaled)
-    _check_base(kl_divergence_base, kl_divergence, file, len(models) * (1 + len(named)))
+    n_results = len(models) * (1 + len(named))
+    _check_base(kl_divergence_base, kl_divergence, file, n_results)
+    if max_rise is not None and n_results == 1:
+        raise UsageError(
+            "--max-rise compares with the first result, and there is one", hint="give the base as first -m"
+        )
     job = _Job(
         config=wanted,
         text=file,
@@ -191,6 +214,19 @@ def _run(job: _Job, paths: Sequence[Path], adapters: Sequence[tuple[Path, float]
         render.print_json(perplexity_view.as_json(rows, job.text, base.n_ctx if base is not None else job.config.ctx))
     elif several:
         perplexity_view.print_comparison(rows)
+    _check_limits(rows, job.config)
+
+
+def _check_limits(rows: Sequence[Row], config: PerplexityConfig) -> None:
+    """Raises LlamakitError for the first result above a limit; one that is no number is above any."""
+    first = rows[0].ppl.value
+    for row in rows:
+        ppl = row.ppl.value
+        if config.max_ppl is not None and not ppl <= config.max_ppl:
+            raise LlamakitError(f"the perplexity is {ppl:.4f} (--max-ppl is {config.max_ppl:g})", path=row.name)
+        if config.max_rise is not None and not ppl <= first * (1 + config.max_rise / 100):
+            rise = f"{ppl:.4f}, {100 * (ppl / first - 1):+.2f} % against {rows[0].name}"
+            raise LlamakitError(f"the perplexity is {rise} (--max-rise is {config.max_rise:g} %)", path=row.name)
 
 
 def _open(path: Path, adapters: Sequence[tuple[Path, float]], force: bool, stack: ExitStack) -> _Opened:

@@ -152,12 +152,18 @@ class PerplexityConfig:
     """Chunks to measure at most; -1 takes the whole text."""
     ppl_output_type: int = 0
     """0 prints the running perplexity, 1 a table with the mean negative log-likelihood and its error."""
+    max_ppl: float | None = None
+    """A result with a larger perplexity fails; None: any passes."""
+    max_rise: float | None = None
+    """So does one that is more than this many percent above the first result's; None: any passes."""
 
     def __post_init__(self) -> None:
         _require(self.ctx >= 4, "--ctx", self.ctx, "4 or more")
         _require(self.batch >= 1, "--batch", self.batch, "1 or more")
         _require(self.chunks == -1 or self.chunks >= 1, "--chunks", self.chunks, "-1, or 1 or more")
         _require(self.ppl_output_type in (0, 1), "--ppl-output-type", self.ppl_output_type, "0 or 1")
+        _require(self.max_ppl is None or self.max_ppl >= 1, "--max-ppl", self.max_ppl, "1 or more")
+        _require(self.max_rise is None or self.max_rise >= 0, "--max-rise", self.max_rise, "0 or more, in percent")
 
 
 _FINITE = (

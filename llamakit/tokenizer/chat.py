@@ -20,13 +20,20 @@ _LONGEST_TEMPLATE, _DEADLINE_S = 256 << 10, 10
 Messages = Sequence[Mapping[str, str]]
 
 
-def render_chat(tokenizer: Tokenizer, messages: Messages, *, add_generation_prompt: bool = True) -> str:
+def render_chat(
+    tokenizer: Tokenizer,
+    messages: Messages,
+    *,
+    add_generation_prompt: bool = True,
+    renderer: Renderer | None = None,
+) -> str:
     """The prompt for messages ({"role", "content"} each), by the vocabulary's own Jinja template.
 
-    The template runs in a sandbox, in a process of its own with 512 MB of memory and 2 s of processor time.
-    Raises UnsupportedError where there is no template, FormatError for one that fails or exceeds its limits.
+    The template runs in a sandbox, in a process of its own with 512 MB of memory and 2 s of processor time; renderer:
+    that process, where it is to stay for the next time. Raises UnsupportedError where there is no template, FormatError
+    for one that fails or exceeds its limits.
     """
-    (text,) = render_chats(tokenizer, [(messages, add_generation_prompt)])
+    (text,) = render_chats(tokenizer, [(messages, add_generation_prompt)], renderer=renderer)
     if isinstance(text, FormatError):
         raise text
     return text
@@ -63,9 +70,9 @@ def _failure(reason: str) -> FormatError:
     return FormatError(f"tokenizer.chat_template cannot be rendered: {' '.join(reason.split())[:300]}")
 
 
-def encode_chat(tokenizer: Tokenizer, messages: Messages) -> list[int]:
+def encode_chat(tokenizer: Tokenizer, messages: Messages, *, renderer: Renderer | None = None) -> list[int]:
     """The rendered messages as ids; a BOS that the template wrote itself is not written twice."""
-    return encode_rendered(tokenizer, render_chat(tokenizer, messages))
+    return encode_rendered(tokenizer, render_chat(tokenizer, messages, renderer=renderer))
 
 
 def encode_rendered(tokenizer: Tokenizer, text: str) -> list[int]:

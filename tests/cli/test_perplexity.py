@@ -135,6 +135,27 @@ def test_adapters(here: Command, tmp_path: Path) -> None:
     assert json.loads(here(*LINE, "--chunks", "2", "--json").stdout)["results"][0]["ppl"] == bare
 
 
+def test_limits_are_exit_codes(here: Command, tmp_path: Path) -> None:
+    adapter(tmp_path / "a.gguf", 0.5)
+    line = (*LINE, "--chunks", "2", "--lora", "a.gguf", "--json")
+    bare, adapted = (row["ppl"] for row in json.loads(here(*line).stdout)["results"])
+    rise = 100 * (adapted / bare - 1)
+    low, high = min(bare, adapted), max(bare, adapted)
+    assert here(*line, "--max-ppl", str(high + 0.01), "--max-rise", str(max(rise, 0) + 0.1)).returncode == 0
+    failed = here(*line, "--max-ppl", str((low + high) / 2))
+    assert_error(failed, 1, f": the perplexity is {high:.4f} (--max-ppl is ")
+    assert len(json.loads(failed.stdout)["results"]) == 2  # what was measured is told all the same
+    backwards = (*LINE, "--chunks", "2", "-m", "other.gguf", "--max-rise", "0", "--json")
+    pair = [row["ppl"] for row in json.loads(here(*backwards[:-3], "--json").stdout)["results"]]
+    order = ("model.gguf", "other.gguf") if pair[0] < pair[1] else ("other.gguf", "model.gguf")
+    worse = here("-m", order[0], "-m", order[1], *LINE[2:], "--chunks", "2", "--max-rise", "0")
+    assert_error(worse, 1, f"{order[1]}: the perplexity is ", f" % against {order[0]} (--max-rise is 0 %)")
+    assert here("-m", order[1], "-m", order[0], *LINE[2:], "--chunks", "2", "--max-rise", "0").returncode == 0
+    assert_error(here(*LINE, "--max-rise", "5"), 2, "--max-rise compares with the first", "hint: give the base")
+    assert_error(here(*LINE, "--max-ppl", "0.5"), 2, "--max-ppl is 0.5 (expected 1 or more)")
+    assert_error(here(*line, "--max-rise", "-1"), 2, "--max-rise is -1.0 (expected 0 or more")
+
+
 def test_mistakes(here: Command, tmp_path: Path) -> None:
     (tmp_path / "short.txt").write_text("the king")
     assert here(*LINE, "--kl-divergence-base", "base.kl").returncode == 0

@@ -71,6 +71,19 @@ def test_each_prompt_has_a_line_in_its_place_and_the_text_that_it_has_alone(para
         }
 
 
+def test_the_hint_at_a_chat_comes_once_and_one_process_renders_all_chats(prompts, capfd, monkeypatch):
+    from llamakit.tokenizer import chat
+
+    model = cached_tiny_gguf(n_ctx=64, chat_template="{% for m in messages %}[{{ m.content }}]{% endfor %}")
+    plain = called(capfd, "generate", "-m", model, "--prompts", prompts, *OPTIONS)
+    assert plain.returncode == 0 and plain.stderr.count("hint: this model has a chat template") == 1
+    started = []
+    popen = chat.subprocess.Popen
+    monkeypatch.setattr(chat.subprocess, "Popen", lambda *args, **more: started.append(args) or popen(*args, **more))
+    asked = called(capfd, "generate", "-m", model, "-cnv", "--prompts", prompts, *OPTIONS)
+    assert len(_lines(asked)) == len(TEXTS) and "hint" not in asked.stderr and len(started) == 1
+
+
 def test_stops_and_logprobs_go_with_many_prompts(model, prompts, capfd):
     options = ("-t", "0", "--stop", "e", "--logprobs", "1", "--in-prefix", ":")
     lines = _lines(called(capfd, "generate", "-m", model, "--prompts", prompts, *OPTIONS, *options))
