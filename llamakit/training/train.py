@@ -43,7 +43,16 @@ from llamakit.training.report import (
     Report,
     Saving,
 )
-from llamakit.training.state import Progress, TrainState, check_identity, check_shapes, flag, place, resume_remarks
+from llamakit.training.state import (
+    Progress,
+    TrainState,
+    check_identity,
+    check_shapes,
+    flag,
+    place,
+    resume_remarks,
+    warmup_remarks,
+)
 from llamakit.training.train_config import TrainConfig
 
 SCRATCH, RESUME = "scratch", "resume"
@@ -97,6 +106,8 @@ class _Run:
         self.start, remarks = self._starting_model()
         self.seed = self._seed()
         yield from remarks
+        if not (config.only_write_model or config.eval_only):
+            yield from warmup_remarks(config, config.adam_iter)
         vocabulary: Mapping[str, Any] = {} if self.start is None else _tokenizer_keys(self.start)
         if config.only_write_model:
             self.vocabulary = known_vocabulary(config, vocabulary)
