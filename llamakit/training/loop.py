@@ -76,6 +76,14 @@ class Parameters:
                     has_moments = True
         self.optimizer.updates = updates if has_moments else 0
 
+    @torch.no_grad()
+    def restore_moments(self, moments: Mapping[str, tuple[np.ndarray, np.ndarray]], updates: int) -> None:
+        """Go on with another program's AdamW, which has taken so many steps; both moments of every tensor, by name."""
+        for name, mine in zip(self.named, self.optimizer.moments(), strict=True):
+            for moment, array in zip(mine, moments[name], strict=True):
+                moment.copy_(torch.from_numpy(array))
+        self.optimizer.updates = updates
+
     def snapshot(self) -> dict[str, np.ndarray]:
         """Copies of all tensors and moments, float32."""
         arrays = {}
