@@ -85,17 +85,17 @@ class Parameters:
         self.optimizer.updates = updates
 
     def snapshot(self) -> dict[str, np.ndarray]:
-        """Copies of all tensors and moments, float32."""
+        """All tensors and moments, float32; on a CPU they are views, good until the next step."""
         arrays = {}
         for (name, tensor), moments in zip(self.named.items(), self.optimizer.moments(), strict=True):
-            arrays[name] = _copy(tensor)
+            arrays[name] = _as_array(tensor)
             if self.optimizer.updates:
-                arrays |= {name + suffix: _copy(m) for suffix, m in zip(MOMENT_SUFFIXES, moments, strict=True)}
+                arrays |= {name + suffix: _as_array(m) for suffix, m in zip(MOMENT_SUFFIXES, moments, strict=True)}
         return arrays
 
 
-def _copy(tensor: Tensor) -> np.ndarray:
-    return tensor.detach().cpu().numpy().copy()
+def _as_array(tensor: Tensor) -> np.ndarray:
+    return tensor.detach().cpu().numpy()
 
 
 class Trainer:
