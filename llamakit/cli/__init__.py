@@ -48,7 +48,13 @@ from llamakit.cli.help import COMMANDS, CONTEXT_SETTINGS, MAIN, MORE, Command, G
 from llamakit.errors import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_MEMORY, EXIT_OK, EXIT_SAVE, LlamakitError
 
 _DEBUG = "LLAMAKIT_DEBUG"
-_FINETUNE_MEMORY_HINT = "a smaller --batch or --ctx, --use-checkpointing or --weight-cache none need less"
+#: command -> what of it needs less memory
+_MEMORY_HINTS = {
+    "llamakit finetune": "a smaller --batch or --ctx, --use-checkpointing or --weight-cache none need less, and an"
+    " adapter less than --full",
+    "llamakit train": "a smaller --batch with a larger --grad-acc, --use-checkpointing, a smaller --ctx or model need"
+    " less",
+}
 _MEMORY_HINT = "a smaller --ctx or a model with fewer bits per weight needs less"
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -249,7 +255,7 @@ def _report(error: BaseException, command: str) -> int:
         where = f"{error.filename}: " if error.filename else ""
         return _fail(f"{where}cannot write: {error.strerror}", "free some space, or write to another disk", EXIT_SAVE)
     if _is_out_of_memory(error):
-        hint = _FINETUNE_MEMORY_HINT if command.endswith("finetune") else _MEMORY_HINT
+        hint = _MEMORY_HINTS.get(command, _MEMORY_HINT)
         return _fail("out of memory", hint, EXIT_MEMORY)
     if isinstance(error, typer.Abort):
         return _fail("aborted", None, EXIT_FAILURE)

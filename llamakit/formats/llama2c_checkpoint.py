@@ -1,7 +1,8 @@
 """llama2.c's training checkpoints (`ckpt.pt`, written by its train.py), seen as GGUF.
 
 A dict: `model` (Meta's names, rows in GGUF's order; `_orig_mod.` before them where the model was compiled),
-`model_args`, and the state of the training, of which nothing is needed here. The output matrix is the embedding's.
+`model_args`, and the state of the training: `iter_num`, and `optimizer`, torch's AdamW. The output matrix is the
+embedding's.
 model.py fixes theta to 10000 and, as train.py never says another, epsilon to 1e-5; the vocabulary is in another file.
 Layout: llama2.c train.py and model.py at 350e04f.
 """
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -25,10 +27,18 @@ from llamakit.formats.huggingface_rope import Rope
 from llamakit.formats.llama2c import RMS_EPS, ROPE_FREQ_BASE, Config, config_metadata
 from llamakit.formats.names import name_of_meta
 from llamakit.formats.torch_file import TorchFile
-from llamakit.ggml import FLOAT_FILE_TYPES, FLOAT_TYPES
+from llamakit.ggml import FLOAT_FILE_TYPES, FLOAT_TYPES, GGMLType
 
 _MODEL, _COMPILED, _IGNORED = "model/", "_orig_mod.", ("freqs_cos", "freqs_sin")
 _EMBEDDING, _OUTPUT = "token_embd.weight", "output.weight"
+
+
+@dataclass(frozen=True)
+class AdamState:
+    """What torch's AdamW knows. updates: steps so far; moments: GGUF name -> both of a tensor, float32 in its shape."""
+
+    updates: int
+    moments: Mapping[str, tuple[np.ndarray, np.ndarray]]
 
 
 class Llama2cCheckpoint:
@@ -112,6 +122,35 @@ class Llama2cCheckpoint:
             return False
         self._tensors = MappingProxyType({name: info for name, info in self._tensors.items() if name != _OUTPUT})
         return True
+
+    def adam_state(self) -> AdamState | None:
+        """The optimizer's moments, whole, in memory; None unless they are certainly those of these tensors.
+
+        The state has numbers in the place of names: train.py's two groups are the matrices, and then the vectors, each
+        in the order of the model (model.py, configure_optimizers). Their shapes and one step for all are checked.
+        """
+        optimizer = self._file.values.get("optimizer")
+        state = optimizer.get("state") if isinstance(optimizer, Mapping) else None
+        groups = optimizer.get("param_groups") if isinstance(optimizer, Mapping) else None
+        infos = sorted(self._tensors.values(), key=lambda info: len(info.shape) < 2)  # a sort keeps equal ones in order
+        if not isinstance(state, Mapping) or len(state) != len(infos) or not isinstance(groups, list):
+            return None
+        matrices = sum(len(info.shape) > 1 for info in infos)
+        numbers = [group.get("params") if isinstance(group, Mapping) else None for group in groups]
+        if numbers != [list(range(matrices)), list(range(matrices, len(infos)))]:
+            return None
+        steps = {entry.get("step") if isinstance(entry, Mapping) else None for entry in state.values()}
+        step = steps.pop() if len(steps) == 1 else None
+        if isinstance(step, bool) or not isinstance(step, (int, float)) or step != step // 1 or step < 1:
+            return None
+        moments = {}
+        for i, info in enumerate(infos):
+            pair = [self._file.tensors.get(f"optimizer/state/{i}/{name}") for name in ("exp_avg", "exp_avg_sq")]
+            if any(found is None or found.shape != info.shape or found.type is not GGMLType.F32 for found in pair):
+                return None
+            first, second = (self._file.read(found.name).view("<f4").reshape(info.shape) for found in pair if found)
+            moments[info.name] = (first, second)
+        return AdamState(int(step), moments)
 
     @property
     def metadata(self) -> Mapping[str, Any]:

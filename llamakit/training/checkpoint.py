@@ -75,39 +75,36 @@ def write_checkpoint(path: Path, state: TrainState, training_type: TrainingType)
             "training.type": training_type,
             VERSION_KEY: _VERSION,
             _STATE_KEY: description,
-            _HASH_KEY: _digest(description, arrays),
+            _HASH_KEY: _digest(description, arrays.items()),
         },
         tensors=[TensorData(name, array.shape, GGMLType.F32, array) for name, array in arrays.items()],
         verify=lambda file: _check(file, description),
     )
 
 
-def _digest(description: str, arrays: dict[str, np.ndarray]) -> str:
+def _digest(description: str, arrays: Iterable[tuple[str, np.ndarray]]) -> str:
     digest = hashlib.sha256(description.encode())
-    for name, array in arrays.items():
+    for name, array in arrays:
         digest.update(f"{name}{array.shape}".encode())
-        digest.update(array.tobytes())
+        digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
     return digest.hexdigest()
 
 
-def _arrays(file: GGUFFile) -> dict[str, np.ndarray]:
-    arrays = {}
+def _arrays(file: GGUFFile) -> Iterator[tuple[str, np.ndarray]]:
+    """One after the other: a checkpoint may be larger than the memory that is left."""
     for name, info in file.tensors.items():
         if info.type != GGMLType.F32:
             raise FormatError(f"tensor {name} is {info.type.name} (expected F32)")
-        arrays[name] = file.read(name).view(np.float32).reshape(info.shape)
-    return arrays
+        yield name, file.read(name).view(np.float32).reshape(info.shape)
 
 
-def _check_hash(file: GGUFFile, description: str) -> dict[str, np.ndarray]:
-    arrays = _arrays(file)
+def _check_hash(file: GGUFFile, description: str, arrays: Iterable[tuple[str, np.ndarray]]) -> None:
     if file.metadata.get(_HASH_KEY) != _digest(description, arrays):
         raise FormatError("the checkpoint is damaged: its content does not match its checksum", path=file.path)
-    return arrays
 
 
 def _check(file: GGUFFile, description: str) -> None:
-    _check_hash(file, description)
+    _check_hash(file, description, _arrays(file))
 
 
 @dataclass(frozen=True)
@@ -140,7 +137,8 @@ def _read_own(file: GGUFFile) -> TrainState:
     description = file.metadata.get(_STATE_KEY)
     if not isinstance(description, str):
         raise FormatError(f"{_STATE_KEY} is missing", path=file.path)
-    arrays = _check_hash(file, description)
+    arrays = dict(_arrays(file))
+    _check_hash(file, description, arrays.items())
     state = json.loads(description)
     progress = Progress(**state["progress"])
     return TrainState(state["identity"], state["settings"], state["place"], progress, arrays)

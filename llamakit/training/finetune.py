@@ -64,6 +64,7 @@ from llamakit.training.state import (
     make_settings,
     place,
     resume_remarks,
+    warmup_remarks,
 )
 from llamakit.training.subject import Subject
 from llamakit.training.validation import HeldOut
@@ -179,11 +180,8 @@ class _Run:
             yield Remark("note", f"no checkpoint at {config.checkpoint_in}: starting afresh")
         yield from self.subject.remarks()
         first = self.saved.progress.iterations if self.saved else 0
-        last = first + config.adam_iter
-        if last < config.warmup and not config.only_write:
-            peak = schedule(last, config) * config.adam_alpha if last else 0.0
-            yield Remark("warning", f"--warmup {config.warmup} is longer than the run, which ends at iteration {last}:"
-                         f" the learning rate will reach {peak:.3g}, not {config.adam_alpha:g}")  # fmt: skip
+        if not config.only_write:
+            yield from warmup_remarks(config, first + config.adam_iter)
 
     # ---- training --------------------------------------------------------------------------------------------
 

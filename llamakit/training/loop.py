@@ -78,18 +78,26 @@ class Parameters:
                     has_moments = True
         self.optimizer.updates = updates if has_moments else 0
 
+    @torch.no_grad()
+    def restore_moments(self, moments: Mapping[str, tuple[np.ndarray, np.ndarray]], updates: int) -> None:
+        """Go on with another program's AdamW, which has taken so many steps; both moments of every tensor, by name."""
+        for name, mine in zip(self.named, self.optimizer.moments(), strict=True):
+            for moment, array in zip(mine, moments[name], strict=True):
+                moment.copy_(torch.from_numpy(array))
+        self.optimizer.updates = updates
+
     def snapshot(self) -> dict[str, np.ndarray]:
-        """Copies of all tensors and moments, float32."""
+        """All tensors and moments, float32; on a CPU they are views, good until the next step."""
         arrays = {}
         for (name, tensor), moments in zip(self.named.items(), self.optimizer.moments(), strict=True):
-            arrays[name] = _copy(tensor)
+            arrays[name] = _as_array(tensor)
             if self.optimizer.updates:
-                arrays |= {name + suffix: _copy(m) for suffix, m in zip(MOMENT_SUFFIXES, moments, strict=True)}
+                arrays |= {name + suffix: _as_array(m) for suffix, m in zip(MOMENT_SUFFIXES, moments, strict=True)}
         return arrays
 
 
-def _copy(tensor: Tensor) -> np.ndarray:
-    return tensor.detach().cpu().numpy().copy()
+def _as_array(tensor: Tensor) -> np.ndarray:
+    return tensor.detach().cpu().numpy()
 
 
 class Trainer:

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 
 from llamakit.errors import MismatchError
-from llamakit.training.config import FinetuneConfig
+from llamakit.training.config import FinetuneConfig, LoopOptions
+from llamakit.training.optim import above_floor
 from llamakit.training.report import Remark
 
 
@@ -212,6 +213,14 @@ def resume_remarks(saved: TrainState, settings: Mapping[str, Any], here: Mapping
     moved = [f"{k} {v} (was {saved.place[k]})" for k, v in here.items() if saved.place.get(k) != v]
     if moved:
         yield Remark("note", f"{', '.join(moved)}: results are no longer exact to the last bit")
+
+
+def warmup_remarks(config: LoopOptions, last: int) -> Iterator[Remark]:
+    """A warning where a run ends, at iteration `last`, before its learning rate has risen."""
+    if last < config.warmup:
+        peak = above_floor(last / config.warmup, config) * config.adam_alpha if last else 0.0
+        yield Remark("warning", f"--warmup {config.warmup} is longer than the run, which ends at iteration {last}: the"
+                     f" learning rate will reach {peak:.3g}, not {config.adam_alpha:g}")  # fmt: skip
 
 
 def _shown(value: Any) -> str:

@@ -19,6 +19,7 @@ from llamakit.dataset.windows import Windows
 from llamakit.errors import DataError, UsageError
 from llamakit.files import RunLock
 from llamakit.formats.base import ModelFile
+from llamakit.formats.llama2c_checkpoint import AdamState, Llama2cCheckpoint
 from llamakit.formats.open import check_is_model, open_model, size_on_disk
 from llamakit.formats.stamps import vocabulary_stamp
 from llamakit.inference.limits import gemm_peak
@@ -43,7 +44,16 @@ from llamakit.training.report import (
     Report,
     Saving,
 )
-from llamakit.training.state import Progress, TrainState, check_identity, check_shapes, flag, place, resume_remarks
+from llamakit.training.state import (
+    Progress,
+    TrainState,
+    check_identity,
+    check_shapes,
+    flag,
+    place,
+    resume_remarks,
+    warmup_remarks,
+)
 from llamakit.training.train_config import TrainConfig
 
 SCRATCH, RESUME = "scratch", "resume"
@@ -79,6 +89,7 @@ class _Run:
     def __init__(self, config: TrainConfig, control: Control, stack: ExitStack, started: float) -> None:
         self.config, self.control, self._stack, self._started = config, control, stack, started
         self.progress, self.reason, self._new_best = Progress(), "", False
+        self._moments: AdamState | None = None
 
     # ---- before training -------------------------------------------------------------------------------------
 
@@ -97,6 +108,8 @@ class _Run:
         self.start, remarks = self._starting_model()
         self.seed = self._seed()
         yield from remarks
+        if not (config.only_write_model or config.eval_only):
+            yield from warmup_remarks(config, config.adam_iter)
         vocabulary: Mapping[str, Any] = {} if self.start is None else _tokenizer_keys(self.start)
         if config.only_write_model:
             self.vocabulary = known_vocabulary(config, vocabulary)
@@ -149,12 +162,19 @@ class _Run:
         said: list[Report] = [Loading("model", path, size_on_disk(path))]
         said += [Remark("note", f"the shape of the model is {path}'s: --embd, --layer, --head, --ff and --tie have no"
                                 " effect")]  # fmt: skip
-        iteration = getattr(file, "iteration", None)
-        if config.init_from == RESUME and self.saved is None and isinstance(iteration, int):
-            self.progress.iterations = iteration
-            said += [Remark("note", f"{path} is a checkpoint of llama2.c: its weights and its iteration {iteration} are"
-                                    " taken, its optimizer moments are not")]  # fmt: skip
+        if config.init_from == RESUME and self.saved is None and isinstance(file, Llama2cCheckpoint):
+            said += self._llama2c_state(file)
         return file, said
+
+    def _llama2c_state(self, file: Llama2cCheckpoint) -> list[Report]:
+        """Go on with the iteration and the moments of a ckpt.pt."""
+        iteration, self._moments = file.iteration or 0, file.adam_state()
+        self.progress.iterations = iteration
+        taken = f"{file.path} is a checkpoint of llama2.c: its weights, "
+        if self._moments is None:
+            return [Remark("note", f"{taken}and its iteration {iteration} are taken, its optimizer moments are not")]
+        self.progress.updates = self._moments.updates
+        return [Remark("note", f"{taken}its iteration {iteration} and its optimizer moments are taken")]
 
     def _seed(self) -> int:
         if isinstance(self.saved, TrainState) and self.config.seed < 0:
@@ -200,6 +220,9 @@ class _Run:
             check_shapes(self.saved.arrays, parameters.shapes, config.checkpoint_in)
             parameters.restore(self.saved.arrays, self.progress.updates)
             self.saved.arrays.clear()
+        elif self._moments is not None:
+            parameters.restore_moments(self._moments.moments, self._moments.updates)
+            self._moments = None
         order = SampleOrder(self.seed, windows.count, self.progress.order_epoch, self.progress.next_sample)
         model.train()
         trainer = Trainer(model, parameters, windows, order, self.progress, config, dropout, self._factor)

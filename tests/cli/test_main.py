@@ -110,6 +110,23 @@ def test_errors_become_lines_and_codes(
         assert "hint: " in result.stderr and "LLAMAKIT_DEBUG=1" in result.stderr
 
 
+@pytest.mark.parametrize(
+    ("command", "option"),
+    [("finetune", "--weight-cache"), ("train", "--grad-acc"), ("tokenizer train", "a smaller --ctx or a model")],
+)
+def test_what_needs_less_memory_is_an_option_of_the_command(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], command: str, option: str
+) -> None:
+    def fail(_argv: list[str]) -> object:
+        raise MemoryError
+
+    monkeypatch.setattr("llamakit.cli._invoke", fail)
+    result = called(capfd, *command.split())
+    assert_error(result, 5, "out of memory", option)
+    hint = result.stderr.partition("hint: ")[2]
+    assert ("--weight-cache" in hint) == (command == "finetune")
+
+
 def _environment(**more: str) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(ROOT), **more}
 

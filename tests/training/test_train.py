@@ -108,6 +108,12 @@ def test_settings_come_from_the_command_line_with_one_warning_naming_both(tmp_pa
     assert "--adam-alpha 0.0005 (was 0.01)" in warning and "--adam-iter 5 (was 4)" in warning
 
 
+def test_a_warmup_longer_than_the_run_is_warned_of_with_the_rate_that_it_will_reach(tmp_path: Path) -> None:
+    (warning,) = [r.text for r in of(Remark, run_train(tmp_path, adam_iter=2, warmup=100)) if r.level == "warning"]
+    assert "--warmup 100 is longer than the run, which ends at iteration 2" in warning and "reach 0.0002" in warning
+    assert not [r for r in of(Remark, run_train(tmp_path, adam_iter=2, warmup=2)) if "is longer than" in r.text]
+
+
 # ---- files -----------------------------------------------------------------------------------------------------------
 
 
