@@ -43,7 +43,7 @@ from llamakit.training.lora import as_adapter, attach_trainable, named_pairs, ra
 from llamakit.training.lora_plan import plan_lora
 from llamakit.training.optim import schedule
 from llamakit.training.outcome import with_outcome
-from llamakit.training.plan import footprint, make_plan
+from llamakit.training.plan import footprint, held_out_tokens, make_plan
 from llamakit.training.proof import N_TOKENS, logits_of, prove
 from llamakit.training.report import (
     Begin,
@@ -236,7 +236,7 @@ class _Run:
             trained=sum(rank * (n_out + n_in) for rank, n_out, n_in in pairs),
             dtype=self.dtype,
             device=self.device,
-            held_out=data.held_out is not None,
+            held_out=held_out_tokens(data.facts, self.config.ctx),
         )
         self.config, plan = make_plan(self.config, self.base, run, data.facts, dtype=self.dtype, device=self.device)
         yield from data.remarks
