@@ -42,7 +42,7 @@ from llamakit.training.log import StepLog
 from llamakit.training.loop import Control, Parameters, Trainer
 from llamakit.training.optim import schedule
 from llamakit.training.outcome import with_outcome
-from llamakit.training.plan import footprint, make_plan
+from llamakit.training.plan import footprint, held_out_tokens, make_plan
 from llamakit.training.proof import N_TOKENS, logits_of
 from llamakit.training.report import (
     Begin,
@@ -205,7 +205,7 @@ class _Run:
             trained=sum(math.prod(shape) for shape in self.subject.shapes().values()),
             dtype=self.dtype,
             device=self.device,
-            held_out=data.held_out is not None,
+            held_out=held_out_tokens(data.facts, self.config.ctx),
             full=self.config.full,
         )
         self.config, plan = make_plan(self.config, self.base, run, data.facts, dtype=self.dtype, device=self.device)

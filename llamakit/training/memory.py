@@ -33,7 +33,7 @@ _BYTES_PER_SAVED = 24
 _KEPT_SHARE = 1.19
 _PASSING, _PASSING_FORWARD = 16, 8
 # A chunk's logits find the place of those before them taken by something small: so many places are used in the end.
-_LOGITS_PLACES, _LOGITS_PLACES_HELD_OUT = 2, 3
+_LOGITS_PLACES = 2
 # Buffers of the matrix products and stacks of threads, from the first product on.
 _LIBRARIES = 16 << 20
 _EVALUATED_TOKENS = 2048
@@ -71,8 +71,8 @@ class Footprint:
     """What of a run decides over its memory.
 
     tensors: of the base, by name; trained: numbers that are trained; full: these are all of the weights. rows: that are
-    computed at a time, of ctx tokens each. item: bytes of a number that is computed with. held_out: whether there is
-    data to evaluate. native: attention keeps its softmax up to 1,024 tokens, as it does on a CPU.
+    computed at a time, of ctx tokens each. item: bytes of a number that is computed with. held_out: tokens that are
+    evaluated. native: attention keeps its softmax up to 1,024 tokens, as it does on a CPU.
     """
 
     shape: ModelConfig
@@ -84,7 +84,7 @@ class Footprint:
     checkpointing: bool
     kept: Kept
     item: int
-    held_out: bool = True
+    held_out: int = 0
     native: bool = True
 
 
@@ -105,7 +105,7 @@ def activation_bytes(run: Footprint) -> int:
     kept = shape.n_embd * shape.n_layer + block if run.checkpointing else block * shape.n_layer
     width = shape.n_ff + shape.n_embd
     training = (_KEPT_SHARE * kept + _PASSING * width) * run.rows * run.ctx
-    per_evaluation = max(1, _EVALUATED_TOKENS // run.ctx) * run.ctx if run.held_out else 0
+    per_evaluation = min(max(1, _EVALUATED_TOKENS // run.ctx) * run.ctx, run.held_out)
     evaluation = _PASSING_FORWARD * width * per_evaluation
     return int(max(training, evaluation) * run.item)
 
@@ -114,8 +114,7 @@ def logits_bytes(run: Footprint) -> int:
     """Bytes of the logits of a chunk, wherever they lie."""
     n_vocab = run.shape.n_vocab
     most = max(CHUNK_TOKENS, CHUNK_LOGITS_TRAINED // n_vocab) if run.full else CHUNK_TOKENS
-    places = _LOGITS_PLACES_HELD_OUT if run.held_out else _LOGITS_PLACES
-    return min(most, run.rows * run.ctx) * n_vocab * run.item * places
+    return min(most, max(run.rows * run.ctx, run.held_out)) * n_vocab * run.item * _LOGITS_PLACES
 
 
 def matrices(shape: ModelConfig, tensors: Mapping[str, TensorInfo]) -> Iterator[TensorInfo]:

@@ -30,7 +30,7 @@ from llamakit.training.report import ChatFacts, DataFacts, Plan
 _EVEN_EMBD = 450
 _PROBE_TOKENS, _PROBED = 512, "blk.0.ffn_gate.weight"
 # A file of tensors has a name and a place for each, besides their numbers.
-_HEADER_BYTES = 8192
+_HEADER_BYTES = 4096
 _WEIGHT, _MOMENTS = 4, 8
 
 
@@ -113,10 +113,10 @@ def footprint(
     trained: int,
     dtype: torch.dtype,
     device: torch.device,
-    held_out: bool,
+    held_out: int,
     full: bool = False,
 ) -> Footprint:
-    """What of a run decides over its memory. trained: numbers; held_out: whether there is data to evaluate."""
+    """What of a run decides over its memory. trained: numbers; held_out: tokens to evaluate."""
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory_bytes()
     sizes = cache_sizes(shape, base.tensors, dtype.itemsize)
     kept: Kept = kept_by(config.weight_cache, sizes, free, twice=can_prepack(device, dtype))
@@ -173,6 +173,11 @@ def make_plan(
         chosen=choice.why,
     )
     return config, plan
+
+
+def held_out_tokens(facts: DataFacts | ChatFacts, ctx: int) -> int:
+    """Tokens that an evaluation takes at most, padding included."""
+    return facts.n_held_out * ctx if isinstance(facts, ChatFacts) else facts.n_validation_tokens
 
 
 def _rows_and_share(facts: DataFacts | ChatFacts) -> tuple[int, float]:
