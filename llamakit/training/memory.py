@@ -23,10 +23,8 @@ Kept = Literal["twice", "once", "none"]
 #: a weight, its gradient and two moments, float32 each
 BYTES_PER_TRAINED = 16
 # The vectors of the optimizer are made while the tensors that they replace are there, whose room is too scattered to be
-# used for more than a checkpoint's copies.
+# used again.
 _BYTES_BEFORE_TRAINED = 4
-# Copies of weights and moments for a checkpoint, and what is read back of it to be compared.
-_BYTES_PER_SAVED = 24
 # The heap, measured on SmolLM2-135M at 4 x 64, 4 x 512 (with checkpointing and without) and 1 x 2,048 tokens: what the
 # backward pass needs takes 1.19 times its size, holes between tensors of many sizes; what comes and goes within a block
 # takes 16 (F + C) numbers a token in training, and 8 without gradients.
@@ -147,14 +145,9 @@ def cache_sizes(shape: ModelConfig, tensors: Mapping[str, TensorInfo], item: int
 
 
 def trained_bytes(run: Footprint) -> int:
-    """Weights that are trained, their gradients and moments; at most while a checkpoint is written.
-
-    A checkpoint's copies use room of activations, which are gone by then.
-    """
-    per_number = BYTES_PER_TRAINED + _BYTES_BEFORE_TRAINED
-    saved = max(0, (_BYTES_PER_SAVED - _BYTES_BEFORE_TRAINED) * run.trained - activation_bytes(run))
+    """Weights that are trained, their gradients and moments."""
     rounded = run.item if run.full and run.item < 4 else 0
-    return run.trained * (per_number + rounded) + saved
+    return run.trained * (BYTES_PER_TRAINED + _BYTES_BEFORE_TRAINED + rounded)
 
 
 def memory_of(run: Footprint, interpreter: int) -> Memory:
