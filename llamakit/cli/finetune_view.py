@@ -65,7 +65,7 @@ class View:
         self._last: dict[str, object] = {}
         self._said: dict[str, list[Sample]] = {}
         self._verified: dict[str, float] | None = None
-        self.training = False
+        self.training, self.speaks = False, True
 
     def __enter__(self) -> View:
         return self

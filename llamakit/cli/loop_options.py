@@ -88,7 +88,8 @@ EpochsOption = Annotated[
     ),
 ]
 BatchOption = Annotated[
-    int, typer.Option("-b", "--batch", help="Sequences per micro-step.", rich_help_panel=options.TRAINING)
+    int,
+    typer.Option("-b", "--batch", help="Sequences per micro-step, of all devices.", rich_help_panel=options.TRAINING),
 ]
 GradAccOption = Annotated[
     int, typer.Option("--grad-acc", help="Micro-steps per iteration.", rich_help_panel=options.TRAINING)
@@ -195,6 +196,15 @@ UseCheckpointingOption = Annotated[
         "--use-checkpointing/--no-checkpointing",
         help="Recompute activations in the backward pass instead of keeping them.",
         rich_help_panel=options.TRAINING,
+    ),
+]
+DevicesOption = Annotated[
+    str,
+    typer.Option(
+        "--devices",
+        metavar="N|all",
+        help="Processes that share each batch, one for each GPU; on a CPU they share its cores.",
+        rich_help_panel=options.COMPUTE,
     ),
 ]
 DeviceOption = Annotated[

@@ -53,13 +53,15 @@ def load_model(
     weight_cache: WeightCache = "auto",
     config: ModelConfig | None = None,
     for_training: bool = False,
+    n_sharing: int = 1,
 ) -> Llama:
     """Read a model; its matrices stay packed, decoded to dtype for every product, or once (weight_cache).
 
     dtype: what activations and products are computed in. weight_cache: "bf16" keeps every matrix decoded in dtype,
     "none" decodes for each use, "auto" keeps them when they take at most 60 % of the free memory; on a CPU, where they
     fit, in the layout that products are fastest with, for_training in a second one for the gradients' products.
-    config: hyper-parameters to use instead of the file's own.
+    config: hyper-parameters to use instead of the file's own. n_sharing: processes that load it into this machine's
+    memory, each its own copy.
     Raises FormatError or UnsupportedError, naming the file and the tensor or key.
     """
     config = config or load_config(file)
@@ -71,7 +73,7 @@ def load_model(
             model.set_submodule(name.removesuffix(".weight"), load_leaf(file, name, config, scratch, device))
     if config.tied_output:
         model.output = QuantizedLinear(embedding, scratch=scratch)
-    _keep_decoded(model, dtype, weight_cache, for_training)
+    _keep_decoded(model, dtype, weight_cache, for_training, n_sharing)
     return model.eval().requires_grad_(False)
 
 
@@ -105,14 +107,16 @@ def linear_layers(model: Llama) -> list[QuantizedLinear]:
     return [module for module in model.modules() if isinstance(module, QuantizedLinear)]
 
 
-def _keep_decoded(model: Llama, dtype: torch.dtype, weight_cache: WeightCache, for_training: bool) -> None:
+def _keep_decoded(
+    model: Llama, dtype: torch.dtype, weight_cache: WeightCache, for_training: bool, n_sharing: int
+) -> None:
     layers = linear_layers(model)
     device = layers[0].weight.device
     if weight_cache == "none":
         return
     n_bytes = sum(layer.shape[0] * layer.shape[-1] * dtype.itemsize for layer in layers)
     free = _free_bytes(device)
-    room = math.inf if free is None else _CACHE_SHARE * free
+    room = math.inf if free is None else _CACHE_SHARE * free / (1 if device.type == "cuda" else n_sharing)
     if weight_cache == "auto" and can_prepack(device, dtype) and (1 + for_training) * n_bytes <= room:
         _prepack(layers, dtype, for_training)
     elif weight_cache == "bf16" or sum(layer.dense_bytes(dtype) for layer in layers) <= room:

@@ -35,7 +35,7 @@ class LoopOptions:
     epochs: int = -1
     """stop after N passes over the samples in this run; -1: no limit"""
     batch: int = 8
-    """sequences per micro-step"""
+    """sequences per micro-step, over all processes of a run"""
     grad_acc: int = 1
     """micro-steps per iteration"""
     seed: int = -1

@@ -36,14 +36,16 @@ from llamakit.training.checkpoint import (
     read_checkpoint,
 )
 from llamakit.training.config import FinetuneConfig
+from llamakit.training.distributed import Dist
 from llamakit.training.finetune_data import FinetuneData, read_data
 from llamakit.training.log import StepLog
-from llamakit.training.loop import Control, Parameters, Trainer
+from llamakit.training.loop import Control, Parameters, Trainer, agree
 from llamakit.training.lora import as_adapter, attach_trainable, named_pairs, rank_field
 from llamakit.training.lora_plan import plan_lora
 from llamakit.training.optim import schedule
 from llamakit.training.plan import make_plan
 from llamakit.training.proof import N_TOKENS, logits_of, prove
+from llamakit.training.ranks import check_commands, check_content, find_start, origin, own_name
 from llamakit.training.report import (
     Begin,
     ChatFacts,
@@ -71,21 +73,24 @@ from llamakit.training.validation import HeldOut
 _NOT_IN_ADAPTER_USE = ("attn_norm", "ffn_norm", "output_norm")
 
 
-def finetune(config: FinetuneConfig, control: Control | None = None) -> Iterator[Report]:
+def finetune(config: FinetuneConfig, control: Control | None = None, dist: Dist | None = None) -> Iterator[Report]:
     """Train a LoRA adapter on a frozen, packed model; yields what happens, ends with Finished.
 
     control: set `signal` to have the running step finished, everything saved and the run ended; `save` to save and
     go on. Nothing is written before the base, the text, the checkpoint and the outputs are known to be good.
-    Raises LlamakitError: UsageError, FormatError, DataError, MismatchError (exit code 2), SaveError, DivergedError.
+    dist: the processes that train together; each calls this, and the first of them reads and writes what is on disk.
+    Raises LlamakitError: UsageError, FormatError, DataError, MismatchError (exit code 2), SaveError, DivergedError,
+    LostRankError.
     """
     started = time.perf_counter()
     with ExitStack() as stack:
-        run = _Run(config, control or Control(), stack)
+        run = _Run(config, control or Control(), stack, dist or Dist())
         yield from run.prepare()
         if config.only_write_lora:
-            yield from run.write_adapter_only()
+            yield from run.write_adapter_only() if run.dist.is_main else ()
         else:
-            yield from StepLog(config.log_file, append=run.saved is not None).follow(run.train())
+            log_file = config.log_file if run.dist.is_main else ""
+            yield from StepLog(log_file, append=run.saved is not None).follow(run.train())
         yield Finished(
             run.reason,
             time.perf_counter() - started,
@@ -98,8 +103,9 @@ def finetune(config: FinetuneConfig, control: Control | None = None) -> Iterator
 class _Run:
     """One run from start to end; a class because so many of its parts need each other."""
 
-    def __init__(self, config: FinetuneConfig, control: Control, stack: ExitStack) -> None:
-        self.config, self.control, self._stack = config, control, stack
+    def __init__(self, config: FinetuneConfig, control: Control, stack: ExitStack, dist: Dist) -> None:
+        self.config, self.dist, self._stack = config, dist, stack
+        self._given, self.control = control, Control() if dist.joined else control
         self.progress, self.reason = Progress(), ""
 
     # ---- before training -------------------------------------------------------------------------------------
@@ -116,6 +122,8 @@ class _Run:
             raise UsageError(f"--save-best needs {config.pattern_fn_it} in the name of --lora-out", hint=hint)
         if not (config.lora_out or config.checkpoint_out):
             raise UsageError("--lora-out and --checkpoint-out are both empty: nothing would be written")
+        self.dist.check_batch(config.batch)
+        check_commands(self.dist, config)
         # A source that states no context takes any: the model's own is only a bound of --ctx.
         self.base = open_model(config.model_base, n_ctx=config.ctx, rope_theta=config.rope_freq_base)
         check_is_model(self.base)
@@ -123,14 +131,19 @@ class _Run:
         self.shape = _overridden(load_config(self.base), config)
         self.device = resolve_device(config.device)
         self.dtype = training_dtype(config.dtype, self.device)
-        self._claim_outputs()
+        if self.dist.is_main:
+            self._claim_outputs()
         self.stamps = base_stamps(self.base)
-        self.saved = self._read_checkpoint_in()
+        start = find_start(self.dist, config, "finetune_lora", self._read_checkpoint_in)
+        self.saved = start.state
+        if start.own:
+            config = self.config = dataclasses.replace(config, checkpoint_in=own_name(config))
+        self.job = origin(self.dist, start)
         self.lora = plan_lora(config, self.shape, self.base, self._ranks())
         self.ranks, self.alpha = self.lora.kinds, self.lora.alpha
-        self.seed = self._seed()
+        self.seed = self.dist.from_main(self._seed)
         product = Product("adapter", config.lora_out, self._write_adapter)
-        self.manager = CheckpointManager(config, "finetune_lora", product)
+        self.manager = CheckpointManager(config, "finetune_lora", product, clear=self.dist.is_main)
         yield ModelFacts(self.seed, config.model_base, self.shape, config.ctx, self.ranks, self.alpha)
         yield from self._remarks()
 
@@ -193,8 +206,7 @@ class _Run:
         if self.ranks["token_embd"] and self.shape.tied_output:
             yield Remark("warning", "this model uses token_embd as its output matrix too: llama.cpp of 2026 ends with a"
                          " failed assertion on adapters that change it")  # fmt: skip
-        first = self.saved.progress.iterations if self.saved else 0
-        last = first + config.adam_iter
+        last = self.job["first"] + config.adam_iter
         if last < config.warmup and not config.only_write_lora:
             peak = schedule(last, config) * config.adam_alpha if last else 0.0
             yield Remark("warning", f"--warmup {config.warmup} is longer than the run, which ends at iteration {last}:"
@@ -214,6 +226,7 @@ class _Run:
             hint = "hold some of it out (--val-split 0.1), or name some: --val-data FILE"
             raise UsageError(f"{name} needs held-out data, and there is none", hint=hint)
         identity = data.identity | self._identity(data.sha256)
+        check_content(self.dist, identity)
         yield from self._resume(identity)
         model = load_model(
             self.base,
@@ -222,20 +235,23 @@ class _Run:
             weight_cache=config.weight_cache,
             config=self.shape,
             for_training=True,
+            n_sharing=self.dist.local_world,
         )
-        before = self.progress.iterations
+        before = self.job["first"]
         trainer = self._trainer(model, data)
         is_chat = isinstance(data.facts, ChatFacts)
         likeliest = GenerateConfig(n_predict=config.sample_tokens, temperature=0.0, seed=0)
         answers = Answers(model, tokenizer, config.sample_prompt, likeliest, as_messages=is_chat)
         yield from self._facts(data, trainer)
         whole = config.save_best or config.patience > 0  # evaluations are held against each other
-        held_out = HeldOut(data.held_out, model, self.device, whole=whole)
+        held_out = HeldOut(data.held_out, model, self.device, self.dist, whole=whole)
         if held_out and not self.progress.iterations:
             yield held_out.evaluate("start")
-        yield from answers.samples(before)
+        if self.dist.is_main:
+            yield from answers.samples(self.progress.iterations)
         yield from self._steps(trainer, held_out, answers, identity)
-        if config.lora_out and self.progress.iterations > before and not self.control.signal:
+        trained = self.progress.iterations > before and not self.control.signal
+        if config.lora_out and trained and self.dist.is_main:
             some = data.first[: min(N_TOKENS, config.ctx)].astype(np.int64).clip(0, self.shape.n_vocab - 1)
             tokens = torch.from_numpy(some).to(self.device)
             logits = logits_of(model, tokens)
@@ -260,7 +276,7 @@ class _Run:
         if saved is None:
             return
         path = config.checkpoint_in
-        yield Loading("checkpoint", path, os.path.getsize(path))
+        yield Loading("checkpoint", path, os.path.getsize(path) if self.dist.is_main else 0)
         self.progress = saved.progress
         if isinstance(saved, OldCheckpoint):
             return
@@ -270,7 +286,7 @@ class _Run:
             self.progress.next_sample, self.progress.order_epoch = 0, self.progress.order_epoch + 1
         elif config.force_reshuffle:
             self.progress.next_sample, self.progress.order_epoch = 0, self.progress.order_epoch + 1
-        yield from resume_remarks(saved, self._settings(), place(self.device))
+        yield from resume_remarks(saved, self._settings(), place(self.device, self.dist.world))
 
     def _trainer(self, model: Llama, data: FinetuneData) -> Trainer:
         config = self.config
@@ -280,13 +296,17 @@ class _Run:
             model, self.lora.initial(self.shape, self.seed), self.alpha, dropout, rslora=config.rslora
         )
         parameters = Parameters(named_pairs(pairs), config)
-        if self.saved is not None:
+        if self.saved is not None and self.dist.is_main:
             check_shapes(self.saved.arrays, parameters.shapes, config.checkpoint_in)
             parameters.restore(self.saved.arrays, self.progress.updates)
             self.saved.arrays.clear()
+        parameters.send(self.dist)
         order = SampleOrder(self.seed, data.n_samples, self.progress.order_epoch, self.progress.next_sample)
         factor = partial(schedule, config=config)
-        return Trainer(model.train(), parameters, data.batches, order, self.progress, config, dropout, factor)
+        return Trainer(
+            model.train(), parameters, data.batches, order, self.progress, config, dropout, factor, self.dist,
+            epochs_before=self.job["epochs"],
+        )  # fmt: skip
 
     def _facts(self, data: FinetuneData, trainer: Trainer) -> Iterator[Report]:
         config, progress = self.config, self.progress
@@ -299,21 +319,22 @@ class _Run:
         yield data.facts
         yield make_plan(
             trainer.model,
-            config,
+            dataclasses.replace(config, batch=config.batch // self.dist.world),
             dtype=self.dtype,
             dtype_name=dtype_name(self.dtype),
             device=self.device,
             trained=trained,
         )
-        yield Begin(progress.iterations, config.adam_iter)
+        yield Begin(progress.iterations, self._n_left)
 
     def _steps(
         self, trainer: Trainer, held_out: HeldOut, answers: Answers, identity: dict[str, Any]
     ) -> Iterator[Report]:
         config, control, progress = self.config, self.control, self.progress
         last_save, self.reason = progress.iterations, "all iterations are done"
-        for left in range(config.adam_iter - 1, -1, -1):
+        for left in range(self._n_left - 1, -1, -1):
             report = trainer.step(left)
+            agree(self.dist, self._given, control)
             stop = trainer.why_stop(report) or ("interrupted" if control.signal else "")
             due = config.save_every > 0 and progress.iterations - last_save >= config.save_every
             if not (due or stop or control.save or left == 0) or trainer.diverged:
@@ -328,18 +349,28 @@ class _Run:
                 yield report
                 if evaluation is not None:
                     yield evaluation
-                if not control.signal:
+                if not control.signal and self.dist.is_main:
                     yield from answers.samples(report.step)
                 control.save, last_save = False, progress.iterations
-                yield from self.manager.save(self._state(trainer, identity))
-                if config.save_best and evaluation is not None and evaluation.is_best:
-                    yield from self.manager.mark(progress.iterations, "BEST")
+                is_best = config.save_best and evaluation is not None and evaluation.is_best
+                yield from self._save(trainer, identity, is_best=is_best)
             trainer.check_diverged()
             if stop or control.signal:
                 self.reason = stop or "interrupted"
                 break
         if last_save < progress.iterations:  # the signal came between a step and the next
+            yield from self._save(trainer, identity)
+
+    @property
+    def _n_left(self) -> int:
+        return max(0, self.job["first"] + self.config.adam_iter - self.progress.iterations)
+
+    def _save(self, trainer: Trainer, identity: dict[str, Any], *, is_best: bool = False) -> Iterator[Report]:
+        """Rank 0 has all that there is to save."""
+        if self.dist.is_main:
             yield from self.manager.save(self._state(trainer, identity))
+            if is_best:
+                yield from self.manager.mark(self.progress.iterations, "BEST")
 
     def _proof(self, tokens: torch.Tensor, logits: torch.Tensor) -> Iterator[Report]:
         """The adapter that was just written, on a fresh base; logits: what the trained model says to tokens."""
@@ -374,7 +405,8 @@ class _Run:
         return dataclasses.replace(evaluation, is_best=is_best)
 
     def _state(self, trainer: Trainer, identity: dict[str, Any]) -> TrainState:
-        return TrainState(identity, self._settings(), place(self.device), self.progress, trainer.parameters.snapshot())
+        here, arrays = place(self.device, self.dist.world), trainer.parameters.snapshot()
+        return TrainState(identity, self._settings(), here, self.progress, arrays, self.job)
 
     def _write_adapter(self, path: Path, arrays: Mapping[str, np.ndarray]) -> None:
         write_adapter(path, as_adapter(arrays, self.alpha, rslora=self.config.rslora), self.base)

@@ -45,15 +45,15 @@ class Rows:
         return Rows(self.tokens.to(device), self.targets.to(device), *rest)
 
 
-def rows_of(batch: Batch | ChatBatch, device: torch.device) -> Rows:
-    """A batch as a model takes it."""
-    tokens, targets = (torch.from_numpy(x).to(device) for x in (batch.inputs, batch.targets))
+def rows_of(batch: Batch | ChatBatch, device: torch.device, rows: slice = slice(None)) -> Rows:
+    """A batch, or some rows of it, as a model takes it."""
+    tokens, targets = (torch.from_numpy(x[rows]).to(device) for x in (batch.inputs, batch.targets))
     if isinstance(batch, Batch):
         return Rows(tokens, targets)
-    trained = torch.from_numpy(batch.trained).to(device)
+    trained = torch.from_numpy(batch.trained[rows]).to(device)
     if not batch.packed:  # padding stands behind each sample: a causal mask hides it
         return Rows(tokens, targets, trained)
-    positions, segments = (torch.from_numpy(x).to(device) for x in (batch.positions, batch.segments))
+    positions, segments = (torch.from_numpy(x[rows]).to(device) for x in (batch.positions, batch.segments))
     return Rows(tokens, targets, trained, positions, segments)
 
 
