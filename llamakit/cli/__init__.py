@@ -196,7 +196,7 @@ def run(argv: list[str]) -> int:
     if not debug and not sys.warnoptions:
         warnings.simplefilter("ignore")
     try:
-        launch.prepare()
+        launch.prepare(argv)
         argv, notes = compat.rewrite(argv)
         for kind, text in () if launch.repeats() else notes:
             (render.warn if kind == "warning" else render.note)(text)

@@ -10,7 +10,7 @@ import ctypes
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,8 +81,9 @@ def _job() -> str:
 
 
 class _State:
-    """Whether this process is a rank, and what it joined: errors are told before and after that."""
+    """The command line, whether this process is a rank, and what it joined: errors are told before and after that."""
 
+    argv: Sequence[str] = ()
     place: Place | None = None
     dist: Dist | None = None
 
@@ -90,10 +91,10 @@ class _State:
 # ---- being a rank ----------------------------------------------------------------------------------------------------
 
 
-def prepare() -> None:
+def prepare(argv: list[str]) -> None:
     """Before anything is said: ranks but 0 say nothing on stdout, and errors alone on stderr. A rank whose launcher is
     killed gets SIGTERM: it saves and ends."""
-    _State.place, _State.dist = place(), None
+    _State.argv, _State.place, _State.dist = argv, place(), None
     if _State.place is None:
         return
     if _State.place.rank:
@@ -235,7 +236,7 @@ def launch(n_ranks: int, batch: int) -> int:
     options = ["--standalone", f"--nproc-per-node={n_ranks}", "--max-restarts=0", "--signals-to-handle=SIGHUP,SIGQUIT"]
     with _passing_signals_on():
         try:
-            run.run(run.parse_args([*options, "-m", "llamakit", *sys.argv[1:]]))
+            run.run(run.parse_args([*options, "-m", "llamakit", *_State.argv]))
         except ChildFailedError as error:
             return _code(error)
         finally:

@@ -7,6 +7,7 @@ of one process has a `Dist` too, which does nothing.
 from __future__ import annotations
 
 import datetime
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -188,8 +189,9 @@ def _contact() -> Iterator[None]:
     except RuntimeError as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
-        reason = " ".join(str(error).split())
-        raise LostRankError(f"contact with another rank is lost: {reason[-120:]}") from error
+        text = " ".join(str(error).split())
+        known = re.search(r"[Cc]onnection (closed|reset|refused)( by peer)?|[Tt]imed out", text)
+        raise LostRankError(f"contact with another rank is lost: {known[0] if known else text[:120]}") from error
 
 
 def join(
@@ -219,7 +221,9 @@ def join(
         torch.cuda.set_device(local_rank)
     timeout = datetime.timedelta(seconds=timeout_s)
     try:
-        store, rank, world = next(torch_dist.rendezvous("env://", timeout=timeout))
+        shared, rank, world = next(torch_dist.rendezvous("env://", timeout=timeout))
+        # The launcher keeps its store when it starts the ranks anew: gloo would find the addresses of dead ones in it.
+        store = torch_dist.PrefixStore(f"llamakit-{restarts}-{world}", shared)
         store.set(f"here/{rank}", "1")
         store.wait([f"here/{i}" for i in range(world)], timeout)
     except (RuntimeError, ValueError) as error:
