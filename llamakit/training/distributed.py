@@ -15,6 +15,8 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as torch_dist
 from torch import Tensor
+from torch.distributed import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 from llamakit.errors import LlamakitError, LostRankError, MismatchError, UsageError
 
@@ -42,7 +44,7 @@ class Dist:
         local_world: int = 1,
         restarts: int = 0,
         job: str = "",
-        store: torch_dist.Store | None = None,
+        store: PrefixStore | None = None,
     ) -> None:
         self.rank, self.world, self.local_world = rank, world, local_world
         self.restarts, self.job = restarts, job
@@ -221,9 +223,9 @@ def join(
         torch.cuda.set_device(local_rank)
     timeout = datetime.timedelta(seconds=timeout_s)
     try:
-        shared, rank, world = next(torch_dist.rendezvous("env://", timeout=timeout))
+        shared, rank, world = next(rendezvous("env://", timeout=timeout))
         # The launcher keeps its store when it starts the ranks anew: gloo would find the addresses of dead ones in it.
-        store = torch_dist.PrefixStore(f"llamakit-{restarts}-{world}", shared)
+        store = PrefixStore(f"llamakit-{restarts}-{world}", shared)
         store.set(f"here/{rank}", "1")
         store.wait([f"here/{i}" for i in range(world)], timeout)
     except (RuntimeError, ValueError) as error:
