@@ -325,6 +325,7 @@ def finetune(
     ] = _D.rope_freq_scale,
     device: loop.DeviceOption = _D.device,
     devices: loop.DevicesOption = "1",
+    shard: loop.ShardOption = _D.shard,
     n_gpu_layers: Annotated[
         int,
         typer.Option(

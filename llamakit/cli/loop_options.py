@@ -207,6 +207,14 @@ DevicesOption = Annotated[
         rich_help_panel=options.COMPUTE,
     ),
 ]
+ShardOption = Annotated[
+    Literal["none", "full", "auto"],
+    typer.Option(
+        "--shard",
+        help="The base whole on each device (none), or a share of its rows (full); auto: full where it does not fit.",
+        rich_help_panel=options.COMPUTE,
+    ),
+]
 DeviceOption = Annotated[
     Literal["auto", "cpu", "cuda"],
     typer.Option("--device", help="Where to compute.", rich_help_panel=options.COMPUTE),

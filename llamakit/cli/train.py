@@ -239,6 +239,7 @@ def train(
     ] = _D.sample_tokens,
     device: loop.DeviceOption = _D.device,
     devices: loop.DevicesOption = "1",
+    shard: loop.ShardOption = _D.shard,
     dtype: loop.DtypeOption = _D.dtype,
     use_checkpointing: loop.UseCheckpointingOption = _D.use_checkpointing,
     compile: Annotated[

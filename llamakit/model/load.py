@@ -124,7 +124,7 @@ def _keep_decoded(
     if weight_cache == "none":
         return
     n_bytes = sum(layer.shape[0] * layer.shape[-1] * dtype.itemsize for layer in layers)
-    free = _free_bytes(device)
+    free = free_bytes(device)
     room = math.inf if free is None else _CACHE_SHARE * free / (1 if device.type == "cuda" else n_sharing)
     if weight_cache == "auto" and can_prepack(device, dtype) and (1 + for_training) * n_bytes <= room:
         _prepack(layers, dtype, for_training)
@@ -141,7 +141,8 @@ def _prepack(layers: Sequence[QuantizedLinear], dtype: torch.dtype, for_training
             layer.prepack_back(dtype, scratch)
 
 
-def _free_bytes(device: torch.device) -> int | None:
+def free_bytes(device: torch.device) -> int | None:
+    """Memory that a model could be put into; None where nobody knows."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return available_memory_bytes()

@@ -12,6 +12,7 @@ from llamakit.errors import UsageError
 Device = Literal["auto", "cpu", "cuda"]
 Dtype = Literal["auto", "f32", "bf16"]
 Cache = Literal["auto", "bf16", "none"]
+Shard = Literal["none", "full", "auto"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +77,8 @@ class LoopOptions:
     """what to compute in; auto: bf16 where the processor multiplies it fast"""
     threads: int = 6
     """CPU threads, at most the cores that there are"""
+    shard: Shard = "none"
+    """the frozen base whole on each device (none), or a share of its rows (full); auto: full where it does not fit"""
 
     def __post_init__(self) -> None:
         """Raises UsageError naming the flag whose value cannot be."""

@@ -10,6 +10,7 @@ import datetime
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from typing import Any, TypeVar
 
 import torch
@@ -33,7 +34,8 @@ class Dist:
     """The place of this process among those that train one model.
 
     rank: from 0, which is the one that prints and writes. world: how many there are. local_world: on this machine.
-    restarts: how often torch's launcher has started the ranks anew. job: what the launcher calls the run.
+    restarts: how often torch's launcher has started the ranks anew. job: what the launcher calls the run. sharded: each
+    rank holds a share of the model, so that all must take part in every pass through it.
     """
 
     def __init__(
@@ -47,7 +49,7 @@ class Dist:
         store: PrefixStore | None = None,
     ) -> None:
         self.rank, self.world, self.local_world = rank, world, local_world
-        self.restarts, self.job = restarts, job
+        self.restarts, self.job, self.sharded = restarts, job, False
         self._store = store
 
     @property
@@ -75,11 +77,17 @@ class Dist:
         """Which of n rows of a global batch are this rank's: a contiguous share, even where n divides."""
         return slice(self.rank * n // self.world, (self.rank + 1) * n // self.world)
 
-    def share(self, items: Iterable[T]) -> Iterator[T]:
-        """Every world-th of the items, beginning with the rank's number."""
-        for i, item in enumerate(items):
-            if i % self.world == self.rank:
-                yield item
+    def share(self, items: Iterable[T]) -> Iterator[tuple[T, bool]]:
+        """Every world-th of the items, beginning with the rank's number, and whether it counts.
+
+        Where the model is sharded every rank gets as many: the last ones another's, which count there.
+        """
+        iterator = iter(items)
+        while group := list(islice(iterator, self.world)):
+            if self.rank < len(group):
+                yield group[self.rank], True
+            elif self.sharded:
+                yield group[0], False
 
     # ---- collectives -----------------------------------------------------------------------------------------
 

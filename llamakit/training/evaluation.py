@@ -77,10 +77,10 @@ class Evaluator:
         self._model.eval()
         total, n_tokens = 0.0, 0
         per_batch = max(1, _TOKENS_AT_A_TIME // self._config.ctx)
-        for rows in self._dist.share(_batches(even_windows(split, self._config.ctx, at_most), per_batch)):
+        for rows, counts in self._dist.share(_batches(even_windows(split, self._config.ctx, at_most), per_batch)):
             tokens = torch.from_numpy(rows).to(self._device)
-            total += evaluate_loss(self._model, Rows(tokens[:, :-1], tokens[:, 1:]))
-            n_tokens += rows[:, 1:].size
+            total += counts * evaluate_loss(self._model, Rows(tokens[:, :-1], tokens[:, 1:]))
+            n_tokens += counts * rows[:, 1:].size
         self._model.train()
         total, count = self._dist.sum([total, n_tokens])
         return (total / count if count else math.nan), int(count)

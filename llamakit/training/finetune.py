@@ -35,13 +35,14 @@ from llamakit.training.checkpoint import (
     file_name,
     read_checkpoint,
 )
-from llamakit.training.config import FinetuneConfig
+from llamakit.training.config import Cache, FinetuneConfig
 from llamakit.training.distributed import Dist
 from llamakit.training.finetune_data import FinetuneData, read_data
 from llamakit.training.log import StepLog
 from llamakit.training.loop import Control, Parameters, Trainer, agree
 from llamakit.training.lora import as_adapter, attach_trainable, named_pairs, rank_field
 from llamakit.training.lora_plan import plan_lora
+from llamakit.training.loss import gathered
 from llamakit.training.optim import schedule
 from llamakit.training.plan import make_plan
 from llamakit.training.proof import N_TOKENS, logits_of, prove
@@ -58,6 +59,7 @@ from llamakit.training.report import (
     Report,
     Saving,
 )
+from llamakit.training.sharding import choose_sharding, load_sharded
 from llamakit.training.state import (
     Progress,
     TrainState,
@@ -131,6 +133,7 @@ class _Run:
         self.shape = _overridden(load_config(self.base), config)
         self.device = resolve_device(config.device)
         self.dtype = training_dtype(config.dtype, self.device)
+        choose_sharding(self.dist, config, self.base, self.device)
         if self.dist.is_main:
             self._claim_outputs()
         self.stamps = base_stamps(self.base)
@@ -228,15 +231,7 @@ class _Run:
         identity = data.identity | self._identity(data.sha256)
         check_content(self.dist, identity)
         yield from self._resume(identity)
-        model = load_model(
-            self.base,
-            device=self.device,
-            dtype=self.dtype,
-            weight_cache=config.weight_cache,
-            config=self.shape,
-            for_training=True,
-            n_sharing=self.dist.local_world,
-        )
+        model = self._load(config.weight_cache, for_training=True)
         before = self.job["first"]
         trainer = self._trainer(model, data)
         is_chat = isinstance(data.facts, ChatFacts)
@@ -251,7 +246,7 @@ class _Run:
             yield from answers.samples(self.progress.iterations)
         yield from self._steps(trainer, held_out, answers, identity)
         trained = self.progress.iterations > before and not self.control.signal
-        if config.lora_out and trained and self.dist.is_main:
+        if config.lora_out and trained and (self.dist.is_main or self.dist.sharded):
             some = data.first[: min(N_TOKENS, config.ctx)].astype(np.int64).clip(0, self.shape.n_vocab - 1)
             tokens = torch.from_numpy(some).to(self.device)
             logits = logits_of(model, tokens)
@@ -317,14 +312,12 @@ class _Run:
         )  # fmt: skip
         yield from data.remarks
         yield data.facts
-        yield make_plan(
-            trainer.model,
-            dataclasses.replace(config, batch=config.batch // self.dist.world),
-            dtype=self.dtype,
-            dtype_name=dtype_name(self.dtype),
-            device=self.device,
-            trained=trained,
-        )
+        mine = dataclasses.replace(config, batch=config.batch // self.dist.world)
+        with gathered(trainer.model.blk[0]):
+            yield make_plan(
+                trainer.model, mine, dtype=self.dtype, dtype_name=dtype_name(self.dtype), device=self.device,
+                trained=trained,
+            )  # fmt: skip
         yield Begin(progress.iterations, self._n_left)
 
     def _steps(
@@ -374,15 +367,22 @@ class _Run:
 
     def _proof(self, tokens: torch.Tensor, logits: torch.Tensor) -> Iterator[Report]:
         """The adapter that was just written, on a fresh base; logits: what the trained model says to tokens."""
-        load = partial(load_model, self.base, device=self.device, dtype=self.dtype, weight_cache="none",
-                       config=self.shape)  # fmt: skip
+        together = self.dist if self.dist.sharded else Dist()
         path = file_name(self.config.lora_out, self.config, self.progress.iterations)
-        verified = prove(path, self.base, load, tokens, logits, self.dtype)
+        verified = prove(path, self.base, lambda: self._load("none"), tokens, logits, self.dtype, together)
         yield verified
         if not verified.change:
             yield Remark("warning", f"the adapter is so small that no logit changes in {dtype_name(self.dtype)}")
-        if self.config.merge_out:
+        if self.config.merge_out and self.dist.is_main:
             yield from self._merged(path)
+
+    def _load(self, weight_cache: Cache, *, for_training: bool = False) -> Llama:
+        """The base, or this rank's share of it."""
+        where: dict[str, Any] = {"device": self.device, "dtype": self.dtype, "config": self.shape}
+        if self.dist.sharded:
+            return load_sharded(self.base, dist=self.dist, **where)
+        more: dict[str, Any] = {"for_training": for_training, "n_sharing": self.dist.local_world}
+        return load_model(self.base, weight_cache=weight_cache, **where, **more)
 
     def _merged(self, path: Path) -> Iterator[Report]:
         """--merge-out: the best adapter where it was kept, else the last, merged into the base."""

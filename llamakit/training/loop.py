@@ -175,11 +175,13 @@ class Trainer:
         n_trained = sum(batch.n_trained for batch in batches)
         for micro, batch in enumerate(batches):
             mine = self._dist.rows(len(batch.inputs))
-            if mine.start == mine.stop:  # an epoch's last rows are fewer than the ranks
+            counts = mine.start < mine.stop  # an epoch's last rows may be fewer than the ranks
+            if not (counts or self._dist.sharded):
                 continue
+            mine = mine if counts else slice(0, 1)
             self.dropout.key = progress.iterations * config.grad_acc + micro
             self.dropout.rows = range(mine.start, mine.stop)
-            total += backpropagate(self.model, rows_of(batch, self._device, mine), 1 / n_trained)
+            total += counts * backpropagate(self.model, rows_of(batch, self._device, mine), counts / n_trained)
         self._dist.add_up(self.parameters.optimizer.gradient)
         (total,) = self._dist.sum([total])
         progress.order_epoch, progress.next_sample = self.order.epoch, self.order.next_sample

@@ -5,10 +5,12 @@ Shapes: N tokens, B rows, T places of a row, C n_embd, V n_vocab.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from llamakit.dataset.packing import ChatBatch
 from llamakit.dataset.text import Batch
@@ -95,9 +97,24 @@ def _chunk_tokens(model: Llama) -> int:
     return _CHUNK_TOKENS
 
 
+@contextmanager
+def gathered(module: nn.Module) -> Iterator[None]:
+    """A module whose rows lie on several ranks, whole for the time of several uses; each rank may use it as often as it
+    likes then. Any other module is whole already."""
+    part = getattr(module, "base", module)  # below a LoRA
+    if not hasattr(part, "unshard"):
+        yield
+        return
+    part.unshard()
+    try:
+        yield
+    finally:
+        part.reshard()
+
+
 def evaluate_loss(model: Llama, rows: Rows) -> float:
     """Sum of the losses of the trained targets, float32 per token; no gradient."""
-    with torch.no_grad():
+    with torch.no_grad(), gathered(model.output):
         hidden = model(rows.tokens, rows.positions, segments=rows.segments).flatten(0, 1)
         wanted = rows.targets.flatten()
         if rows.trained is not None:
@@ -126,12 +143,13 @@ def backpropagate(model: Llama, rows: Rows, weight: float) -> float:
         flat, wanted = flat[chosen], wanted[chosen]
     d_hidden, total = torch.empty_like(flat), 0.0
     size = _chunk_tokens(model)
-    for at in range(0, len(wanted), size):
-        chunk = flat[at : at + size].detach().requires_grad_()
-        loss = _CrossEntropySum.apply(model.output(chunk), wanted[at : at + size], weight)
-        loss.backward()
-        total += float(loss.detach())
-        d_hidden[at : at + size] = chunk.grad  # pyright: ignore[reportArgumentType]
+    with gathered(model.output):
+        for at in range(0, len(wanted), size):
+            chunk = flat[at : at + size].detach().requires_grad_()
+            loss = _CrossEntropySum.apply(model.output(chunk), wanted[at : at + size], weight)
+            loss.backward()
+            total += float(loss.detach())
+            d_hidden[at : at + size] = chunk.grad  # pyright: ignore[reportArgumentType]
     if chosen is not None:
         d_all = torch.zeros_like(hidden).flatten(0, 1)
         d_all[chosen] = d_hidden

@@ -7,17 +7,44 @@ cut: GGML's blocks lie along them. Norms and biases, which are small, are on eve
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
+from llamakit.errors import UsageError
 from llamakit.formats.base import ModelFile
 from llamakit.model import Llama, ModelConfig, load_model
 from llamakit.model.layers import PackedWeight
+from llamakit.model.load import free_bytes
 from llamakit.quant import QTensor
+from llamakit.training.config import FinetuneConfig
 from llamakit.training.distributed import Dist
+
+# What a whole packed model may take of a rank's free memory: the rest is for activations and the system.
+_SHARE = 0.6
+
+
+def choose_sharding(dist: Dist, config: FinetuneConfig, file: ModelFile, device: torch.device) -> None:
+    """Set dist.sharded to what --shard comes to; `auto`: sharded where a rank has no room for the whole packed model.
+
+    Raises UsageError for samples of a sharded model.
+    """
+    dist.sharded = dist.world > 1 and (
+        config.shard == "full" or (config.shard == "auto" and _too_large(dist, file, device))
+    )
+    if dist.sharded and config.sample_prompt:
+        raise UsageError("--sample-prompt needs the whole model on one device", hint="leave it out, or --shard none")
+
+
+def _too_large(dist: Dist, file: ModelFile, device: torch.device) -> bool:
+    free = free_bytes(device)
+    mine = math.inf if free is None else free / (1 if device.type == "cuda" else dist.local_world)
+    packed = sum(info.n_bytes for info in file.tensors.values())
+    return dist.most([packed > _SHARE * mine])[0] > 0
 
 
 def load_sharded(
@@ -33,11 +60,16 @@ def load_sharded(
     mesh = init_device_mesh(device.type, (dist.world,))
     matrices = {name: module for name, module in model.named_modules() if isinstance(module, PackedWeight)}
     everywhere = {p for p in model.parameters() if not p.is_meta}
-    for part in (model.token_embd, *model.blk, model.output):
+    for part in (model.token_embd, *model.blk):
         fully_shard(part, mesh=mesh, ignored_params=everywhere)
+    # The loss applies the output matrix to as many chunks as a rank has: it is gathered and freed around them.
+    fully_shard(model.output, mesh=mesh, reshard_after_forward=False, ignored_params=everywhere)
+    model.output.set_reshard_after_backward(False)  # pyright: ignore[reportCallIssue]
     for name, module in matrices.items():
-        tied = name == "output" and config.tied_output
-        _fill(module, file, "token_embd.weight" if tied else f"{name}.weight", device, mesh)
+        if name == "output" and config.tied_output:
+            module.weight = nn.Parameter(model.token_embd.weight.data, requires_grad=False)  # pyright: ignore
+        else:
+            _fill(module, file, f"{name}.weight", device, mesh)
     return model
 
 

@@ -16,7 +16,7 @@ from llamakit.dataset.order import SampleOrder
 from llamakit.dataset.prepare import Report as PrepareReport
 from llamakit.dataset.tokens import Split, hash_tokens
 from llamakit.dataset.windows import Windows
-from llamakit.errors import DataError, UsageError
+from llamakit.errors import DataError, UnsupportedError, UsageError
 from llamakit.files import RunLock
 from llamakit.formats.base import ModelFile
 from llamakit.formats.open import check_is_model, open_model, size_on_disk
@@ -105,6 +105,9 @@ class _Run:
         if not (config.model_out or config.checkpoint_out):
             raise UsageError("--model-out and --checkpoint-out are both empty: nothing would be written")
         self.dist.check_batch(config.batch)
+        if config.shard == "full" and self.dist.world > 1:
+            reason = "--shard full is finetune's: train keeps all weights and moments on every device"
+            raise UnsupportedError(reason, hint="give --shard none, or more memory to each device")
         check_commands(self.dist, config)
         self.device = resolve_device(config.device)
         self.dtype = training_dtype(config.dtype, self.device)

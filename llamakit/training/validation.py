@@ -96,9 +96,9 @@ class HeldOut:
         at_most = None if when == "end" or self._whole else _TOKENS_AT_A_SAVE
         self._model.eval()
         total, n_tokens = 0.0, 0
-        for rows, n in self._dist.share(self._part.rows(at_most)):
-            total += evaluate_loss(self._model, rows.to(self._device))
-            n_tokens += n
+        for (rows, n), counts in self._dist.share(self._part.rows(at_most)):
+            total += counts * evaluate_loss(self._model, rows.to(self._device))
+            n_tokens += counts * n
         self._model.train()
         total, count = self._dist.sum([total, n_tokens])
         loss = total / count

@@ -20,12 +20,14 @@ import torch
 
 from llamakit.cli import launch
 from llamakit.errors import UsageError
+from llamakit.formats.gguf import GGUFFile
+from llamakit.formats.open import open_model
 from llamakit.model.layers import Dropout
 from llamakit.training.checkpoint import read_checkpoint
 from llamakit.training.distributed import Dist
 from llamakit.training.finetune import finetune
 from llamakit.training.loop import Control, agree
-from llamakit.training.report import Evaluation, Remark, StepReport
+from llamakit.training.report import Begin, Evaluation, Remark, StepReport
 from llamakit.training.state import Progress, TrainState, place, resume_remarks
 from llamakit.training.train import train
 from tests.helpers import ROOT
@@ -383,3 +385,60 @@ def test_resumed_on_another_number_of_ranks(tmp_path: Path, worlds: tuple[int, i
     (first, *_) = run_ranks(worlds[0], tune, chat_config(tmp_path / "some", adam_iter=5))
     (then, *_) = run_ranks(worlds[1], tune, chat_config(tmp_path / "some", adam_iter=5))
     assert first["loss"] + then["loss"] == pytest.approx(alone["loss"], rel=1e-5)
+
+
+# ---- a base of which each rank holds its rows -------------------------------------------------------------------------
+
+
+def read_and_tune(dist: Dist, config: Any) -> tuple[dict[str, list[Any]], int, int]:
+    """What `tune` gives, and bytes of matrices that this rank read before the first step, and those of the file."""
+    read = GGUFFile.read
+    n_read, n_all = 0, 0
+
+    def counted(self: GGUFFile, name: str, start: int = 0, stop: int | None = None) -> Any:
+        nonlocal n_read
+        rows = read(self, name, start, stop)
+        n_read += rows.nbytes if self.tensors[name].n_rows > 1 else 0
+        return rows
+
+    GGUFFile.read = counted  # pyright: ignore[reportAttributeAccessIssue]
+    told: dict[str, list[Any]] = {}
+    try:
+        reports = finetune(config, dist=dist)
+        before_steps: list[Any] = []
+        for report in reports:
+            before_steps.append(report)
+            if isinstance(report, Begin):
+                break
+        n_before = n_read
+        told = followed([*before_steps, *reports])
+    finally:
+        GGUFFile.read = read
+    with open_model(config.model_base) as file:
+        n_all = sum(info.n_bytes for info in file.tensors.values() if info.n_rows > 1)
+    return told, n_before, n_all
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpointing", [True, False], ids=["recomputed", "kept"])
+def test_a_sharded_base_gives_the_same(tmp_path: Path, checkpointing: bool) -> None:
+    """Ranks have other numbers of trained tokens, of held-out batches, and at an epoch's end of rows."""
+    options: dict[str, Any] = {"use_checkpointing": checkpointing, "val_split": 0.4, "rank_out": 2, "adam_iter": 4}
+    options |= {"batch": 2, "grad_acc": 2, "ctx": 100, "lora_out": str(tmp_path / "lora-ITERATION.gguf")}
+    (alone,) = run_ranks(1, tune, chat_config(tmp_path / "one", **options))
+    both = run_ranks(2, read_and_tune, chat_config(tmp_path / "two", shard="full", **options))
+    for told, n_read, n_all in both:
+        assert_alike(told, alone, 1e-5)
+        assert n_read == pytest.approx(n_all / 2, rel=0.1)
+    assert not any("verified" in text for text in both[0][0]["remarks"])
+    (then,) = run_ranks(1, tune, chat_config(tmp_path / "two", **options | {"adam_iter": 1}))
+    assert len(then["loss"]) == 1
+
+
+@pytest.mark.slow
+def test_what_cannot_be_sharded_is_one_line(tmp_path: Path) -> None:
+    told = run_ranks(2, tune, run_config(tmp_path, shard="full", sample_prompt=("The king",)))
+    assert told == ["UsageError: --sample-prompt needs the whole model on one device"] * 2
+    told = run_ranks(2, teach, train_config(tmp_path, shard="full"))
+    expected = "UnsupportedError: --shard full is finetune's: train keeps all weights and moments on every device"
+    assert told == [expected] * 2
