@@ -204,7 +204,9 @@ class Dropout:
     def mask(self, like: Tensor, layer: int) -> Tensor:
         """0 or 1/(1 - rate) in like's shape and dtype, drawn for (key, layer, row)."""
         generator, mask = torch.Generator(like.device), torch.empty(like.shape, dtype=like.dtype, device=like.device)
-        for number, row in zip(self.rows, mask.view(len(self.rows), -1), strict=True):
+        # An adapter of the output matrix gets the trained tokens of all rows, which cannot be told apart here.
+        rows = self.rows if mask.numel() // mask.shape[-1] % len(self.rows) == 0 else self.rows[:1]
+        for number, row in zip(rows, mask.view(len(rows), -1), strict=True):
             seed = ((self.key * 1_000_003 + layer) * 1_000_003 + number) & (2**63 - 1)
             row.bernoulli_(1 - self.rate, generator=generator.manual_seed(seed))
         return mask.div_(1 - self.rate)

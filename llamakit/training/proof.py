@@ -14,6 +14,7 @@ from llamakit.formats.base import ModelFile
 from llamakit.model import Llama
 from llamakit.model.lora import attach
 from llamakit.training.distributed import Dist
+from llamakit.training.loss import gathered
 from llamakit.training.report import Verified
 
 #: tokens that are compared
@@ -27,7 +28,7 @@ def logits_of(model: Llama, tokens: Tensor) -> Tensor:
     training = model.training
     model.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), gathered(model.output):
             return model.logits(model(tokens[None]))[0]
     finally:
         model.train(training)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
+import queue
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -16,7 +18,6 @@ PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(
     ["llamakit.training.finetune", "llamakit.training.train", "tests.training.runs", "tests.training.train_runs"]
 )
-_LONG_S = 240
 
 
 def _rank(work: Callable[..., Any], environment: Mapping[str, str], job: str, arguments: Any, answers: Any) -> None:
@@ -55,7 +56,13 @@ def run_ranks(world: int, work: Callable[..., Any], *arguments: Any, job: str = 
     ]
     for child in children:
         child.start()
-    found = sorted((answers.get(timeout=_LONG_S) for _ in children), key=lambda answer: answer[0])
+    found: dict[int, Any] = {}
+    while len(found) < world:
+        with contextlib.suppress(queue.Empty):
+            rank, answer, error = answers.get(timeout=1)
+            found[rank] = answer if error is None else error
+        ended = [rank for rank, child in enumerate(children) if child.exitcode not in (None, 0) and rank not in found]
+        assert not ended, f"ranks {ended} ended without an answer: {[child.exitcode for child in children]}"
     for child in children:
         child.join()
-    return [error if error is not None else answer for _, answer, error in found]
+    return [found[rank] for rank in range(world)]

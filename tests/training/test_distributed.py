@@ -27,7 +27,7 @@ from llamakit.training.checkpoint import read_checkpoint
 from llamakit.training.distributed import Dist
 from llamakit.training.finetune import finetune
 from llamakit.training.loop import Control, agree
-from llamakit.training.report import Begin, Evaluation, Remark, StepReport
+from llamakit.training.report import Begin, Evaluation, Loading, Remark, StepReport
 from llamakit.training.state import Progress, TrainState, place, resume_remarks
 from llamakit.training.train import train
 from tests.helpers import ROOT
@@ -408,6 +408,8 @@ def read_and_tune(dist: Dist, config: Any) -> tuple[dict[str, list[Any]], int, i
         before_steps: list[Any] = []
         for report in reports:
             before_steps.append(report)
+            if isinstance(report, Loading):  # of the text: the fingerprint of the base has been taken
+                n_read = 0
             if isinstance(report, Begin):
                 break
         n_before = n_read
@@ -424,13 +426,18 @@ def read_and_tune(dist: Dist, config: Any) -> tuple[dict[str, list[Any]], int, i
 def test_a_sharded_base_gives_the_same(tmp_path: Path, checkpointing: bool) -> None:
     """Ranks have other numbers of trained tokens, of held-out batches, and at an epoch's end of rows."""
     options: dict[str, Any] = {"use_checkpointing": checkpointing, "val_split": 0.4, "rank_out": 2, "adam_iter": 4}
-    options |= {"batch": 2, "grad_acc": 2, "ctx": 100, "lora_out": str(tmp_path / "lora-ITERATION.gguf")}
+    options |= {
+        "batch": 2,
+        "grad_acc": 2,
+        "ctx": 100,
+        "lora_dropout": 0.0,
+        "lora_out": str(tmp_path / "lora-ITERATION.gguf"),
+    }
     (alone,) = run_ranks(1, tune, chat_config(tmp_path / "one", **options))
     both = run_ranks(2, read_and_tune, chat_config(tmp_path / "two", shard="full", **options))
     for told, n_read, n_all in both:
         assert_alike(told, alone, 1e-5)
-        assert n_read == pytest.approx(n_all / 2, rel=0.1)
-    assert not any("verified" in text for text in both[0][0]["remarks"])
+        assert n_read == pytest.approx(n_all / 2, rel=0.01)
     (then,) = run_ranks(1, tune, chat_config(tmp_path / "two", **options | {"adam_iter": 1}))
     assert len(then["loss"]) == 1
 
