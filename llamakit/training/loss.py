@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -101,7 +102,7 @@ def _chunk_tokens(model: Llama) -> int:
 def gathered(module: nn.Module) -> Iterator[None]:
     """A module whose rows lie on several ranks, whole for the time of several uses; each rank may use it as often as it
     likes then. Any other module is whole already."""
-    part = getattr(module, "base", module)  # below a LoRA
+    part: Any = getattr(module, "base", module)  # below a LoRA
     if not hasattr(part, "unshard"):
         yield
         return
