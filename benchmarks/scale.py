@@ -23,7 +23,7 @@ from typing import Any
 from common import ROOT, add_common_options, environment, peak_rss_bytes, write_json
 
 _WARM = 2
-_WORDS = ("the old king carried a lantern over the bridge and nobody followed him home that winter. ",)
+_WORDS = "the old king carried a lantern over the bridge and nobody followed him home that winter. "
 
 
 def rank_main(arguments: argparse.Namespace) -> None:
@@ -61,7 +61,7 @@ def rank_main(arguments: argparse.Namespace) -> None:
 def measure(arguments: argparse.Namespace, ranks: int, threads: int, **options: Any) -> list[dict[str, Any]]:
     """What each rank measured."""
     with TemporaryDirectory(dir=arguments.dir) as folder:
-        (Path(folder) / "text.txt").write_text(_WORDS[0] * 2000)
+        (Path(folder) / "text.txt").write_text(_WORDS * 2000)
         mine = vars(arguments) | options
         command = [str(Path(__file__).resolve()), "--rank-of", folder]
         for name in ("model", "steps", "batch", "ctx", "shard", "weight_cache"):
