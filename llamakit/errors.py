@@ -1,6 +1,7 @@
 """Every error that a user can cause, and the exit code that each gives.
 
 LlamakitError             1  something failed
+├── LostRankError         1  another process of the same run is gone
 ├── UsageError            2  an option or a combination of options that cannot be
 ├── FormatError           2  a file that is broken or hostile
 ├── UnsupportedError      2  a file or a request that is sound, but not for llamakit
@@ -46,6 +47,10 @@ class LlamakitError(Exception):
             return self.reason
         place = f"@{self.offset}" if self.offset is not None else f":{self.line}" if self.line is not None else ""
         return f"{os.fspath(self.path)}{place}: {self.reason}"
+
+
+class LostRankError(LlamakitError):
+    """Another process of the same training run is gone: it failed, or something ended it."""
 
 
 class UsageError(LlamakitError):

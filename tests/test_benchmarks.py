@@ -20,7 +20,7 @@ from tests.tiny import cached_tiny_gguf, tiny_text
 
 BENCHMARKS = ROOT / "benchmarks"
 SCRIPTS = (
-    "models.py", "finetune.py", "convert.py", "generate.py", "instruct_journey.py", "serve.py", "seven_b.py",
+    "models.py", "finetune.py", "convert.py", "generate.py", "instruct_journey.py", "scale.py", "serve.py", "seven_b.py",
     "startup.py",
 )  # fmt: skip
 
@@ -64,6 +64,15 @@ def test_seven_b_on_a_tiny_model(tmp_path: Path) -> None:
     assert len(results["job"]["step_s"]) == 2
     assert results["parts"]["decode_s"] > 0
     assert not list((tmp_path / "work").iterdir()), "what was written is deleted without --keep"
+
+
+@pytest.mark.prove
+def test_scale_on_a_tiny_model(tmp_path: Path) -> None:
+    report = tmp_path / "report.json"
+    arguments = ("--rounds", "1", "--steps", "2", "--threads", "2", "--ctx", "16", "--batch", "2", "--memory", "2")
+    bench("scale.py", "--model", cached_tiny_gguf(type="Q4_K"), *arguments, "--dir", tmp_path, "--json", report)
+    results = json.loads(report.read_text())["results"]
+    assert results["speed"]["median"] > 0 and results["memory"]["2"]["share"] > 0
 
 
 @pytest.mark.slow

@@ -140,7 +140,17 @@ def _known_flags() -> set[str]:
 
 
 #: flags of other programs that the pages speak of
-FOREIGN = {"--no-deps", "--like-this", "--rank", "--merge", "--split", "--remote"}
+FOREIGN = {
+    "--no-deps",
+    "--like-this",
+    "--rank",
+    "--merge",
+    "--split",
+    "--remote",
+    "--nproc-per-node",
+    "--max-restarts",
+    "--shutdown-timeout",
+}
 
 
 @pytest.mark.parametrize("page", ALL_PAGES)

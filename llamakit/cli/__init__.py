@@ -31,6 +31,7 @@ from llamakit.cli import (
     generate,
     imatrix,
     inspect,
+    launch,
     llama2c_run,
     merge,
     perplexity,
@@ -178,7 +179,9 @@ def main() -> NoReturn:
     # step six times as long; this much spinning costs nothing on an idle machine. Read when torch is loaded.
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")
     _open_standard_streams()
-    sys.exit(run(sys.argv[1:]))
+    code = run(sys.argv[1:])
+    launch.end(code)
+    sys.exit(code)
 
 
 def _open_standard_streams() -> None:
@@ -201,8 +204,9 @@ def run(argv: list[str]) -> int:
     if not debug and not sys.warnoptions:
         warnings.simplefilter("ignore")
     try:
+        launch.prepare(argv)
         argv, notes = compat.rewrite(argv)
-        for kind, text in notes:
+        for kind, text in () if launch.repeats() else notes:
             (render.warn if kind == "warning" else render.note)(text)
         code = _invoke(argv)
         sys.stdout.flush()
@@ -236,32 +240,40 @@ def _invoke(argv: list[str]) -> object:
         return root.main(args=argv, prog_name="llamakit", standalone_mode=False)
     alone: Any = get_command(build_app(argv[:1]))
     command = alone.commands[argv[0]]
-    if argv[0] not in _LIGHT and not {"-h", "--help"} & set(argv):
+    if argv[0] not in _LIGHT and not {"-h", "--help"} & set(argv) and not launch.repeats():
         doctor.say_once_what_is_missing()
     return command.main(args=argv[1:], prog_name=f"llamakit {argv[0]}", standalone_mode=False)
 
 
 def _report(error: BaseException, command: str) -> int:
     """Say in one line what went wrong, hint at the next step, and return the exit code."""
-    if isinstance(error, LlamakitError):
-        return _fail(str(error), error.hint, error.exit_code)
-    if isinstance(error, typer.TyperException):
-        message, hint = _explain_usage(error, command)
-        return _fail(message, hint, error.exit_code)
     if isinstance(error, BrokenPipeError):
         return _discard_stdout()
+    message, hint, code = _explain(error, command)
+    if not launch.may_tell(error, code):
+        return code
+    code = _fail(launch.rank_prefix() + message, hint, code)
+    launch.told()
+    return code
+
+
+def _explain(error: BaseException, command: str) -> tuple[str, str | None, int]:
+    """What went wrong, what to do next, the exit code."""
+    if isinstance(error, LlamakitError):
+        return str(error), error.hint, error.exit_code
+    if isinstance(error, typer.TyperException):
+        return *_explain_usage(error, command), error.exit_code
     if isinstance(error, OSError) and error.errno in _DISK_FULL:
         _discard_stdout()  # what is still in its buffer has no place to go
         where = f"{error.filename}: " if error.filename else ""
-        return _fail(f"{where}cannot write: {error.strerror}", "free some space, or write to another disk", EXIT_SAVE)
+        return f"{where}cannot write: {error.strerror}", "free some space, or write to another disk", EXIT_SAVE
     if _is_out_of_memory(error):
-        hint = _MEMORY_HINTS.get(command, _MEMORY_HINT)
-        return _fail("out of memory", hint, EXIT_MEMORY)
+        return "out of memory", _MEMORY_HINTS.get(command, _MEMORY_HINT), EXIT_MEMORY
     if isinstance(error, typer.Abort):
-        return _fail("aborted", None, EXIT_FAILURE)
+        return "aborted", None, EXIT_FAILURE
     text = " ".join(str(error).split())[:300]
     message = f"internal error: {type(error).__name__}: {text}" if text else f"internal error: {type(error).__name__}"
-    return _fail(message, f"this is a bug in llamakit; {_DEBUG}=1 shows where it happened", EXIT_FAILURE)
+    return message, f"this is a bug in llamakit; {_DEBUG}=1 shows where it happened", EXIT_FAILURE
 
 
 def _fail(message: str, hint: str | None, code: int) -> int:

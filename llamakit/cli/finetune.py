@@ -12,9 +12,9 @@ import typer
 from llamakit import hub
 from llamakit.cli import chat_data_options as chat
 from llamakit.cli import full_options as full_
+from llamakit.cli import launch, options, plan_options, render
 from llamakit.cli import loop_options as loop
 from llamakit.cli import lora_options as lora
-from llamakit.cli import options, plan_options, render
 from llamakit.cli.run_signals import exit_code, stopping_signals
 from llamakit.cli.sources import local
 from llamakit.training.config import FinetuneConfig
@@ -22,6 +22,7 @@ from llamakit.training.config import FinetuneConfig
 _D = FinetuneConfig()
 _NOT_CONFIG = (
     "config",
+    "devices",
     "sample_prompt",
     "lora_targets",
     "n_gpu_layers",
@@ -331,6 +332,8 @@ def finetune(
         ),
     ] = _D.rope_freq_scale,
     device: loop.DeviceOption = _D.device,
+    devices: loop.DevicesOption = "1",
+    shard: loop.ShardOption = _D.shard,
     n_gpu_layers: Annotated[
         int,
         typer.Option(
@@ -369,6 +372,9 @@ def finetune(
     run_config = FinetuneConfig(
         **values, sample_prompt=tuple(sample_prompt or ()), lora_targets=tuple(lora_targets or ())
     )
+    n_ranks = launch.number_of_ranks(devices, run_config.device)
+    if n_ranks > 1 and not plan:
+        raise typer.Exit(launch.launch(n_ranks, batch))
     events = Path(report_dir) if report_dir else Path(log_file).parent / "tensorboard"
     if model_base and not plan:
         render.loading(run_config.model_base)  # said before torch is imported: nobody waits in silence
@@ -382,19 +388,22 @@ def finetune(
     from llamakit.training.run_folder import keep_report
     from llamakit.training.tensorboard import follow
 
-    options.set_threads(threads)
+    options.set_threads(launch.threads_of_a_rank(threads))
     if plan:
         show_plan(run_config, json=json)
         return
     control = Control()
-    reports = run(run_config, control)
-    if report:
-        reports = keep_report(reports, run_config, shlex.join(["llamakit", *sys.argv[1:]]), report)
-    if report_to == "tensorboard":
-        reports = follow(reports, events)
-    with View(run_config, json=json) as view, stopping_signals(control, view):
-        for told in reports:
-            view.show(told)
+    with launch.joined(run_config.device) as dist:
+        reports = run(run_config, control, dist)
+        if report and dist.is_main:
+            command = shlex.join(["llamakit", *sys.argv[1:]])
+            reports = keep_report(reports, run_config, command, report, append=dist.restarts > 0)
+        if report_to == "tensorboard" and dist.is_main:
+            reports = follow(reports, events)
+        shown = View(run_config, json=json) if dist.is_main else launch.Silent()
+        with shown as view, stopping_signals(control, view):
+            for told in reports:
+                view.show(told)
     raise typer.Exit(exit_code(control))
 
 

@@ -75,7 +75,7 @@ class View:
         self._said: dict[str, list[Sample]] = {}
         self._verified: dict[str, float] | None = None
         self._outcome: dict[str, float] | None = None
-        self.training = False
+        self.training, self.speaks = False, True
 
     def __enter__(self) -> View:
         return self

@@ -88,7 +88,8 @@ EpochsOption = Annotated[
     ),
 ]
 BatchOption = Annotated[
-    int, typer.Option("-b", "--batch", help="Sequences per micro-step.", rich_help_panel=options.TRAINING)
+    int,
+    typer.Option("-b", "--batch", help="Sequences per micro-step, of all devices.", rich_help_panel=options.TRAINING),
 ]
 GradAccOption = Annotated[
     int, typer.Option("--grad-acc", help="Micro-steps per iteration.", rich_help_panel=options.TRAINING)
@@ -203,6 +204,23 @@ UseCheckpointingOption = Annotated[
         "--use-checkpointing/--no-checkpointing",
         help="Recompute activations in the backward pass instead of keeping them.",
         rich_help_panel=options.TRAINING,
+    ),
+]
+DevicesOption = Annotated[
+    str,
+    typer.Option(
+        "--devices",
+        metavar="N|all",
+        help="Processes that share each batch, one for each GPU; on a CPU they share its cores.",
+        rich_help_panel=options.COMPUTE,
+    ),
+]
+ShardOption = Annotated[
+    Literal["none", "full", "auto"],
+    typer.Option(
+        "--shard",
+        help="The base whole on each device (none), or a share of its rows (full); auto: full where it does not fit.",
+        rich_help_panel=options.COMPUTE,
     ),
 ]
 DeviceOption = Annotated[

@@ -27,6 +27,18 @@ _CURVES = ("36;1", "33;1", "35;1", "32;1", "31;1", "34;1")
 _NOT_ON_TERMINAL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
+class _Voice:
+    """Whether this process says anything but errors."""
+
+    silent = False
+
+
+def be_silent() -> None:
+    """From here on stdout goes nowhere, and stderr has errors alone: another process speaks for this one."""
+    _Voice.silent = True
+    sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+
+
 def is_terminal(stream: IO[str] | None) -> bool:
     """Whether a person reads this stream as it is written."""
     return stream is not None and stream.isatty() and os.environ.get("TERM") != "dumb"
@@ -84,12 +96,14 @@ def error(text: str) -> None:
 
 def warn(text: str) -> None:
     """`warning: TEXT` on stderr."""
-    _line("warning: ", _YELLOW, text)
+    if not _Voice.silent:
+        _line("warning: ", _YELLOW, text)
 
 
 def note(text: str) -> None:
     """`note: TEXT` on stderr."""
-    _line("note: ", _CYAN, text)
+    if not _Voice.silent:
+        _line("note: ", _CYAN, text)
 
 
 def hint(text: str) -> None:
@@ -99,7 +113,8 @@ def hint(text: str) -> None:
 
 def log(text: str) -> None:
     """One line on stderr without a label: what a run says about itself."""
-    _line("", _DIM, text)
+    if not _Voice.silent:
+        _line("", _DIM, text)
 
 
 def loading(path: str | os.PathLike[str]) -> None:

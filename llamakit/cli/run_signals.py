@@ -30,7 +30,8 @@ def stopping_signals(control: Control, view: Any) -> Iterator[None]:
                 raise SystemExit(EXIT_TERMINATED)
             raise KeyboardInterrupt
         control.signal = number
-        os.write(2, b"note: finishing this step, then saving; once more ends at once without saving\n")
+        if view.speaks:
+            os.write(2, b"note: finishing this step, then saving; once more ends at once without saving\n")
 
     def save(_number: int, _frame: object) -> None:
         control.save = True

@@ -10,8 +10,8 @@ from typing import Annotated, Literal
 import typer
 
 from llamakit import hub
+from llamakit.cli import launch, options, render
 from llamakit.cli import loop_options as loop
-from llamakit.cli import options, render
 from llamakit.cli.corpus_options import ErrorsOption
 from llamakit.cli.run_signals import exit_code, stopping_signals
 from llamakit.cli.sources import local
@@ -19,7 +19,7 @@ from llamakit.training.train_config import TrainConfig, as_toml
 
 _D = TrainConfig()
 _REPEATED = ("sample_prompt", "export")
-_NOT_CONFIG = ("config", "offline", "json", "print_config", "report_to", "report_dir", *_REPEATED)
+_NOT_CONFIG = ("config", "devices", "offline", "json", "print_config", "report_to", "report_dir", *_REPEATED)
 
 
 def train(
@@ -239,6 +239,8 @@ def train(
         ),
     ] = _D.sample_tokens,
     device: loop.DeviceOption = _D.device,
+    devices: loop.DevicesOption = "1",
+    shard: loop.ShardOption = _D.shard,
     dtype: loop.DtypeOption = _D.dtype,
     use_checkpointing: loop.UseCheckpointingOption = _D.use_checkpointing,
     compile: Annotated[
@@ -271,6 +273,9 @@ def train(
         for line in as_toml(run_config).splitlines():
             render.say(line)
         return
+    n_ranks = launch.number_of_ranks(devices, run_config.device)
+    if n_ranks > 1:
+        raise typer.Exit(launch.launch(n_ranks, batch))
     events = Path(report_dir) if report_dir else Path(out_dir) / "tensorboard"
 
     options.keep_freed_memory()
@@ -281,15 +286,19 @@ def train(
     from llamakit.training.tensorboard import check_tensorboard, follow
     from llamakit.training.train import train as run
 
-    options.set_threads(threads)
+    options.set_threads(launch.threads_of_a_rank(threads))
     control = Control()
     goes_on = bool(checkpoint_in) and init_from != "scratch" and Path(run_config.placed().checkpoint_in).exists()
     command = shlex.join(["llamakit", *sys.argv[1:]])
-    reports = keep_records(run(run_config, control), run_config, command, append=goes_on)
-    if report_to == "tensorboard":
-        check_tensorboard(events)
-        reports = follow(reports, events)
-    with TrainView(run_config, json=json) as view, stopping_signals(control, view):
-        for report in reports:
-            view.show(report)
+    with launch.joined(run_config.device) as dist:
+        reports = run(run_config, control, dist)
+        if dist.is_main:
+            reports = keep_records(reports, run_config, command, append=goes_on or dist.restarts > 0)
+        if report_to == "tensorboard" and dist.is_main:
+            check_tensorboard(events)
+            reports = follow(reports, events)
+        shown = TrainView(run_config, json=json) if dist.is_main else launch.Silent()
+        with shown as view, stopping_signals(control, view):
+            for report in reports:
+                view.show(report)
     raise typer.Exit(exit_code(control))

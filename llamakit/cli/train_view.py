@@ -39,7 +39,7 @@ class TrainView:
         self._last: dict[str, object] = {}
         self._evaluation: dict[str, object] = {}
         self._tok_per_s_at_peak = float("inf")
-        self.training = False
+        self.training, self.speaks = False, True
 
     def __enter__(self) -> TrainView:
         return self

@@ -192,15 +192,24 @@ class QuantizedLinear(PackedWeight):
 
 
 class Dropout:
-    """Dropout whose masks are a function of a key, so that a resumed or recomputed pass draws the same ones."""
+    """Dropout whose masks are a function of a key and a row's number, so that a resumed or recomputed pass draws the
+    same ones, and so do several processes that share a batch.
+
+    rows: numbers of the rows within the batch of all processes; one row for everything where nobody says.
+    """
 
     def __init__(self, rate: float) -> None:
-        self.rate, self.key = rate, 0
+        self.rate, self.key, self.rows = rate, 0, range(1)
 
     def mask(self, like: Tensor, layer: int) -> Tensor:
-        """0 or 1/(1 - rate) in like's shape and dtype, drawn for (key, layer)."""
-        generator = torch.Generator(like.device).manual_seed((self.key * 1_000_003 + layer) & (2**63 - 1))
-        return torch.empty_like(like).bernoulli_(1 - self.rate, generator=generator).div_(1 - self.rate)
+        """0 or 1/(1 - rate) in like's shape and dtype, drawn for (key, layer, row)."""
+        generator, mask = torch.Generator(like.device), torch.empty(like.shape, dtype=like.dtype, device=like.device)
+        # An adapter of the output matrix gets the trained tokens of all rows, which cannot be told apart here.
+        rows = self.rows if mask.numel() // mask.shape[-1] % len(self.rows) == 0 else self.rows[:1]
+        for number, row in zip(rows, mask.view(len(rows), -1), strict=True):
+            seed = ((self.key * 1_000_003 + layer) * 1_000_003 + number) & (2**63 - 1)
+            row.bernoulli_(1 - self.rate, generator=generator.manual_seed(seed))
+        return mask.div_(1 - self.rate)
 
 
 class LoraLinear(nn.Module):

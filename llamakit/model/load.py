@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import numpy as np
@@ -53,38 +53,49 @@ def load_model(
     weight_cache: WeightCache = "auto",
     config: ModelConfig | None = None,
     for_training: bool = False,
+    n_sharing: int = 1,
+    packed: Callable[[ModelFile, str, torch.device | str], QTensor] | None = None,
 ) -> Llama:
     """Read a model; its matrices stay packed, decoded to dtype for every product, or once (weight_cache).
 
     dtype: what activations and products are computed in. weight_cache: "bf16" keeps every matrix decoded in dtype,
     "none" decodes for each use, "auto" keeps them when they take at most 60 % of the free memory; on a CPU, where they
     fit, in the layout that products are fastest with, for_training in a second one for the gradients' products.
-    config: hyper-parameters to use instead of the file's own.
+    config: hyper-parameters to use instead of the file's own. n_sharing: processes that load it into this machine's
+    memory, each its own copy. packed: gives a matrix of a name, for who does not want the whole of it.
     Raises FormatError or UnsupportedError, naming the file and the tensor or key.
     """
     config = config or load_config(file)
     model = Llama(config, load_vector(file, "rope_freqs.weight") if "rope_freqs.weight" in file.tensors else None)
-    embedding, scratch = _packed(file, "token_embd.weight", device), Scratch()
+    packed, scratch = packed or _packed, Scratch()
+    embedding = packed(file, "token_embd.weight", device)
     model.token_embd = Embedding(embedding, dtype)
     for name in config.tensor_shapes():
         if name != "token_embd.weight":
-            model.set_submodule(name.removesuffix(".weight"), load_leaf(file, name, config, scratch, device))
+            leaf = load_leaf(file, name, config, scratch, device, packed)
+            model.set_submodule(name.removesuffix(".weight"), leaf)
     if config.tied_output:
         model.output = QuantizedLinear(embedding, scratch=scratch)
-    _keep_decoded(model, dtype, weight_cache, for_training)
+    _keep_decoded(model, dtype, weight_cache, for_training, n_sharing)
     return model.eval().requires_grad_(False)
 
 
 def load_leaf(
-    file: ModelFile, name: str, config: ModelConfig, scratch: Scratch, device: torch.device | str = "cpu"
+    file: ModelFile,
+    name: str,
+    config: ModelConfig,
+    scratch: Scratch,
+    device: torch.device | str = "cpu",
+    packed: Callable[[ModelFile, str, torch.device | str], QTensor] | None = None,
 ) -> RMSNorm | QuantizedLinear:
-    """The module of one tensor, a norm or a matrix with its bias where the file has one; the matrix stays packed."""
+    """The module of one tensor, a norm or a matrix with its bias where the file has one; the matrix stays packed, as
+    `packed` gives it."""
     path = name.removesuffix(".weight")
     if path.endswith("norm"):
         return RMSNorm(load_vector(file, name).to(device), config.rms_eps)
     bias = f"{path}.bias"
     bias_vector = load_vector(file, bias).to(device) if bias in file.tensors else None
-    return QuantizedLinear(_packed(file, name, device), bias_vector, scratch)
+    return QuantizedLinear((packed or _packed)(file, name, device), bias_vector, scratch)
 
 
 def _packed(file: ModelFile, name: str, device: torch.device | str) -> QTensor:
@@ -105,14 +116,16 @@ def linear_layers(model: Llama) -> list[QuantizedLinear]:
     return [module for module in model.modules() if isinstance(module, QuantizedLinear)]
 
 
-def _keep_decoded(model: Llama, dtype: torch.dtype, weight_cache: WeightCache, for_training: bool) -> None:
+def _keep_decoded(
+    model: Llama, dtype: torch.dtype, weight_cache: WeightCache, for_training: bool, n_sharing: int
+) -> None:
     layers = linear_layers(model)
     device = layers[0].weight.device
     if weight_cache == "none":
         return
     n_bytes = sum(layer.shape[0] * layer.shape[-1] * dtype.itemsize for layer in layers)
-    free = _free_bytes(device)
-    room = math.inf if free is None else CACHE_SHARE * free
+    free = free_bytes(device)
+    room = math.inf if free is None else CACHE_SHARE * free / (1 if device.type == "cuda" else n_sharing)
     if weight_cache == "auto" and can_prepack(device, dtype) and (1 + for_training) * n_bytes <= room:
         _prepack(layers, dtype, for_training)
     elif weight_cache == "bf16" or sum(layer.dense_bytes(dtype) for layer in layers) <= room:
@@ -128,7 +141,8 @@ def _prepack(layers: Sequence[QuantizedLinear], dtype: torch.dtype, for_training
             layer.prepack_back(dtype, scratch)
 
 
-def _free_bytes(device: torch.device) -> int | None:
+def free_bytes(device: torch.device) -> int | None:
+    """Memory that a model could be put into; None where nobody knows."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return available_memory_bytes()

@@ -86,7 +86,7 @@ def _digest(description: str, arrays: Iterable[tuple[str, np.ndarray]]) -> str:
     digest = hashlib.sha256(description.encode())
     for name, array in arrays:
         digest.update(f"{name}{array.shape}".encode())
-        digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+        digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
     return digest.hexdigest()
 
 
@@ -141,7 +141,7 @@ def _read_own(file: GGUFFile) -> TrainState:
     _check_hash(file, description, arrays.items())
     state = json.loads(description)
     progress = Progress(**state["progress"])
-    return TrainState(state["identity"], state["settings"], state["place"], progress, arrays)
+    return TrainState(state["identity"], state["settings"], state["place"], progress, arrays, state.get("job", {}))
 
 
 def _read_old(file: GGUFFile) -> OldCheckpoint:
@@ -190,13 +190,18 @@ class Product:
 
 
 class CheckpointManager:
-    """Writes checkpoint and product of an iteration, points -LATEST at them, and clears away old ones."""
+    """Writes checkpoint and product of an iteration, points -LATEST at them, and clears away old ones.
 
-    def __init__(self, config: LoopOptions, training_type: TrainingType, product: Product) -> None:
+    clear: whether this process writes at all, and may clear away what a killed run has left.
+    """
+
+    def __init__(
+        self, config: LoopOptions, training_type: TrainingType, product: Product, *, clear: bool = True
+    ) -> None:
         self._config, self._product = config, product
         self._type: TrainingType = training_type
         self._templates = [t for t in (config.checkpoint_out, product.template) if t]
-        for template in self._templates:
+        for template in self._templates if clear else ():
             name = Path(template).name
             before, pattern, after = name.partition(config.pattern_fn_it) if config.pattern_fn_it else (name, "", "")
             numbered = rf"(\d+|{re.escape(config.fn_latest)})" if pattern else ""

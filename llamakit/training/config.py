@@ -13,6 +13,7 @@ from llamakit.errors import UsageError
 Device = Literal["auto", "cpu", "cuda"]
 Dtype = Literal["auto", "f32", "bf16"]
 Cache = Literal["auto", "bf16", "none"]
+Shard = Literal["none", "full", "auto"]
 Outtype = Literal["f32", "f16", "bf16"]
 LoraFormat = Literal["gguf", "peft"]
 
@@ -46,7 +47,7 @@ class LoopOptions:
     epochs: int = -1
     """stop after N passes over the samples in this run; -1: no limit"""
     batch: int = 8
-    """sequences per micro-step"""
+    """sequences per micro-step, over all processes of a run"""
     grad_acc: int = 1
     """micro-steps per iteration"""
     seed: int = -1
@@ -89,6 +90,8 @@ class LoopOptions:
     """what to compute in; auto: bf16 where the processor multiplies it fast"""
     threads: int = 6
     """CPU threads, at most the cores that there are"""
+    shard: Shard = "none"
+    """the frozen base whole on each device (none), or a share of its rows (full); auto: full where it does not fit"""
 
     def __post_init__(self) -> None:
         """Raises UsageError naming the flag whose value cannot be."""

@@ -41,12 +41,12 @@ class Corpus:
 
 
 def open_corpus(
-    config: TrainConfig, model_vocabulary: Mapping[str, Any], *, resumes: bool
+    config: TrainConfig, model_vocabulary: Mapping[str, Any], *, resumes: bool, reads_only: bool = False
 ) -> Generator[PrepareReport, None, Corpus]:
     """The corpus of a run; text becomes tokens in OUT_DIR/data first, unless they are there from this very text.
 
     model_vocabulary: `tokenizer.*` keys of the model that is trained on; empty where it is new or has none. resumes:
-    a checkpoint needs the tokens that are there, which are not replaced.
+    a checkpoint needs the tokens that are there, which are not replaced. reads_only: another process has prepared them.
     Raises UsageError and DataError for what cannot be read or used, MismatchError for tokens of another vocabulary.
     """
     vocabulary = _given_vocabulary(config, model_vocabulary)
@@ -54,7 +54,7 @@ def open_corpus(
     if holds_tokens(path):
         data = open_tokens(path)
     else:
-        yield from _prepare(config, vocabulary, resumes=resumes)
+        yield from () if reads_only else _prepare(config, vocabulary, resumes=resumes)
         data = open_tokens(Path(config.out_dir) / _DATA)
     if vocabulary:
         check_vocabulary(data, vocabulary, config.vocab_model or config.init_from)
@@ -65,7 +65,9 @@ def open_corpus(
         raise UsageError("has tokens, and no vocabulary beside them", path=path, hint=hint)
     if data.vocabulary:  # of others' tokens check_vocabulary has read every one
         check_ids(data, len(vocabulary["tokenizer.ggml.tokens"]))
-    return Corpus(data, vocabulary, tokenizer_of(vocabulary, write_vocabulary(Path(config.out_dir), vocabulary)))
+    folder = Path(config.out_dir)
+    file = folder / VOCABULARY if reads_only else write_vocabulary(folder, vocabulary)
+    return Corpus(data, vocabulary, tokenizer_of(vocabulary, file))
 
 
 def _vocabulary_of(path: Path) -> dict[str, Any]:

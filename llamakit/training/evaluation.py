@@ -20,6 +20,7 @@ from llamakit.inference.config import GenerateConfig
 from llamakit.model import Llama
 from llamakit.training.answers import Answers
 from llamakit.training.corpus import Corpus
+from llamakit.training.distributed import Dist
 from llamakit.training.loss import Rows, evaluate_loss
 from llamakit.training.report import Evaluation, Sample
 from llamakit.training.train_config import TrainConfig
@@ -29,11 +30,14 @@ _SAMPLE_SEED = 1337
 
 
 class Evaluator:
-    """Evaluates and samples a model in training, whose mode and weights it leaves as they are."""
+    """Evaluates and samples a model in training, whose mode and weights it leaves as they are.
 
-    def __init__(self, model: Llama, corpus: Corpus, config: TrainConfig, device: torch.device) -> None:
+    dist: the ranks that share an evaluation.
+    """
+
+    def __init__(self, model: Llama, corpus: Corpus, config: TrainConfig, device: torch.device, dist: Dist) -> None:
         """Raises UsageError for a --sample-prompt that leaves no room in the context: now, not hours later."""
-        self._model, self._corpus, self._config, self._device = model, corpus, config, device
+        self._model, self._corpus, self._config, self._device, self._dist = model, corpus, config, device, dist
         prompts = config.sample_prompt if config.sample_tokens else ()
         settings = GenerateConfig(n_predict=config.sample_tokens, seed=_SAMPLE_SEED)
         self._answers = Answers(model, corpus.tokenizer, prompts, settings, as_messages=False)
@@ -73,12 +77,13 @@ class Evaluator:
         self._model.eval()
         total, n_tokens = 0.0, 0
         per_batch = max(1, _TOKENS_AT_A_TIME // self._config.ctx)
-        for rows in _batches(even_windows(split, self._config.ctx, at_most), per_batch):
+        for rows, counts in self._dist.share(_batches(even_windows(split, self._config.ctx, at_most), per_batch)):
             tokens = torch.from_numpy(rows).to(self._device)
-            total += evaluate_loss(self._model, Rows(tokens[:, :-1], tokens[:, 1:]))
-            n_tokens += rows[:, 1:].size
+            total += counts * evaluate_loss(self._model, Rows(tokens[:, :-1], tokens[:, 1:]))
+            n_tokens += counts * rows[:, 1:].size
         self._model.train()
-        return (total / n_tokens if n_tokens else math.nan), n_tokens
+        total, count = self._dist.sum([total, n_tokens])
+        return (total / count if count else math.nan), int(count)
 
     def samples(self, step: int) -> Iterator[Sample]:
         """What the model says to each --sample-prompt, with the same random numbers each time."""

@@ -35,15 +35,17 @@ from llamakit.training.checkpoint import (
     read_checkpoint,
 )
 from llamakit.training.config import FinetuneConfig
+from llamakit.training.distributed import Dist
 from llamakit.training.finetune_data import FinetuneData, read_data
 from llamakit.training.finetune_full import FullSubject
 from llamakit.training.finetune_lora import LoraSubject
 from llamakit.training.log import StepLog
-from llamakit.training.loop import Control, Parameters, Trainer
+from llamakit.training.loop import Control, Parameters, Trainer, agree
 from llamakit.training.optim import schedule
 from llamakit.training.outcome import with_outcome
 from llamakit.training.plan import footprint, held_out_tokens, make_plan
 from llamakit.training.proof import N_TOKENS, logits_of
+from llamakit.training.ranks import check_commands, check_content, find_start, origin, own_name
 from llamakit.training.report import (
     Begin,
     ChatFacts,
@@ -55,6 +57,7 @@ from llamakit.training.report import (
     Remark,
     Report,
 )
+from llamakit.training.sharding import choose_sharding
 from llamakit.training.state import (
     Progress,
     TrainState,
@@ -70,22 +73,24 @@ from llamakit.training.subject import Subject
 from llamakit.training.validation import HeldOut
 
 
-def finetune(config: FinetuneConfig, control: Control | None = None) -> Iterator[Report]:
+def finetune(config: FinetuneConfig, control: Control | None = None, dist: Dist | None = None) -> Iterator[Report]:
     """Train a LoRA adapter on a frozen, packed model, or all of its weights; yields what happens, ends with Finished.
 
     control: set `signal` to have the running step finished, everything saved and the run ended; `save` to save and
     go on. Nothing is written before the base, the text, the checkpoint and the outputs are known to be good.
-    Raises LlamakitError: UsageError, FormatError, DataError, MismatchError (exit code 2), SaveError, DivergedError.
+    dist: the processes that train together; each calls this, and the first of them reads and writes what is on disk.
+    Raises LlamakitError: UsageError, FormatError, DataError, MismatchError (exit code 2), SaveError, DivergedError,
+    LostRankError.
     """
     started = time.perf_counter()
     with ExitStack() as stack:
-        run = _Run(config, control or Control(), stack)
+        run = _Run(config, control or Control(), stack, dist or Dist())
         yield from run.prepare()
         if config.only_write:
-            yield from run.write_product_only()
+            yield from run.write_product_only() if run.dist.is_main else ()
         else:
-            reports = StepLog(config.log_file, append=run.saved is not None).follow(run.train())
-            yield from with_outcome(reports)
+            log_file = config.log_file if run.dist.is_main else ""
+            yield from with_outcome(StepLog(log_file, append=run.saved is not None).follow(run.train()))
         yield Finished(
             run.reason,
             time.perf_counter() - started,
@@ -99,7 +104,7 @@ def plan_finetune(config: FinetuneConfig) -> Iterator[Report]:
     """What `finetune` of these options would take: its reports up to the Plan. No weights are loaded, nothing is
     written. Raises what `finetune` raises before it loads its base."""
     with ExitStack() as stack:
-        run = _Run(config, Control(), stack, writes=False)
+        run = _Run(config, Control(), stack, Dist(), writes=False)
         yield from run.prepare()
         yield from run.plan(run.read_data())
 
@@ -107,8 +112,11 @@ def plan_finetune(config: FinetuneConfig) -> Iterator[Report]:
 class _Run:
     """One run from start to end; a class because so many of its parts need each other."""
 
-    def __init__(self, config: FinetuneConfig, control: Control, stack: ExitStack, *, writes: bool = True) -> None:
-        self.config, self.control, self._stack, self._writes = config, control, stack, writes
+    def __init__(
+        self, config: FinetuneConfig, control: Control, stack: ExitStack, dist: Dist, *, writes: bool = True
+    ) -> None:
+        self.config, self.dist, self._stack, self._writes = config, dist, stack, writes
+        self._given, self.control = control, Control() if dist.joined else control
         self.progress, self.reason = Progress(), ""
 
     # ---- before training -------------------------------------------------------------------------------------
@@ -126,6 +134,8 @@ class _Run:
             raise UsageError(f"--save-best needs {config.pattern_fn_it} in the name of {out}", hint=hint)
         if not (config.product_out or config.checkpoint_out):
             raise UsageError(f"{out} and --checkpoint-out are both empty: nothing would be written")
+        self.dist.check_batch(config.batch)
+        check_commands(self.dist, config)
         # A source that states no context takes any: the model's own is only a bound of --ctx.
         self.base = open_model(config.model_base, n_ctx=config.ctx, rope_theta=config.rope_freq_base)
         check_is_model(self.base)
@@ -133,14 +143,21 @@ class _Run:
         self.shape = _overridden(load_config(self.base), config)
         self.device = resolve_device(config.device)
         self.dtype = training_dtype(config.dtype, self.device)
+        choose_sharding(self.dist, config, self.base, self.device)
         if self._writes:
-            self._claim_outputs()
+            if self.dist.is_main:
+                self._claim_outputs()
             self.stamps = base_stamps(self.base)
-        self.saved = self._read_checkpoint_in()
+        kind = "finetune_full" if config.full else "finetune_lora"
+        start = find_start(self.dist, config, kind, self._read_checkpoint_in)
+        self.saved, self.job = start.state, origin(self.dist, start)
+        if start.own:
+            config = self.config = dataclasses.replace(config, checkpoint_in=own_name(config))
         self.subject = self._subject()
-        self.seed = self._seed()
+        self.seed = self.dist.from_main(self._seed)
         if self._writes:
-            self.manager = CheckpointManager(config, self.subject.training_type, self.subject.product)
+            product, clear = self.subject.product, self.dist.is_main
+            self.manager = CheckpointManager(config, self.subject.training_type, product, clear=clear)
         yield ModelFacts(self.seed, config.model_base, self.shape, config.ctx, self.subject.ranks, self.subject.alpha)
         yield from self._remarks()
 
@@ -179,9 +196,8 @@ class _Run:
         if self.saved is None and config.checkpoint_in:
             yield Remark("note", f"no checkpoint at {config.checkpoint_in}: starting afresh")
         yield from self.subject.remarks()
-        first = self.saved.progress.iterations if self.saved else 0
         if not config.only_write:
-            yield from warmup_remarks(config, first + config.adam_iter)
+            yield from warmup_remarks(config, self.job["first"] + config.adam_iter)
 
     # ---- training --------------------------------------------------------------------------------------------
 
@@ -198,8 +214,9 @@ class _Run:
 
     def plan(self, data: FinetuneData) -> Iterator[Report]:
         """What the run will take, in the way that fits into --max-memory; before the base is loaded."""
+        mine = dataclasses.replace(self.config, batch=self.config.batch // self.dist.world)
         run = footprint(
-            self.config,
+            mine,
             self.shape,
             self.base,
             trained=sum(math.prod(shape) for shape in self.subject.shapes().values()),
@@ -207,8 +224,11 @@ class _Run:
             device=self.device,
             held_out=held_out_tokens(data.facts, self.config.ctx),
             full=self.config.full,
+            n_shares=self.dist.world if self.dist.sharded else 1,
         )
-        self.config, plan = make_plan(self.config, self.base, run, data.facts, dtype=self.dtype, device=self.device)
+        where = {"dtype": self.dtype, "device": self.device, "n_ranks": self.dist.world}
+        mine, plan = make_plan(mine, self.base, run, data.facts, **where)
+        self.config = dataclasses.replace(mine, batch=self.config.batch)
         yield from data.remarks
         yield data.facts
         yield plan
@@ -219,31 +239,38 @@ class _Run:
         yield Loading("text", source, os.path.getsize(source) if os.path.isfile(source) else 0)
         data = self.read_data()
         identity = data.identity | self._identity(data.sha256)
+        check_content(self.dist, identity)
         yield from self._resume(identity)
         yield from self.plan(data)
         config, tokenizer = self.config, self.tokenizer
         dropout = Dropout(config.lora_dropout)
-        model, named = self.subject.build(self.seed, self.device, self.dtype, dropout, config.weight_cache)
-        before = self.progress.iterations
+        model, named = self.subject.build(
+            self.seed, self.device, self.dtype, dropout=dropout, weight_cache=config.weight_cache, dist=self.dist
+        )
+        before = self.job["first"]
         trainer = self._trainer(model, named, data, dropout)
         is_chat = isinstance(data.facts, ChatFacts)
         likeliest = GenerateConfig(n_predict=config.sample_tokens, temperature=0.0, seed=0)
         answers = Answers(model, tokenizer, config.sample_prompt, likeliest, as_messages=is_chat)
         yield from self._facts(trainer)
         whole = config.save_best or config.patience > 0  # evaluations are held against each other
-        held_out = HeldOut(data.held_out, model, self.device, whole=whole)
+        held_out = HeldOut(data.held_out, model, self.device, self.dist, whole=whole)
         if held_out and not self.progress.iterations:
             yield held_out.evaluate("start")
-        yield from answers.samples(before)
+        if self.dist.is_main:
+            yield from answers.samples(self.progress.iterations)
         yield from self._steps(trainer, held_out, answers, identity)
-        if self.subject.product.template and self.progress.iterations > before and not self.control.signal:
+        trained = self.progress.iterations > before and not self.control.signal
+        if self.subject.product.template and trained and (self.dist.is_main or self.dist.sharded):
             some = data.first[: min(N_TOKENS, config.ctx)].astype(np.int64).clip(0, self.shape.n_vocab - 1)
             tokens = torch.from_numpy(some).to(self.device)
             logits = logits_of(model, tokens)
             del model, trainer, held_out, answers  # the base is loaded once more
             path = file_name(self.subject.product.template, config, self.progress.iterations)
-            yield from self.subject.prove(path, tokens, logits, named)
-            yield from self.subject.finish(self._best(path))
+            together = self.dist if self.dist.sharded else Dist()
+            yield from self.subject.prove(path, tokens, logits, named, together)
+            if self.dist.is_main:
+                yield from self.subject.finish(self._best(path))
 
     def _identity(self, text_hash: str) -> dict[str, Any]:
         return (
@@ -265,7 +292,7 @@ class _Run:
         if saved is None:
             return
         path = config.checkpoint_in
-        yield Loading("checkpoint", path, os.path.getsize(path))
+        yield Loading("checkpoint", path, os.path.getsize(path) if self.dist.is_main else 0)
         self.progress = saved.progress
         if isinstance(saved, OldCheckpoint):
             return
@@ -275,19 +302,23 @@ class _Run:
             self.progress.next_sample, self.progress.order_epoch = 0, self.progress.order_epoch + 1
         elif config.force_reshuffle:
             self.progress.next_sample, self.progress.order_epoch = 0, self.progress.order_epoch + 1
-        yield from resume_remarks(saved, self._settings(), place(self.device))
+        yield from resume_remarks(saved, self._settings(), place(self.device, self.dist.world))
 
     def _trainer(self, model: Llama, named: dict[str, Tensor], data: FinetuneData, dropout: Dropout) -> Trainer:
         config = self.config
         model.use_checkpointing = config.use_checkpointing
         parameters = Parameters(named, config)
-        if self.saved is not None:
+        if self.saved is not None and self.dist.is_main:
             check_shapes(self.saved.arrays, parameters.shapes, config.checkpoint_in)
             parameters.restore(self.saved.arrays, self.progress.updates)
             self.saved.arrays.clear()
+        parameters.send(self.dist)
         order = SampleOrder(self.seed, data.n_samples, self.progress.order_epoch, self.progress.next_sample)
         factor = partial(schedule, config=config)
-        return Trainer(model.train(), parameters, data.batches, order, self.progress, config, dropout, factor)
+        return Trainer(
+            model.train(), parameters, data.batches, order, self.progress, config, dropout, factor, self.dist,
+            epochs_before=self.job["epochs"],
+        )  # fmt: skip
 
     def _facts(self, trainer: Trainer) -> Iterator[Report]:
         config, progress = self.config, self.progress
@@ -296,15 +327,16 @@ class _Run:
             progress.iterations, progress.samples, progress.tokens, progress.epochs, progress.updates,
             4 * trained, 8 * trained, trained, "model" if config.full else "lora",
         )  # fmt: skip
-        yield Begin(progress.iterations, config.adam_iter)
+        yield Begin(progress.iterations, self._n_left)
 
     def _steps(
         self, trainer: Trainer, held_out: HeldOut, answers: Answers, identity: dict[str, Any]
     ) -> Iterator[Report]:
         config, control, progress = self.config, self.control, self.progress
         last_save, self.reason = progress.iterations, "all iterations are done"
-        for left in range(config.adam_iter - 1, -1, -1):
+        for left in range(self._n_left - 1, -1, -1):
             report = trainer.step(left)
+            agree(self.dist, self._given, control)
             stop = trainer.why_stop(report) or ("interrupted" if control.signal else "")
             due = config.save_every > 0 and progress.iterations - last_save >= config.save_every
             if not (due or stop or control.save or left == 0) or trainer.diverged:
@@ -319,18 +351,28 @@ class _Run:
                 yield report
                 if evaluation is not None:
                     yield evaluation
-                if not control.signal:
+                if not control.signal and self.dist.is_main:
                     yield from answers.samples(report.step)
                 control.save, last_save = False, progress.iterations
-                yield from self.manager.save(self._state(trainer, identity))
-                if config.save_best and evaluation is not None and evaluation.is_best:
-                    yield from self.manager.mark(progress, "BEST")
+                is_best = config.save_best and evaluation is not None and evaluation.is_best
+                yield from self._save(trainer, identity, is_best=is_best)
             trainer.check_diverged()
             if stop or control.signal:
                 self.reason = stop or "interrupted"
                 break
         if last_save < progress.iterations:  # the signal came between a step and the next
+            yield from self._save(trainer, identity)
+
+    @property
+    def _n_left(self) -> int:
+        return max(0, self.job["first"] + self.config.adam_iter - self.progress.iterations)
+
+    def _save(self, trainer: Trainer, identity: dict[str, Any], *, is_best: bool = False) -> Iterator[Report]:
+        """Rank 0 has all that there is to save."""
+        if self.dist.is_main:
             yield from self.manager.save(self._state(trainer, identity))
+            if is_best:
+                yield from self.manager.mark(self.progress, "BEST")
 
     def _best(self, path: Path) -> Path:
         """The product of the best evaluation where it was kept, else the last, which is at path."""
@@ -348,7 +390,8 @@ class _Run:
         return dataclasses.replace(evaluation, is_best=is_best)
 
     def _state(self, trainer: Trainer, identity: dict[str, Any]) -> TrainState:
-        return TrainState(identity, self._settings(), place(self.device), self.progress, trainer.parameters.snapshot())
+        here, arrays = place(self.device, self.dist.world), trainer.parameters.snapshot()
+        return TrainState(identity, self._settings(), here, self.progress, arrays, self.job)
 
     def write_product_only(self) -> Iterator[Report]:
         """--only-write-lora, --only-write-model: the adapter or model of --checkpoint-in."""

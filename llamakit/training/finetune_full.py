@@ -25,6 +25,7 @@ from llamakit.quant import dequantize
 from llamakit.training.blueprint import ROPE_FREQS, build, from_file, rounded, write_model
 from llamakit.training.checkpoint import Product, TrainingType
 from llamakit.training.config import Cache, FinetuneConfig
+from llamakit.training.distributed import Dist
 from llamakit.training.proof import logits_of, tolerance
 from llamakit.training.report import Remark, Report, Verified
 from llamakit.training.subject import Built
@@ -74,7 +75,7 @@ class FullSubject:
                          " free: a larger --save-every or --keep-last 2 needs less")  # fmt: skip
 
     def build(
-        self, seed: int, device: torch.device, dtype: torch.dtype, dropout: Dropout, weight_cache: Cache
+        self, seed: int, device: torch.device, dtype: torch.dtype, *, dropout: Dropout, weight_cache: Cache, dist: Dist
     ) -> Built:
         """The base with a trained leaf in the place of each packed one; nothing in it is dropped or drawn."""
         self._dtype = dtype
@@ -83,7 +84,9 @@ class FullSubject:
     def _write(self, path: Path, arrays: Mapping[str, np.ndarray]) -> None:
         write_model(path, arrays, self._blueprint, self._config.outtype)
 
-    def prove(self, path: Path, tokens: Tensor, logits: Tensor, named: Mapping[str, Tensor]) -> Iterator[Report]:
+    def prove(
+        self, path: Path, tokens: Tensor, logits: Tensor, named: Mapping[str, Tensor], dist: Dist
+    ) -> Iterator[Report]:
         """Every tensor of the file is the trained one, rounded to its type; and so are the logits of the whole."""
         device = next(iter(named.values())).device
         load = partial(load_model, device=device, dtype=self._dtype, weight_cache="none")

@@ -18,15 +18,17 @@ from llamakit.errors import MismatchError, UsageError
 from llamakit.formats.adapter import write_adapter, write_adapter_folder
 from llamakit.formats.base import ModelFile
 from llamakit.formats.peft import FILES as PEFT_FILES
-from llamakit.model import ModelConfig, load_model
+from llamakit.model import Llama, ModelConfig, load_model
 from llamakit.model.device import dtype_name
 from llamakit.model.layers import Dropout
 from llamakit.training.checkpoint import OldCheckpoint, Product, TrainingType
 from llamakit.training.config import Cache, FinetuneConfig
+from llamakit.training.distributed import Dist
 from llamakit.training.lora import as_adapter, attach_trainable, named_pairs, rank_field
 from llamakit.training.lora_plan import plan_lora
 from llamakit.training.proof import prove
 from llamakit.training.report import Remark, Report, Saving
+from llamakit.training.sharding import load_sharded
 from llamakit.training.state import TrainState
 from llamakit.training.subject import Built
 
@@ -85,21 +87,22 @@ class LoraSubject:
                          " failed assertion on adapters that change it")  # fmt: skip
 
     def build(
-        self, seed: int, device: torch.device, dtype: torch.dtype, dropout: Dropout, weight_cache: Cache
+        self, seed: int, device: torch.device, dtype: torch.dtype, *, dropout: Dropout, weight_cache: Cache, dist: Dist
     ) -> Built:
         """The base, packed, with a pair on every tensor that is trained."""
         self._dtype = dtype
-        model = load_model(
-            self._base,
-            device=device,
-            dtype=dtype,
-            weight_cache=weight_cache,
-            config=self._shape,
-            for_training=True,
-        )
+        model = self._load(device, weight_cache, dist, for_training=True)
         start = self._plan.initial(self._shape, seed)
         pairs = attach_trainable(model, start, self.alpha, dropout, rslora=self._config.rslora)
         return model, named_pairs(pairs)
+
+    def _load(self, device: torch.device, weight_cache: Cache, dist: Dist, *, for_training: bool = False) -> Llama:
+        """The base, or this rank's share of it."""
+        where: dict[str, Any] = {"device": device, "dtype": self._dtype, "config": self._shape}
+        if dist.sharded:
+            return load_sharded(self._base, dist=dist, **where)
+        more: dict[str, Any] = {"for_training": for_training, "n_sharing": dist.local_world}
+        return load_model(self._base, weight_cache=weight_cache, **where, **more)
 
     def _write(self, path: Path, arrays: Mapping[str, np.ndarray]) -> None:
         adapter = as_adapter(arrays, self.alpha, rslora=self._config.rslora)
@@ -109,12 +112,13 @@ class LoraSubject:
         folder = self._config.model_base if os.path.isdir(self._config.model_base) else None
         write_adapter_folder(path, adapter, self._base, base_model=folder, replace=True)
 
-    def prove(self, path: Path, tokens: Tensor, logits: Tensor, named: Mapping[str, Tensor]) -> Iterator[Report]:
+    def prove(
+        self, path: Path, tokens: Tensor, logits: Tensor, named: Mapping[str, Tensor], dist: Dist
+    ) -> Iterator[Report]:
         """The adapter that was written, on a fresh base."""
         device = next(iter(named.values())).device
-        load = partial(load_model, self._base, device=device, dtype=self._dtype, weight_cache="none",
-                       config=self._shape)  # fmt: skip
-        verified = prove(path, self._base, load, tokens, logits, self._dtype)
+        load = partial(self._load, device, "none", dist)
+        verified = prove(path, self._base, load, tokens, logits, self._dtype, dist)
         yield verified
         if not verified.change:
             yield Remark("warning", f"the adapter is so small that no logit changes in {dtype_name(self._dtype)}")

@@ -22,6 +22,7 @@ from llamakit.errors import DivergedError
 from llamakit.model import Llama
 from llamakit.model.layers import Dropout
 from llamakit.training.config import LoopOptions
+from llamakit.training.distributed import Dist
 from llamakit.training.loss import backpropagate, rows_of
 from llamakit.training.optim import AdamW, clip_gradient
 from llamakit.training.report import StepReport
@@ -29,8 +30,6 @@ from llamakit.training.state import MOMENT_SUFFIXES, Progress
 
 # So many steps in a row without a finite loss, and the run is over.
 _MOST_SKIPPED = 5
-# Parts of a micro-step draw dropout masks of their own, whose keys no micro-step comes to.
-_PARTS_APART = 1 << 40
 
 
 @dataclass
@@ -39,6 +38,15 @@ class Control:
 
     signal: int = 0
     save: bool = False
+
+
+def agree(dist: Dist, given: Control, agreed: Control) -> None:
+    """What any rank was asked for becomes what all do: they stop, or save, after the same step."""
+    if given is agreed:
+        return
+    number, save = dist.most([given.signal, given.save])
+    given.signal = agreed.signal = int(number)
+    given.save, agreed.save = False, agreed.save or bool(save)
 
 
 class Batches(Protocol):
@@ -86,6 +94,11 @@ class Parameters:
                 moment.copy_(torch.from_numpy(array))
         self.optimizer.updates = updates
 
+    def send(self, dist: Dist) -> None:
+        """Rank 0's weights, moments and number of updates to all ranks."""
+        dist.send(self.optimizer.state)
+        self.optimizer.updates = int(dist.main_number(self.optimizer.updates))
+
     def snapshot(self) -> dict[str, np.ndarray]:
         """All tensors and moments, float32; on a CPU they are views, good until the next step."""
         arrays = {}
@@ -113,13 +126,17 @@ class Trainer:
         config: LoopOptions,
         dropout: Dropout,
         factor: Callable[[int], float],
+        dist: Dist,
+        *,
+        epochs_before: int,
     ) -> None:
-        """factor: share of the learning rate for an iteration, from 1."""
+        """factor: share of the learning rate for an iteration, from 1. dist: the ranks that share each batch.
+        epochs_before: that were over when the run began."""
         self.model, self.parameters, self.batches = model, parameters, batches
         self.order, self.progress, self.config, self.dropout = order, progress, config, dropout
-        self._factor = factor
+        self._factor, self._dist = factor, dist
         self._device = next(iter(parameters.named.values())).device
-        self._begin, self._epochs_before, self._skipped = time.perf_counter(), progress.epochs, 0
+        self._begin, self._epochs_before, self._skipped = time.perf_counter(), epochs_before, 0
 
     def step(self, left: int) -> StepReport:
         """One iteration; left: how many are to come. A step without a finite loss and gradient changes nothing."""
@@ -156,14 +173,26 @@ class Trainer:
         )
 
     def _accumulate(self) -> tuple[float, int]:
-        """Gradients of one iteration's micro-steps; the mean loss of their trained tokens, and all their tokens."""
+        """Gradients of one iteration's micro-steps; the mean loss of their trained tokens, and all their tokens.
+
+        Every rank makes the whole batches, computes its rows, and weighs them by the trained tokens of all rows: the
+        sum over ranks is what one rank would have. The ranks meet once, behind the last micro-step.
+        """
         config, progress, total = self.config, self.progress, 0.0
         batches = list(self._next_batches())
         n_trained = sum(batch.n_trained for batch in batches)
         for micro, batch in enumerate(batches):
-            for part, rows in enumerate(rows_of(batch, self._device).parts(config.micro_rows)):
-                self.dropout.key = progress.iterations * config.grad_acc + micro + part * _PARTS_APART
-                total += backpropagate(self.model, rows, 1 / n_trained)
+            mine = self._dist.rows(len(batch.inputs))
+            counts = mine.start < mine.stop  # an epoch's last rows may be fewer than the ranks
+            if not (counts or self._dist.sharded):
+                continue
+            mine = mine if counts else slice(0, 1)
+            self.dropout.key = progress.iterations * config.grad_acc + micro
+            for at, rows in rows_of(batch, self._device, mine).parts(config.micro_rows):
+                self.dropout.rows = range(mine.start + at, mine.start + at + len(rows.tokens))
+                total += counts * backpropagate(self.model, rows, counts / n_trained)
+        self._dist.add_up(self.parameters.optimizer.gradient)
+        (total,) = self._dist.sum([total])
         progress.order_epoch, progress.next_sample = self.order.epoch, self.order.next_sample
         return total / n_trained, sum(batch.n_tokens for batch in batches)
 

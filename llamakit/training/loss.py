@@ -6,10 +6,12 @@ Shapes: N tokens, B rows, T places of a row, C n_embd, V n_vocab.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from llamakit.dataset.packing import ChatBatch
 from llamakit.dataset.text import Batch
@@ -45,23 +47,23 @@ class Rows:
         rest = (x if x is None else x.to(device) for x in (self.trained, self.positions, self.segments))
         return Rows(self.tokens.to(device), self.targets.to(device), *rest)
 
-    def parts(self, size: int) -> Iterator[Rows]:
-        """The same, at most `size` rows at a time, in order."""
+    def parts(self, size: int) -> Iterator[tuple[int, Rows]]:
+        """The same, at most `size` rows at a time, in order, each part with the number of its first row."""
         for at in range(0, len(self.tokens), size):
             some = slice(at, at + size)
             rest = (x if x is None or x.dim() == 1 else x[some] for x in (self.trained, self.positions, self.segments))
-            yield Rows(self.tokens[some], self.targets[some], *rest)
+            yield at, Rows(self.tokens[some], self.targets[some], *rest)
 
 
-def rows_of(batch: Batch | ChatBatch, device: torch.device) -> Rows:
-    """A batch as a model takes it."""
-    tokens, targets = (torch.from_numpy(x).to(device) for x in (batch.inputs, batch.targets))
+def rows_of(batch: Batch | ChatBatch, device: torch.device, rows: slice = slice(None)) -> Rows:
+    """A batch, or some rows of it, as a model takes it."""
+    tokens, targets = (torch.from_numpy(x[rows]).to(device) for x in (batch.inputs, batch.targets))
     if isinstance(batch, Batch):
         return Rows(tokens, targets)
-    trained = torch.from_numpy(batch.trained).to(device)
+    trained = torch.from_numpy(batch.trained[rows]).to(device)
     if not batch.packed:  # padding stands behind each sample: a causal mask hides it
         return Rows(tokens, targets, trained)
-    positions, segments = (torch.from_numpy(x).to(device) for x in (batch.positions, batch.segments))
+    positions, segments = (torch.from_numpy(x[rows]).to(device) for x in (batch.positions, batch.segments))
     return Rows(tokens, targets, trained, positions, segments)
 
 
@@ -103,9 +105,24 @@ def _chunk_tokens(model: Llama) -> int:
     return CHUNK_TOKENS
 
 
+@contextmanager
+def gathered(module: nn.Module) -> Iterator[None]:
+    """A module whose rows lie on several ranks, whole for the time of several uses; each rank may use it as often as it
+    likes then. Any other module is whole already."""
+    part: Any = getattr(module, "base", module)  # below a LoRA
+    if not hasattr(part, "unshard"):
+        yield
+        return
+    part.unshard()
+    try:
+        yield
+    finally:
+        part.reshard()
+
+
 def evaluate_loss(model: Llama, rows: Rows) -> float:
     """Sum of the losses of the trained targets, float32 per token; no gradient."""
-    with torch.no_grad():
+    with torch.no_grad(), gathered(model.output):
         hidden = model(rows.tokens, rows.positions, segments=rows.segments).flatten(0, 1)
         wanted = rows.targets.flatten()
         if rows.trained is not None:
@@ -134,12 +151,13 @@ def backpropagate(model: Llama, rows: Rows, weight: float) -> float:
         flat, wanted = flat[chosen], wanted[chosen]
     d_hidden, total = torch.empty_like(flat), 0.0
     size = _chunk_tokens(model)
-    for at in range(0, len(wanted), size):
-        chunk = flat[at : at + size].detach().requires_grad_()
-        loss = _CrossEntropySum.apply(model.output(chunk), wanted[at : at + size], weight)
-        loss.backward()
-        total += float(loss.detach())
-        d_hidden[at : at + size] = chunk.grad  # pyright: ignore[reportArgumentType]
+    with gathered(model.output):
+        for at in range(0, len(wanted), size):
+            chunk = flat[at : at + size].detach().requires_grad_()
+            loss = _CrossEntropySum.apply(model.output(chunk), wanted[at : at + size], weight)
+            loss.backward()
+            total += float(loss.detach())
+            d_hidden[at : at + size] = chunk.grad  # pyright: ignore[reportArgumentType]
     if chosen is not None:
         d_all = torch.zeros_like(hidden).flatten(0, 1)
         d_all[chosen] = d_hidden

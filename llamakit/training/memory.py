@@ -6,6 +6,7 @@ constants). Shapes: C n_embd, F n_ff, H n_head, K n_head_kv, D head_dim, T ctx, 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from typing import Literal
@@ -70,7 +71,8 @@ class Footprint:
 
     tensors: of the base, by name; trained: numbers that are trained; full: these are all of the weights. rows: that are
     computed at a time, of ctx tokens each. item: bytes of a number that is computed with. held_out: tokens that are
-    evaluated. native: attention keeps its softmax up to 1,024 tokens, as it does on a CPU.
+    evaluated. native: attention keeps its softmax up to 1,024 tokens, as it does on a CPU. n_shares: ranks that hold
+    their rows of the packed weights each, and gather a block at a time.
     """
 
     shape: ModelConfig
@@ -84,6 +86,7 @@ class Footprint:
     item: int
     held_out: int = 0
     native: bool = True
+    n_shares: int = 1
 
 
 def kept_numbers(config: ModelConfig, ctx: int, *, native: bool = True) -> int:
@@ -144,6 +147,17 @@ def cache_sizes(shape: ModelConfig, tensors: Mapping[str, TensorInfo], item: int
     return {"twice": 2 * item * sum(m.n_elements for m in found), "once": sum(packed), "none": buffer}
 
 
+def base_bytes(run: Footprint) -> int:
+    """Packed weights: all of them, or a rank's rows and the largest group that is gathered, a block or a table."""
+    whole = sum(info.n_bytes for info in run.tensors.values())
+    if run.n_shares == 1:
+        return whole
+    groups = Counter[str]()
+    for name, info in run.tensors.items():
+        groups[name.rsplit(".", 2)[0] if name.startswith("blk.") else name] += info.n_bytes
+    return whole // run.n_shares + max(groups.values())
+
+
 def trained_bytes(run: Footprint) -> int:
     """Weights that are trained, their gradients and moments."""
     rounded = run.item if run.full and run.item < 4 else 0
@@ -155,7 +169,7 @@ def memory_of(run: Footprint, interpreter: int) -> Memory:
     cache = 0 if run.full else cache_sizes(run.shape, run.tensors, run.item)[run.kept]
     return Memory(
         interpreter=interpreter + _LIBRARIES,
-        base=0 if run.full else sum(info.n_bytes for info in run.tensors.values()),
+        base=0 if run.full else base_bytes(run),
         cache=cache,
         trained=trained_bytes(run),
         activations=activation_bytes(run),

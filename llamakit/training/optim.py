@@ -87,6 +87,11 @@ class AdamW:
         """First and second moment of each parameter, in its shape: views."""
         return [(m, v) for _, _, m, v in self._states]
 
+    @property
+    def state(self) -> tuple[Tensor, Tensor, Tensor]:
+        """All weights, first and second moments: a vector each."""
+        return self._vector, self._m, self._v
+
     def step(self, lr: float) -> None:
         """One update with what has been added up in `gradient`."""
         config = self._config

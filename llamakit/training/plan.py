@@ -115,11 +115,13 @@ def footprint(
     device: torch.device,
     held_out: int,
     full: bool = False,
+    n_shares: int = 1,
 ) -> Footprint:
     """What of a run decides over its memory. trained: numbers; held_out: tokens to evaluate."""
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory_bytes()
     sizes = cache_sizes(shape, base.tensors, dtype.itemsize)
-    kept: Kept = kept_by(config.weight_cache, sizes, free, twice=can_prepack(device, dtype))
+    weight_cache = config.weight_cache if n_shares == 1 else "none"
+    kept: Kept = kept_by(weight_cache, sizes, free, twice=can_prepack(device, dtype))
     return Footprint(
         shape=shape,
         tensors=base.tensors,
@@ -132,6 +134,7 @@ def footprint(
         item=dtype.itemsize,
         held_out=held_out,
         native=device.type == "cpu",
+        n_shares=n_shares,
     )
 
 
@@ -143,9 +146,11 @@ def make_plan(
     *,
     dtype: torch.dtype,
     device: torch.device,
+    n_ranks: int = 1,
 ) -> tuple[FinetuneConfig, Plan]:
     """The options of a run that is about to load its base, within --max-memory, and what it will take.
 
+    n_ranks: that train together, config.batch being this one's share of the sequences.
     Raises UsageError where nothing fits into --max-memory.
     """
     interpreter = resident_bytes() if device.type == "cpu" else 0
@@ -154,7 +159,7 @@ def make_plan(
         choice = chosen(config, run, interpreter, twice=can_prepack(device, dtype))
     config, run = choice.config, choice.run
     rows, share = _rows_and_share(facts)
-    n_steps = n_iterations(config, rows)
+    n_steps = n_iterations(config, -(-rows // n_ranks))
     memory = memory_of(run, interpreter)
     plan = Plan(
         device=device.type,
@@ -166,7 +171,7 @@ def make_plan(
         n_steps=n_steps,
         memory=memory.parts(),
         trained_parameters=run.trained,
-        n_tokens=n_steps * config.batch * config.grad_acc * config.ctx,
+        n_tokens=n_steps * n_ranks * config.batch * config.grad_acc * config.ctx,
         trained_share=share,
         disk=disk_bytes(config, run.trained, n_steps),
         options=_told(config, run),

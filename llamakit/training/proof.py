@@ -13,6 +13,8 @@ from llamakit.formats.adapter import Adapter, read_adapter
 from llamakit.formats.base import ModelFile
 from llamakit.model import Llama
 from llamakit.model.lora import attach
+from llamakit.training.distributed import Dist
+from llamakit.training.loss import gathered
 from llamakit.training.report import Verified
 
 #: tokens that are compared
@@ -31,7 +33,7 @@ def logits_of(model: Llama, tokens: Tensor) -> Tensor:
     training = model.training
     model.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), gathered(model.output):
             return model.logits(model(tokens[None]))[0]
     finally:
         model.train(training)
@@ -44,13 +46,15 @@ def prove(
     tokens: Tensor,
     trained: Tensor,
     dtype: torch.dtype,
+    dist: Dist,
 ) -> Verified:
     """Read the adapter at path, put it on a fresh base, and compare its logits of tokens (T,) with the trained ones.
 
-    load: gives the base, without an adapter. trained: (T, n_vocab) float32. Raises LlamakitError where the adapter
-    changes nothing, or is not what was trained, and what `read_adapter` raises.
+    load: gives the base, without an adapter. trained: (T, n_vocab) float32. dist: the ranks that do this together, of
+    which the first reads the file. Raises LlamakitError where the adapter changes nothing, or is not what was trained,
+    and what `read_adapter` raises.
     """
-    adapter = read_adapter(path, base)
+    adapter = dist.from_main(lambda: read_adapter(path, base))
     if not _changes(adapter):
         hint = "no step had an effect: see --adam-alpha, and the steps that were skipped"
         raise LlamakitError("the adapter changes nothing: all of its products are 0", path=path, hint=hint)

@@ -51,19 +51,25 @@ def keep_records(
 
 
 def keep_report(
-    reports: Iterable[_Told], config: FinetuneConfig, command: str, folder: str | os.PathLike[str]
+    reports: Iterable[_Told],
+    config: FinetuneConfig,
+    command: str,
+    folder: str | os.PathLike[str],
+    *,
+    append: bool = False,
 ) -> Iterator[_Told | Remark]:
     """Pass the reports of `finetune` on, and write the report of the run into a folder, which is made, at the end; on
     the way metrics.jsonl in it, which a resumed run goes on with.
 
-    command: the shell's line that does the same again. Raises SaveError.
+    command: the shell's line that does the same again. append: metrics.jsonl is gone on with, whatever else there is.
+    Raises SaveError.
     """
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise SaveError(f"cannot make the folder of the report: {error.strerror or error}", path=folder) from error
-    goes_on = bool(config.checkpoint_in) and os.path.lexists(config.checkpoint_in)
+    goes_on = append or (bool(config.checkpoint_in) and os.path.lexists(config.checkpoint_in))
     recorder = Recorder("llamakit finetune", command, config)
     metrics = StepLog(str(folder / "metrics.jsonl"), append=goes_on, events=True)
     written: list[Path] = []

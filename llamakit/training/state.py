@@ -40,6 +40,7 @@ class TrainState:
     """identity: what must be the same; settings: what the command line may change; place: where it was computed.
 
     arrays: every trained tensor, float32, by name; behind `.m` and `.v` Adam's two moments of it, where they are known.
+    job: of a run that torch's launcher may start anew: its name (empty: there is no launcher), and where it began.
     """
 
     identity: dict[str, Any]
@@ -47,6 +48,7 @@ class TrainState:
     place: dict[str, Any]
     progress: Progress
     arrays: dict[str, np.ndarray]
+    job: dict[str, Any] = field(default_factory=dict)
 
     def description(self) -> dict[str, Any]:
         """All but the arrays, as plain JSON values."""
@@ -55,7 +57,7 @@ class TrainState:
             "settings": self.settings,
             "place": self.place,
             "progress": asdict(self.progress),
-        }
+        } | ({"job": self.job} if self.job.get("name") else {})
 
 
 MOMENT_SUFFIXES = (".m", ".v")
@@ -177,7 +179,7 @@ def check_identity(
             "base file": "the base model's file (fingerprint)",
         }
         raise MismatchError(
-            f"{what.get(key, key)} is {_shown(saved[key])} in the checkpoint, and {_shown(value)} in this run",
+            f"{what.get(key, key)} is {shown(saved[key])} in the checkpoint, and {shown(value)} in this run",
             path=path,
             hint=hints.get(key, "give the checkpoint's value, or another --checkpoint-in to start afresh"),
         )
@@ -194,15 +196,16 @@ def _flat(identity: Mapping[str, Any]) -> dict[str, Any]:
 def changed_settings(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """`--flag NEW (was OLD)` for every setting that the command line changes."""
     return [
-        f"{key} {_shown(value)} (was {_shown(saved[key])})"
+        f"{key} {shown(value)} (was {shown(saved[key])})"
         for key, value in now.items()
         if key in saved and saved[key] != value
     ]
 
 
-def place(device: torch.device) -> dict[str, Any]:
+def place(device: torch.device, n_ranks: int = 1) -> dict[str, Any]:
     """Where a run computes, on which its last bits depend."""
-    return {"device": device.type, "threads": torch.get_num_threads(), "torch": torch.__version__}
+    here = {"device": device.type, "threads": torch.get_num_threads(), "torch": torch.__version__}
+    return here | ({"ranks": n_ranks} if n_ranks > 1 else {})
 
 
 def resume_remarks(saved: TrainState, settings: Mapping[str, Any], here: Mapping[str, Any]) -> Iterator[Remark]:
@@ -210,7 +213,8 @@ def resume_remarks(saved: TrainState, settings: Mapping[str, Any], here: Mapping
     changed = changed_settings(saved.settings, settings)
     if changed:
         yield Remark("warning", f"the command line changes the checkpoint's settings: {', '.join(changed)}")
-    moved = [f"{k} {v} (was {saved.place[k]})" for k, v in here.items() if saved.place.get(k) != v]
+    before, now = {"ranks": 1, **saved.place}, {"ranks": 1, **here}
+    moved = [f"{k} {v} (was {before.get(k, 'unknown')})" for k, v in now.items() if before.get(k) != v]
     if moved:
         yield Remark("note", f"{', '.join(moved)}: results are no longer exact to the last bit")
 
@@ -223,7 +227,8 @@ def warmup_remarks(config: LoopOptions, last: int) -> Iterator[Remark]:
                      f" learning rate will reach {peak:.3g}, not {config.adam_alpha:g}")  # fmt: skip
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """A fact's value in words; hashes are cut."""
     if isinstance(value, str) and len(value) == 64:
         return value[:16]
     if value is None:

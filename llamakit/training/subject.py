@@ -13,6 +13,7 @@ from llamakit.model import Llama
 from llamakit.model.layers import Dropout
 from llamakit.training.checkpoint import Product, TrainingType
 from llamakit.training.config import Cache
+from llamakit.training.distributed import Dist
 from llamakit.training.report import Remark, Report
 
 
@@ -53,18 +54,22 @@ class Subject(Protocol):
         ...
 
     def build(
-        self, seed: int, device: torch.device, dtype: torch.dtype, dropout: Dropout, weight_cache: Cache
+        self, seed: int, device: torch.device, dtype: torch.dtype, *, dropout: Dropout, weight_cache: Cache, dist: Dist
     ) -> Built:
         """The model as it starts, and what of it is trained: float32, by name in checkpoints.
 
-        weight_cache: how the weights of a frozen base are kept, see `load_model`.
+        weight_cache: how the weights of a frozen base are kept, see `load_model`. dist: the ranks, which may have a
+        share of it each.
         """
         ...
 
-    def prove(self, path: Path, tokens: Tensor, logits: Tensor, named: Mapping[str, Tensor]) -> Iterator[Report]:
+    def prove(
+        self, path: Path, tokens: Tensor, logits: Tensor, named: Mapping[str, Tensor], dist: Dist
+    ) -> Iterator[Report]:
         """What was written at path is what was trained: it gives the logits (T, n_vocab) of tokens (T,).
 
-        named: as `build` gave it, trained. Raises LlamakitError where it is not, or where it changes nothing.
+        named: as `build` gave it, trained. dist: the ranks that do this together. Raises LlamakitError where it is not,
+        or where it changes nothing.
         """
         ...
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from llamakit.dataset.order import SampleOrder
 from llamakit.dataset.prepare import Report as PrepareReport
 from llamakit.dataset.tokens import Split, hash_tokens
 from llamakit.dataset.windows import Windows
-from llamakit.errors import DataError, UsageError
+from llamakit.errors import DataError, UnsupportedError, UsageError
 from llamakit.files import RunLock
 from llamakit.formats.base import ModelFile
 from llamakit.formats.llama2c_checkpoint import AdamState, Llama2cCheckpoint
@@ -28,12 +28,21 @@ from llamakit.model.device import dtype_name, resolve_device, training_dtype
 from llamakit.model.layers import Dropout
 from llamakit.native import library
 from llamakit.training.blueprint import ROPE_FREQS, Blueprint, build, from_file, from_scratch, write_model
-from llamakit.training.checkpoint import CheckpointManager, Product, claim_outputs, file_name, read_checkpoint
-from llamakit.training.corpus import known_vocabulary, open_corpus
+from llamakit.training.checkpoint import (
+    CheckpointManager,
+    OldCheckpoint,
+    Product,
+    claim_outputs,
+    file_name,
+    read_checkpoint,
+)
+from llamakit.training.corpus import Corpus, known_vocabulary, open_corpus
+from llamakit.training.distributed import Dist
 from llamakit.training.evaluation import Evaluator
 from llamakit.training.log import StepLog
-from llamakit.training.loop import Control, Parameters, Trainer
+from llamakit.training.loop import Control, Parameters, Trainer, agree
 from llamakit.training.optim import above_floor, decay
+from llamakit.training.ranks import check_commands, check_content, find_start, origin, own_name
 from llamakit.training.report import (
     Begin,
     Evaluation,
@@ -64,21 +73,25 @@ _SETTINGS = (
 _OLD_CHECKPOINT = "ckpt.pt"
 
 
-def train(config: TrainConfig, control: Control | None = None) -> Iterator[Report | PrepareReport]:
+def train(
+    config: TrainConfig, control: Control | None = None, dist: Dist | None = None
+) -> Iterator[Report | PrepareReport]:
     """Train all weights of a model on text or tokens; yields what happens, ends with Finished.
 
     control: set `signal` to have the running step finished, everything saved and the run ended; `save` to save and
-    go on. Raises LlamakitError: UsageError, FormatError, DataError, MismatchError (exit code 2), SaveError,
-    DivergedError.
+    go on. dist: the processes that train together; each calls this, and the first of them reads and writes what is on
+    disk. Raises LlamakitError: UsageError, FormatError, DataError, MismatchError (exit code 2), SaveError,
+    DivergedError, LostRankError.
     """
     started = time.perf_counter()
     with ExitStack() as stack:
-        run = _Run(config.placed(), control or Control(), stack, started)
+        run = _Run(config.placed(), control or Control(), stack, started, dist or Dist())
         yield from run.prepare()
         if config.only_write_model:
-            yield from run.write_model_only()
+            yield from run.write_model_only() if run.dist.is_main else ()
         else:
-            yield from StepLog(run.config.log_file, append=run.saved is not None, events=True).follow(run.train())
+            log_file = run.config.log_file if run.dist.is_main else ""
+            yield from StepLog(log_file, append=run.saved is not None, events=True).follow(run.train())
         files = run.manager.latest()
         yield Finished(run.reason, time.perf_counter() - started, run.progress.iterations, files, run.control.signal)
 
@@ -86,8 +99,9 @@ def train(config: TrainConfig, control: Control | None = None) -> Iterator[Repor
 class _Run:
     """One run from start to end; a class because so many of its parts need each other."""
 
-    def __init__(self, config: TrainConfig, control: Control, stack: ExitStack, started: float) -> None:
-        self.config, self.control, self._stack, self._started = config, control, stack, started
+    def __init__(self, config: TrainConfig, control: Control, stack: ExitStack, started: float, dist: Dist) -> None:
+        self.config, self.dist, self._stack, self._started = config, dist, stack, started
+        self._given, self.control = control, Control() if dist.joined else control
         self.progress, self.reason, self._new_best = Progress(), "", False
         self._moments: AdamState | None = None
 
@@ -101,12 +115,22 @@ class _Run:
             raise UsageError("--train-data is missing", hint=hint)
         if not (config.model_out or config.checkpoint_out):
             raise UsageError("--model-out and --checkpoint-out are both empty: nothing would be written")
+        self.dist.check_batch(config.batch)
+        if config.shard == "full" and self.dist.world > 1:
+            reason = "--shard full is finetune's: train keeps all weights and moments on every device"
+            raise UnsupportedError(reason, hint="give --shard none, or more memory to each device")
+        check_commands(self.dist, config)
         self.device = resolve_device(config.device)
         self.dtype = training_dtype(config.dtype, self.device)
-        self._claim_outputs()
-        self.saved = self._read_checkpoint_in()
+        if self.dist.is_main:
+            self._claim_outputs()
+        start = find_start(self.dist, config, "train_model", self._read_checkpoint_in)
+        assert not isinstance(start.state, OldCheckpoint), "only finetune has checkpoints of the old tool"
+        self.saved, self.job = start.state, origin(self.dist, start)
+        if start.own:
+            config = self.config = dataclasses.replace(config, checkpoint_in=own_name(config))
         self.start, remarks = self._starting_model()
-        self.seed = self._seed()
+        self.seed = self.dist.from_main(self._seed)
         yield from remarks
         if not (config.only_write_model or config.eval_only):
             yield from warmup_remarks(config, config.adam_iter)
@@ -114,11 +138,22 @@ class _Run:
         if config.only_write_model:
             self.vocabulary = known_vocabulary(config, vocabulary)
         else:
-            self.corpus = yield from open_corpus(config, vocabulary, resumes=self.saved is not None)
+            self.corpus = yield from self._corpus(vocabulary)
             self.vocabulary = self.corpus.vocabulary
         self.blueprint = self._blueprint()
         write = lambda path, arrays: write_model(path, arrays, self.blueprint)  # noqa: E731
-        self.manager = CheckpointManager(config, "train_model", Product("model", config.model_out, write))
+        product = Product("model", config.model_out, write)
+        self.manager = CheckpointManager(config, "train_model", product, clear=self.dist.is_main)
+
+    def _corpus(self, vocabulary: Mapping[str, Any]) -> Generator[PrepareReport, None, Corpus]:
+        """Rank 0 turns a text into tokens, where that is needed; the others read what it has made."""
+        resumes, corpus = self.saved is not None, None
+        if self.dist.is_main:
+            corpus = yield from open_corpus(self.config, vocabulary, resumes=resumes)
+        self.dist.barrier()
+        if corpus is None:
+            corpus = yield from open_corpus(self.config, vocabulary, resumes=resumes, reads_only=True)
+        return corpus
 
     def _claim_outputs(self) -> None:
         config = self.config
@@ -207,6 +242,7 @@ class _Run:
             hint = "hold some of the text out: --val-split 0.1"
             raise UsageError("--patience needs held-out text, and there is none", hint=hint)
         self.identity = self._identity(corpus.data.train)
+        check_content(self.dist, self.identity)
         yield from self._resume()
         model, named = build(self.blueprint, self.device, self.dtype)
         model.use_checkpointing = config.use_checkpointing
@@ -216,17 +252,21 @@ class _Run:
         if config.compile:
             yield from self._compile(model)
         parameters = Parameters(named, config)
-        if self.saved is not None:
+        if self.saved is not None and self.dist.is_main:
             check_shapes(self.saved.arrays, parameters.shapes, config.checkpoint_in)
             parameters.restore(self.saved.arrays, self.progress.updates)
             self.saved.arrays.clear()
         elif self._moments is not None:
             parameters.restore_moments(self._moments.moments, self._moments.updates)
             self._moments = None
+        parameters.send(self.dist)
         order = SampleOrder(self.seed, windows.count, self.progress.order_epoch, self.progress.next_sample)
         model.train()
-        trainer = Trainer(model, parameters, windows, order, self.progress, config, dropout, self._factor)
-        evaluator = Evaluator(model, corpus, config, self.device)
+        trainer = Trainer(
+            model, parameters, windows, order, self.progress, config, dropout, self._factor, self.dist,
+            epochs_before=self.job["epochs"],
+        )  # fmt: skip
+        evaluator = Evaluator(model, corpus, config, self.device, self.dist)
         yield self._facts(parameters)
         if config.eval_only:
             self.reason = "the model is evaluated"
@@ -253,7 +293,7 @@ class _Run:
             iterations=progress.iterations,
             tokens=progress.tokens,
             flop_per_token=self._flop_per_token(),
-            peak_flop_per_s=gemm_peak(self.device),
+            peak_flop_per_s=gemm_peak(self.device) * self.dist.world,
         )
 
     def _flop_per_token(self) -> float:
@@ -290,11 +330,11 @@ class _Run:
         if saved is None:
             return
         path = config.checkpoint_in
-        yield Loading("checkpoint", path, os.path.getsize(path))
+        yield Loading("checkpoint", path, os.path.getsize(path) if self.dist.is_main else 0)
         self.progress = saved.progress
         hint = "--init-from scratch starts afresh in this folder, another --out-dir keeps both runs"
         check_identity(saved.identity, self.identity, path=path, text_hint=hint)
-        yield from resume_remarks(saved, self._settings(), place(self.device))
+        yield from resume_remarks(saved, self._settings(), place(self.device, self.dist.world))
 
     def _factor(self, iteration: int) -> float:
         """Share of --adam-alpha: a linear warmup, then the decay; with a time limit by whichever is further on."""
@@ -311,10 +351,10 @@ class _Run:
         return 60 * self.config.max_minutes
 
     def _time_share(self) -> float:
-        """How much of the time for steps has passed; what the end of the run takes is left out of it."""
+        """How much of the time for steps has passed, by rank 0's clock; the run's end is left out of it."""
         now = time.perf_counter()
         room = self._limit_s - (self._began - self._started) - self._reserve_s
-        return (now - self._began) / max(room, 1e-9)
+        return self.dist.main_number((now - self._began) / max(room, 1e-9))
 
     def _steps(self, trainer: Trainer, evaluator: Evaluator) -> Iterator[Report]:
         config, control, progress = self.config, self.control, self.progress
@@ -325,6 +365,7 @@ class _Run:
         while progress.iterations < config.adam_iter:
             left = config.adam_iter - progress.iterations - 1
             report = trainer.step(left)
+            agree(self.dist, self._given, control)
             yield report
             trainer.check_diverged()
             stop = trainer.why_stop(report) or ("interrupted" if control.signal else "")
@@ -343,7 +384,7 @@ class _Run:
             if stop:
                 self.reason = stop
                 break
-        if last_save < progress.iterations or not os.path.exists(self.manager.latest()[-1]):
+        if last_save < progress.iterations or (self.dist.is_main and not os.path.exists(self.manager.latest()[-1])):
             yield from self._save(trainer)
 
     def _due(self, every: int) -> bool:
@@ -360,12 +401,17 @@ class _Run:
             progress.evaluations_without_best += 1
         self._new_best = is_best
         yield dataclasses.replace(evaluation, is_best=is_best)
-        yield from evaluator.samples(progress.iterations)
+        if self.dist.is_main:
+            yield from evaluator.samples(progress.iterations)
 
     def _save(self, trainer: Trainer) -> Iterator[Saving]:
-        progress = self.progress
+        """Rank 0 has all that there is to save."""
+        if not self.dist.is_main:
+            self._new_best = False
+            return
+        progress, here = self.progress, place(self.device, self.dist.world)
         arrays = trainer.parameters.snapshot()
-        yield from self.manager.save(TrainState(self.identity, self._settings(), place(self.device), progress, arrays))
+        yield from self.manager.save(TrainState(self.identity, self._settings(), here, progress, arrays, self.job))
         if self._new_best:
             self._new_best = False
             yield from self.manager.mark(progress, "BEST")

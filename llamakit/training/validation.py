@@ -15,6 +15,7 @@ from torch import Tensor
 from llamakit.dataset.chat_data import ChatData
 from llamakit.dataset.packing import ChatBatches
 from llamakit.model import Llama
+from llamakit.training.distributed import Dist
 from llamakit.training.loss import Rows, evaluate_loss, rows_of
 from llamakit.training.report import Evaluation
 
@@ -76,10 +77,15 @@ class ChatPart:
 
 
 class HeldOut:
-    """A held-out part, ready to be evaluated: some of it at a save, all of it at the end, or whole each time."""
+    """A held-out part, ready to be evaluated: some of it at a save, all of it at the end, or whole each time.
 
-    def __init__(self, part: HeldOutPart | None, model: Llama, device: torch.device, *, whole: bool = False) -> None:
-        self._part, self._model, self._device, self._whole = part, model, device, whole
+    dist: the ranks that share the work.
+    """
+
+    def __init__(
+        self, part: HeldOutPart | None, model: Llama, device: torch.device, dist: Dist, *, whole: bool = False
+    ) -> None:
+        self._part, self._model, self._device, self._dist, self._whole = part, model, device, dist, whole
 
     def __bool__(self) -> bool:
         return self._part is not None and self._part.n_tokens > 0
@@ -90,14 +96,15 @@ class HeldOut:
         at_most = None if when == "end" or self._whole else _TOKENS_AT_A_SAVE
         self._model.eval()
         total, n_tokens = 0.0, 0
-        for rows, n in self._part.rows(at_most):
-            total += evaluate_loss(self._model, rows.to(self._device))
-            n_tokens += n
+        for (rows, n), counts in self._dist.share(self._part.rows(at_most)):
+            total += counts * evaluate_loss(self._model, rows.to(self._device))
+            n_tokens += counts * n
         self._model.train()
-        loss = total / n_tokens
+        total, count = self._dist.sum([total, n_tokens])
+        loss = total / count
         with np.errstate(over="ignore"):  # a model that was spoilt has a loss beyond 709
             ppl = float(np.exp(np.float64(loss)))
-        return Evaluation(when, loss, ppl, n_tokens, self._part.n_tokens, step=step)
+        return Evaluation(when, loss, ppl, int(count), self._part.n_tokens, step=step)
 
 
 def validation_windows(tokens: np.ndarray, ctx: int, bos: int, at_most: int | None) -> list[tuple[Tensor, Tensor]]:

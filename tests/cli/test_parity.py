@@ -30,13 +30,13 @@ from tests.helpers import assert_parity
 
 
 def test_finetune() -> None:
-    others = ("config", "json", "n_gpu_layers", "offline", "plan", "report_to", "report_dir", "report")
+    others = ("config", "devices", "json", "n_gpu_layers", "offline", "plan", "report_to", "report_dir", "report")
     repeated = ("sample_prompt", "lora_targets")  # None there, tuples here
     assert_parity(finetune, FinetuneConfig, cli_only=(*others, *repeated), config_only=repeated)
 
 
 def test_train() -> None:
-    others = ("config", "print_config", "json", "offline", "report_to", "report_dir")
+    others = ("config", "devices", "print_config", "json", "offline", "report_to", "report_dir")
     repeated = ("sample_prompt", "export")  # None there, tuples here
     assert_parity(train, TrainConfig, cli_only=(*others, *repeated), config_only=repeated)
 
