@@ -26,7 +26,8 @@ BASE = cached_tiny_gguf(type="Q8_0")
 def peft(directory: Path, **options: Any) -> list[Report]:
     defaults: dict[str, Any] = {"adam_alpha": 0.02, "warmup": 0, "adam_iter": 4}
     out = str(directory / "lora-ITERATION")
-    return run(directory, **(defaults | {"lora_format": "peft", "lora_out": out} | options))
+    named: dict[str, Any] = {"lora_format": "peft", "lora_out": out}
+    return run(directory, **(defaults | named | options))
 
 
 def adapter(path: Path) -> Adapter:
