@@ -1,7 +1,8 @@
 /* A batch of tokens through a whole Llama in one call: embedding, layers, the logits that are asked for.
 
    One token takes the short way: every thread normalizes and quantizes it for itself, and the threads meet four times a
-   layer. More tokens are shared out in groups of 8. Shapes: see engine.h; M tokens, rows padded to 64 numbers that are
+   layer. More tokens are shared out in groups of 8; a single group is multiplied with the tiles as they are packed, more
+   of them with tiles that are unpacked once. Shapes: see engine.h; M tokens, rows padded to 64 numbers that are
    zero. */
 #include <stddef.h>
 
@@ -162,7 +163,8 @@ static void prepare_groups(const job *j, const products *p, const float *x, int6
     for (int64_t start, stop; take(counter, (int64_t)j->n_groups * n_shares, 1, &start, &stop);) {
         const int64_t group = start / n_shares;
         const int share = (int)(start % n_shares);
-        const int first = 64 * (n_64 * share / n_shares), last = share + 1 < n_shares ? 64 * (n_64 * (share + 1) / n_shares) : n_in;
+        const int first = 64 * (n_64 * share / n_shares), end = 64 * (n_64 * (share + 1) / n_shares);
+        const int last = share + 1 < n_shares ? end : n_in;
         const activations a = activations_at(j->shared + group * j->group_bytes, longest_input(j->model), GROUP);
         for (int t = 0; t < GROUP; t++) {
             const int64_t token = group * GROUP + t;
