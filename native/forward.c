@@ -1,7 +1,8 @@
 /* A batch of tokens through a whole Llama in one call: embedding, layers, the logits that are asked for.
 
    One token takes the short way: every thread normalizes and quantizes it for itself, and the threads meet four times a
-   layer. More tokens are shared out in groups of 8. Shapes: see engine.h; M tokens, rows padded to 64 numbers that are
+   layer. More tokens are shared out in groups of 8; a single group is multiplied with the tiles as they are packed, more
+   of them with tiles that are unpacked once. Shapes: see engine.h; M tokens, rows padded to 64 numbers that are
    zero. */
 #include <stddef.h>
 
@@ -129,28 +130,36 @@ static void finish_group(const job *j, const products *p, int i, int64_t tile, i
         }
 }
 
-static void multiply_groups(const job *j, const products *p, const desk *d, int64_t *counter) {
-    const int64_t n = all_tiles(p), n_in = longest_input(j->model);
-    for (int64_t start, stop; take(counter, n, 1, &start, &stop);) {
-        int64_t tile = start;
-        int low;
-        const int i = find_tile(p, &tile, &low);
-        for (int side = 0; side <= p->gated; side++) {
-            const matrix *w = p->w[i + side];
-            const uint8_t *ahead = w->tiles + (tile + 1) * w->tile_bytes;
-            const panel packed = j->n_groups > 1 ? unpack(w, tile, d->panel) : (panel){0};
-            if (side) low += p->w[0]->rank;
-            for (int group = 0; group < j->n_groups; group++) {
-                const activations a = activations_at(j->shared + group * j->group_bytes, n_in, GROUP);
-                vf y[PARTS * GROUP];
-                if (j->n_groups > 1)
-                    multiply_panel(w, &packed, &a, y);
-                else
-                    multiply_tile_by_group(w, tile, &a, ahead, y);
-                finish_group(j, p, i + side, tile, low, group, y);
-            }
+/* A tile of some products, by its number among all of them, with all groups. */
+static void multiply_tile_of(const job *j, const products *p, const desk *d, int64_t tile, int64_t next) {
+    const int64_t n_in = longest_input(j->model);
+    int low;
+    const int i = find_tile(p, &tile, &low);
+    for (int side = 0; side <= p->gated; side++) {
+        const matrix *w = p->w[i + side];
+        const uint8_t *ahead = w->tiles + (tile + next) * w->tile_bytes;
+        const panel packed = j->n_groups > 1 ? unpack(w, tile, d->panel) : (panel){0};
+        if (side) low += p->w[0]->rank;
+        for (int group = 0; group < j->n_groups; group++) {
+            const activations a = activations_at(j->shared + group * j->group_bytes, n_in, GROUP);
+            vf y[PARTS * GROUP];
+            if (j->n_groups > 1)
+                multiply_panel(w, &packed, &a, y);
+            else
+                multiply_tile_by_group(w, tile, &a, ahead, y);
+            finish_group(j, p, i + side, tile, low, group, y);
         }
     }
+}
+
+/* A piece is a tile or, where there is one group, a few of them, so that a thread can fetch its own next one. */
+static void multiply_groups(const job *j, const products *p, const desk *d, int64_t *counter) {
+    enum { PIECES = 8, MOST = 8 }; /* of each thread; tiles */
+    const int64_t n = all_tiles(p), n_threads = j->team.n_threads, few = n / (PIECES * n_threads);
+    const int64_t step = j->n_groups > 1 || few < 1 ? 1 : few < MOST ? few : MOST;
+    for (int64_t start, stop; take(counter, n, step, &start, &stop);)
+        for (int64_t t = start; t < stop; t++)
+            multiply_tile_of(j, p, d, t, t + 1 < stop ? 1 : 1 + (n_threads - 1) * step);
 }
 
 /* The input of some products, for all tokens: x (rows of ld) as it is, or normalized. A piece is a group or, where there
@@ -162,7 +171,8 @@ static void prepare_groups(const job *j, const products *p, const float *x, int6
     for (int64_t start, stop; take(counter, (int64_t)j->n_groups * n_shares, 1, &start, &stop);) {
         const int64_t group = start / n_shares;
         const int share = (int)(start % n_shares);
-        const int first = 64 * (n_64 * share / n_shares), last = share + 1 < n_shares ? 64 * (n_64 * (share + 1) / n_shares) : n_in;
+        const int first = 64 * (n_64 * share / n_shares), end = 64 * (n_64 * (share + 1) / n_shares);
+        const int last = share + 1 < n_shares ? end : n_in;
         const activations a = activations_at(j->shared + group * j->group_bytes, longest_input(j->model), GROUP);
         for (int t = 0; t < GROUP; t++) {
             const int64_t token = group * GROUP + t;

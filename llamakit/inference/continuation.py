@@ -93,6 +93,11 @@ class Continuation:
         self._has_end_token = False
         self.reason: StopReason | None = None if config.n_predict else "length"
 
+    @property
+    def n_generated(self) -> int:
+        """Tokens taken so far."""
+        return self._n_generated
+
     def take(self, logits: Logits) -> Token | None:
         """The next token for logits (V,) after `pending`, which it now is itself; None for an end token.
 

@@ -97,6 +97,15 @@ class Totals:
     step_s: float = 0.0
 
 
+@dataclass(frozen=True)
+class SlotState:
+    """What a slot does: tokens of its prompt, and of its text so far; 0 where it is free."""
+
+    is_running: bool
+    n_prompt: int = 0
+    n_generated: int = 0
+
+
 class _Slot:
     """A context, and what it holds: the first n_past of `ids`, computed with the adapters `scales`."""
 
@@ -159,6 +168,11 @@ class Slots:
     def n_ctx_used(self) -> int:
         """Tokens that the slots in use hold."""
         return sum(slot.context.n_past for slot in self._slots if slot.ticket is not None)
+
+    def states(self) -> list[SlotState]:
+        """What every slot does at this moment, in order."""
+        running = [slot.continuation for slot in self._slots]
+        return [SlotState(False) if c is None else SlotState(True, len(c.prompt), c.n_generated) for c in running]
 
     def prepare(
         self,

@@ -12,6 +12,7 @@ from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route, Router
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from llamakit.server.completion import Completion
 from llamakit.server.fields import ApiError, Body
 from llamakit.server.guard import Guard
 from llamakit.server.http import Answer, Endpoint, Handler, Record, error_answer, record_of
@@ -40,6 +41,7 @@ def build_app(service: Service, keys: Sequence[str] = (), log: Log | None = None
 
 def _router(service: Service) -> Router:
     openai, ollama, llamacpp = OpenAI(service), Ollama(service), LlamaCpp(service)
+    completion = Completion(service).completion
 
     async def page(request: Request, body: Body) -> Answer:
         return Response(_page(), media_type="text/html", headers=_PAGE_HEADERS)
@@ -53,6 +55,7 @@ def _router(service: Service) -> Router:
         "/v1/health": llamacpp.health,
         "/metrics": metrics,
         "/props": llamacpp.props,
+        "/slots": llamacpp.slots,
         "/lora-adapters": llamacpp.adapters,
         "/models": openai.models,
         "/v1/models": openai.models,
@@ -65,6 +68,8 @@ def _router(service: Service) -> Router:
         "/chat/completions": openai.chat,
         "/v1/chat/completions": openai.chat,
         "/v1/completions": openai.completions,
+        "/completion": completion,
+        "/completions": completion,
         "/api/chat": ollama.chat,
         "/api/generate": ollama.generate,
         "/api/show": ollama.show,

@@ -150,3 +150,8 @@ def error_value(path: str, error: ApiError) -> dict[str, Any]:
 def dumped(value: Any) -> bytes:
     """JSON in UTF-8, without spaces."""
     return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
+
+
+def server_sent(value: Any) -> bytes:
+    """One server-sent event."""
+    return b"data: " + dumped(value) + b"\n\n"

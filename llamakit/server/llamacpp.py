@@ -1,4 +1,4 @@
-"""What llama-server has besides: /health, /props, /tokenize, /detokenize, /apply-template, /lora-adapters."""
+"""What llama-server has besides: /health, /props, /slots, /tokenize, /detokenize, /apply-template, /lora-adapters."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 
+from llamakit.server.completion import SHOWN
 from llamakit.server.config import LIMITS
 from llamakit.server.fields import ApiError, Body
 from llamakit.server.http import Answer
@@ -27,15 +28,11 @@ class LlamaCpp:
         """GET /props."""
         service, tokenizer = self._service, self._service.tokenizer
         config = service.sampling
-        shown = (
-            "temperature", "top_k", "top_p", "min_p", "repeat_penalty", "repeat_last_n", "presence_penalty",
-            "frequency_penalty", "mirostat", "seed", "n_predict",
-        )  # fmt: skip
         return JSONResponse(
             {
                 "default_generation_settings": {
                     "n_ctx": service.slots.n_ctx,
-                    "params": {name: getattr(config, name) for name in shown},
+                    "params": {name: getattr(config, name) for name in SHOWN},
                 },
                 "total_slots": service.slots.n_slots,
                 "model_alias": service.names[0],
@@ -46,6 +43,26 @@ class LlamaCpp:
                 "modalities": {"vision": False, "audio": False},
                 "build_info": f"llamakit {service.version}",
             }
+        )
+
+    async def slots(self, request: Request, body: Body) -> Answer:
+        """GET /slots; with ?fail_on_no_slot=1 it fails with 503 where none is free."""
+        slots = self._service.slots
+        states = slots.states()
+        if request.query_params.get("fail_on_no_slot") and all(state.is_running for state in states):
+            raise ApiError(503, "no slot is free", type="unavailable_error", code="no_slot")
+        return JSONResponse(
+            [
+                {
+                    "id": id,
+                    "n_ctx": slots.n_ctx,
+                    "speculative": False,
+                    "is_processing": state.is_running,
+                    "n_prompt_tokens": state.n_prompt,
+                    "next_token": [{"has_next_token": state.is_running, "n_decoded": state.n_generated}],
+                }
+                for id, state in enumerate(states)
+            ]
         )
 
     def _token(self, id: int | None) -> str:

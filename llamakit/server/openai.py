@@ -16,7 +16,7 @@ from llamakit.inference.config import GenerateConfig
 from llamakit.inference.continuation import Done, Token
 from llamakit.server.config import LIMITS
 from llamakit.server.fields import ApiError, Body, api_error
-from llamakit.server.http import Answer, Stream, dumped, error_value, record_of
+from llamakit.server.http import Answer, Stream, error_value, record_of, server_sent
 from llamakit.server.sampling import sampling_of, with_format
 from llamakit.server.service import (
     Running,
@@ -25,6 +25,7 @@ from llamakit.server.service import (
     messages_of,
     refuse_unsupported,
     seeded,
+    timings_of,
 )
 
 _UNSUPPORTED = {"tools": "tools", "functions": "functions", "audio": "audio answers", "suffix": "suffixes"}
@@ -82,7 +83,7 @@ class OpenAI:
     async def completions(self, request: Request, body: Body) -> Answer:
         """POST /v1/completions."""
         refuse_unsupported(body, _UNSUPPORTED)
-        prompts = _prompts(body)
+        prompts = prompts_of(body)
         config, n = self._config(body, None)
         logprobs = body.integer("logprobs", 0, LIMITS.logprobs) if body.get("logprobs") is not True else 0
         config = replace(config, logprobs=None if body.get("logprobs") is False else logprobs)
@@ -136,8 +137,8 @@ def _schema(body: Body) -> Mapping[str, Any] | None:
     return wanted.refuse("type", "text, json_object or json_schema")
 
 
-def _prompts(body: Body) -> list[str | list[int]]:
-    """A text, ids, or a list of either."""
+def prompts_of(body: Body) -> list[str | list[int]]:
+    """The prompts of a body: a text, ids, or a list of either. Raises ApiError for what is none of them."""
     value = body.get("prompt")
     if value is None:
         raise ApiError(400, "prompt is missing (expected a text, or a list of texts or token ids)", param="prompt")
@@ -216,10 +217,10 @@ class _Answer:
                 elif report.text or self._logprobs:
                     yield self._event(index, self._delta(report.text), [report])
             if usage:
-                yield _sse(self._value(1, [], usage=self._usage(), timings=self._timings()))
+                yield server_sent(self._value(1, [], usage=self._usage(), timings=self._timings()))
             yield b"data: [DONE]\n\n"
         except (ApiError, LlamakitError) as error:
-            yield _sse(error_value(path, error if isinstance(error, ApiError) else api_error(error)))
+            yield server_sent(error_value(path, error if isinstance(error, ApiError) else api_error(error)))
 
     def _delta(self, text: str) -> Any:
         return {"content": text} if self._is_chat else text
@@ -228,7 +229,7 @@ class _Answer:
         logprobs = self._logprobs_of(index, tokens) if tokens and self._logprobs else None
         name = "delta" if self._is_chat else "text"
         choice = {"index": index, name: held, "logprobs": logprobs, "finish_reason": finish}
-        return _sse(self._value(1, [choice]))
+        return server_sent(self._value(1, [choice]))
 
     def _value(self, kind: int, choices: Sequence[Mapping[str, Any]], **more: Any) -> dict[str, Any]:
         return {"object": self._kinds[kind], **self._head, "choices": choices, **more}
@@ -266,15 +267,7 @@ class _Answer:
         """llama-server's, of the first text."""
         done = self._dones[0]
         assert done is not None, "it has ended"
-        return {
-            "prompt_n": done.n_prompt,
-            "prompt_ms": round(1000 * done.prefill_s, 3),
-            "prompt_per_second": round(done.prefill_tok_per_s, 3),
-            "predicted_n": done.n_generated,
-            "predicted_ms": round(1000 * done.decode_s, 3),
-            "predicted_per_second": round(done.decode_tok_per_s, 3),
-            "seed": done.seed,
-        }
+        return timings_of(done)
 
 
 def _key(entry: Mapping[str, Any]) -> str:
@@ -293,7 +286,3 @@ async def _answered(answer: _Answer, body: Body, path: str) -> Answer:
     except BaseException:
         answer.running.cancel()
         raise
-
-
-def _sse(value: Mapping[str, Any]) -> bytes:
-    return b"data: " + dumped(value) + b"\n\n"

@@ -290,6 +290,19 @@ def seeded(config: GenerateConfig, number: int) -> GenerateConfig:
     return config if config.seed < 0 else replace(config, seed=(config.seed + number) % 2**32)
 
 
+def timings_of(done: Done) -> dict[str, Any]:
+    """What llama-server says of a text's time, in milliseconds and tokens per second."""
+    return {
+        "prompt_n": done.n_prompt,
+        "prompt_ms": round(1000 * done.prefill_s, 3),
+        "prompt_per_second": round(done.prefill_tok_per_s, 3),
+        "predicted_n": done.n_generated,
+        "predicted_ms": round(1000 * done.decode_s, 3),
+        "predicted_per_second": round(done.decode_tok_per_s, 3),
+        "seed": done.seed,
+    }
+
+
 def entry(tokenizer: Tokenizer, id: int, logprob: float | None) -> dict[str, Any]:
     """A token and its log-probability, as OpenAI and Ollama write them."""
     piece = tokenizer.piece(id, special=True)

@@ -37,6 +37,7 @@ REQUESTS: list[tuple[str, dict[str, Any]]] = [
     ("/api/chat", {**OLLAMA, "messages": MESSAGES}),
     ("/api/generate", {**OLLAMA, "prompt": "a", "system": "b", "raw": False, "context": [5, 6]}),
     ("/api/show", {"model": "tiny"}),
+    ("/completion", {"prompt": "Hi", "n_predict": 4, "n_probs": 2, "return_tokens": True, "stop": ["x"]}),
     ("/tokenize", {"content": "Hi there", "add_special": True, "with_pieces": True}),
     ("/detokenize", {"tokens": [5, 6, 7]}),
     ("/apply-template", {"messages": MESSAGES}),

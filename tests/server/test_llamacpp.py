@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from typing import Any
+
 import numpy as np
 
 from llamakit.formats.adapter import Adapter
@@ -33,6 +36,66 @@ def test_tokens_there_and_back(served: Served) -> None:
 def test_a_template_is_applied(served: Served) -> None:
     prompt = served.post("/apply-template", {"messages": [{"role": "user", "content": "Hi"}]}).json()["prompt"]
     assert prompt == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+
+
+def events(served: Served, body: dict[str, object]) -> list[dict[str, Any]]:
+    answer = served.post("/completion", {**body, "stream": True})
+    assert answer.headers["content-type"].startswith("text/event-stream")
+    lines = [line for line in answer.text.split("\n") if line]
+    assert all(line.startswith("data: {") for line in lines)  # no [DONE]
+    return [json.loads(line[6:]) for line in lines]
+
+
+def test_a_completion_whole_and_in_pieces(served: Served) -> None:
+    body = {"prompt": "The old", "n_predict": 12, "temperature": 0, "ignore_eos": True}
+    whole = served.post("/completion", {**body, "return_tokens": True, "n_probs": 2}).json()
+    assert whole["stop"] is True and whole["stop_type"] == "limit" and whole["prompt"] == "The old"
+    assert whole["tokens_predicted"] == len(whole["tokens"]) == whole["timings"]["predicted_n"] == 12
+    assert whole["generation_settings"]["n_predict"] == 12 and whole["model"] == "tiny" and not whole["truncated"]
+    probabilities = whole["completion_probabilities"]
+    assert [item["id"] for item in probabilities] == whole["tokens"]
+    assert all(item["top_logprobs"][0]["id"] == item["id"] and len(item["top_logprobs"]) == 2 for item in probabilities)
+    openai = served.post(
+        "/v1/completions", {"prompt": "The old", "max_tokens": 12, "temperature": 0, "ignore_eos": True}
+    )
+    assert whole["content"] == openai.json()["choices"][0]["text"]
+    *pieces, last = events(served, body)
+    assert "".join(piece["content"] for piece in [*pieces, last]) == whole["content"]
+    assert [piece["tokens"] for piece in pieces] == [[id] for id in whole["tokens"]]
+    assert not any(piece["stop"] for piece in pieces) and last["stop"]
+    assert (last["stop_type"], last["tokens_evaluated"]) == ("limit", whole["tokens_evaluated"])
+    assert last["tokens_cached"] == last["tokens_evaluated"] + 11
+
+
+def test_a_completion_says_why_it_ended(served: Served) -> None:
+    body = {"prompt": "The old", "n_predict": 12, "temperature": 0, "ignore_eos": True}
+    word = served.post("/completion", body).json()["content"][2:5]
+    ended = served.post("/completion", {**body, "stop": [word]}).json()
+    assert (ended["stop_type"], ended["stopping_word"]) == ("word", word) and word not in ended["content"]
+    biased = {
+        **body,
+        "ignore_eos": False,
+        "logit_bias": [[served.post("/tokenize", {"content": "<|im_end|>"}).json()["tokens"][0], 100]],
+    }
+    assert served.post("/completion", biased).json()["stop_type"] == "eos"
+
+
+def test_completions_of_several_prompts_and_of_ids(served: Served) -> None:
+    body = {"n_predict": 5, "temperature": 0}
+    ids = served.post("/tokenize", {"content": "The old"}).json()["tokens"]
+    two = served.post("/completions", {**body, "prompt": ["The old", "A letter"]}).json()
+    assert [value["index"] for value in two] == [0, 1]
+    assert served.post("/completion", {**body, "prompt": ids}).json()["content"] == two[0]["content"]
+    for wrong in ({}, {"prompt": 1}, {"prompt": "a", "n_predict": "x"}, {"prompt": "a", "id_slot": 9}):
+        assert served.post("/completion", wrong).status_code == 400
+    refused = served.post("/completion", {"prompt": "a", "t_max_predict_ms": 5})
+    assert refused.status_code == 400 and "time limits" in refused.json()["error"]["message"]
+
+
+def test_slots_say_who_is_busy(served: Served) -> None:
+    free = served.get("/slots").json()
+    assert [slot["id"] for slot in free] == [0, 1, 2, 3] and free[0]["n_ctx"] == 256
+    assert served.get("/slots?fail_on_no_slot=1").status_code == 200
 
 
 def test_adapters_by_name_by_number_and_for_all() -> None:
