@@ -10,7 +10,9 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
+from llamakit import hub
 from llamakit.cli import finetune as finetuning
+from llamakit.cli.sources import local
 from llamakit.training.config import FinetuneConfig, size_bytes
 
 _PANEL = "Many GPUs"
@@ -97,8 +99,11 @@ def _plan_many(
 ) -> None:
     """A plan of N machines; the run's own options are those of `finetune`, --batch being that of all ranks."""
     names = FinetuneConfig.__dataclass_fields__
-    repeated = {name: tuple(values[name] or ()) for name in ("sample_prompt", "lora_targets")}
-    config = FinetuneConfig(**{name: value for name, value in values.items() if name in names} | repeated)
+    given: dict[str, Any] = {name: value for name, value in values.items() if name in names}
+    given |= {name: tuple(values[name] or ()) for name in ("sample_prompt", "lora_targets")}
+    if hub.is_remote(given["model_base"]):
+        given["model_base"] = str(local(given["model_base"], offline=values["offline"]))
+    config = FinetuneConfig(**given)
     sizes = {
         "gpu_bytes": size_bytes("--gpu-memory", gpu_memory),
         "bandwidth": size_bytes("--bandwidth", bandwidth, "bytes a second"),

@@ -113,7 +113,7 @@ def shape_of(text: str) -> ModelConfig:
     if text.lower() in SHAPES:
         numbers = SHAPES[text.lower()]
     else:
-        given = dict(part.partition("=")[::2] for part in text.split(","))
+        given = {name: value for name, _, value in (part.partition("=") for part in text.split(","))}
         if set(given) != set(names) or not all(v.isdecimal() and 0 < int(v) < 2**31 for v in given.values()):
             raise UsageError(
                 f"--shape is {text!r} (expected {', '.join(SHAPES)}, or {','.join(f'{name}=N' for name in names)})"

@@ -68,7 +68,9 @@ def _probed(base: ModelFile, device: torch.device) -> QuantizedLinear:
     return QuantizedLinear(QTensor(packed, info.type, (rows, info.shape[-1])), scratch=Scratch())
 
 
-def step_seconds(base: ModelFile, run: Footprint, config: FinetuneConfig, dtype: torch.dtype, device: torch.device):
+def step_seconds(
+    base: ModelFile, run: Footprint, config: FinetuneConfig, dtype: torch.dtype, device: torch.device
+) -> float:
     """Predicted seconds of one iteration: its operations at the rate of a matrix of the base, measured now, and the
     decoding of weights that are not kept decoded."""
     layer, n_tokens = _probed(base, device), config.batch * config.ctx * config.grad_acc

@@ -1,7 +1,4 @@
-"""Predicted and measured peak memory of runs on a real model, each in a process of its own.
-
-With LLAMAKIT_DEBUG off, and with the defaults of the command: it decides itself which type it computes in.
-"""
+"""Predicted and measured peak memory of runs on a real model, each in a process of its own, with the command's defaults."""
 
 from __future__ import annotations
 
