@@ -22,7 +22,6 @@ from typing import Any
 
 from common import ROOT, add_common_options, environment, peak_rss_bytes, write_json
 
-_WARM = 2
 _WORDS = "the old king carried a lantern over the bridge and nobody followed him home that winter. "
 
 
@@ -43,14 +42,14 @@ def rank_main(arguments: argparse.Namespace) -> None:
     before = peak_rss_bytes()
     folder = Path(arguments.rank_of)
     config = FinetuneConfig(
-        model_base=arguments.model, train_data=str(folder / "text.txt"), checkpoint_in="", checkpoint_out="",
-        lora_out=str(folder / "lora.gguf"), adam_iter=arguments.steps + _WARM, save_every=0, batch=arguments.batch,
-        ctx=arguments.ctx, seed=7, warmup=2, val_split=0.0, use_checkpointing=arguments.checkpointing,
-        weight_cache=arguments.weight_cache, shard=arguments.shard,
+        model_base=arguments.model, train_data=str(folder / "text.txt"), checkpoint_in="",
+        checkpoint_out=str(folder / "chk.gguf"), lora_out="", adam_iter=arguments.steps + arguments.warm, save_every=0,
+        batch=arguments.batch, ctx=arguments.ctx, seed=7, warmup=2, val_split=0.0, shard=arguments.shard,
+        use_checkpointing=arguments.checkpointing, weight_cache=arguments.weight_cache,
     )  # fmt: skip
     steps = [report for report in finetune(config, dist=dist) if isinstance(report, StepReport)]
     measured = {
-        "tok_per_s": statistics.median(step.tok_per_s for step in steps[_WARM:]),
+        "tok_per_s": statistics.median(step.tok_per_s for step in steps[arguments.warm :]),
         "loss": steps[-1].loss,
         "peak_bytes": peak_rss_bytes() - before,
     }
@@ -64,7 +63,7 @@ def measure(arguments: argparse.Namespace, ranks: int, threads: int, **options: 
         (Path(folder) / "text.txt").write_text(_WORDS * 2000)
         mine = vars(arguments) | options
         command = [str(Path(__file__).resolve()), "--rank-of", folder]
-        for name in ("model", "steps", "batch", "ctx", "shard", "weight_cache"):
+        for name in ("model", "steps", "warm", "batch", "ctx", "shard", "weight_cache"):
             command += ["--" + name.replace("_", "-"), str(mine[name])]
         command += ["--checkpointing"] if mine["checkpointing"] else []
         start = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
@@ -86,9 +85,10 @@ def speed(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def memory(arguments: argparse.Namespace, ranks: int) -> dict[str, Any]:
-    """Peak of the largest rank, replicated and sharded."""
+    """Peak of the largest rank, replicated and sharded, in a single step."""
+    once = {"weight_cache": "none", "steps": 1, "warm": 0}
     peaks = {
-        shard: max(rank["peak_bytes"] for rank in measure(arguments, ranks, 1, shard=shard, weight_cache="none"))
+        shard: max(rank["peak_bytes"] for rank in measure(arguments, ranks, 1, shard=shard, **once))
         for shard in ("none", "full")
     }
     share = peaks["full"] / peaks["none"]
@@ -103,6 +103,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--model", required=True, help="a GGUF model")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--warm", type=int, default=2, help="steps before them that are not measured")
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--ctx", type=int, default=256)
     parser.add_argument("--shard", default="none")
