@@ -48,7 +48,7 @@ class Case:
 
 CASES = {
     "smollm2-4x512": Case("smollm2", 4, 512, 8, steps=2),
-    "smollm2-2x256": Case("smollm2", 2, 256, 8, steps=3),
+    "smollm2-2x256": Case("smollm2", 2, 256, 8, steps=2),
     "tiny": Case("tiny-q8_0", 2, 256, 4, steps=2),
 }
 

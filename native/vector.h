@@ -1,5 +1,6 @@
 /* Vectors of 16 lanes, whatever the registers of the instruction set hold: lane r of every vector belongs to row r of a
-   tile of 16 rows. Compiled with contraction allowed: a * b + c is one instruction where there is one. */
+   tile of 16 rows. Who has no tiles defines LANES as what a register holds: compilers keep wider ones in memory.
+   Compiled with contraction allowed: a * b + c is one instruction where there is one. */
 #ifndef LLAMAKIT_VECTOR_H
 #define LLAMAKIT_VECTOR_H
 
@@ -13,17 +14,21 @@
 
 #define INLINE static inline __attribute__((always_inline, unused))
 
-typedef float vf __attribute__((vector_size(64)));
-typedef int32_t vi __attribute__((vector_size(64)));
-typedef uint32_t vu __attribute__((vector_size(64)));
-typedef uint8_t vb __attribute__((vector_size(64)));
+#ifndef LANES
+#define LANES 16
+#endif
+
+typedef float vf __attribute__((vector_size(4 * LANES)));
+typedef int32_t vi __attribute__((vector_size(4 * LANES)));
+typedef uint32_t vu __attribute__((vector_size(4 * LANES)));
+typedef uint8_t vb __attribute__((vector_size(4 * LANES)));
 
 INLINE vf splat(float x) { return x - (vf){0}; }
 INLINE vi splat_int(int32_t x) { return x + (vi){0}; }
-INLINE vf load(const void *at) { vf x; memcpy(&x, at, 64); return x; }
-INLINE vb load_bytes(const void *at) { vb x; memcpy(&x, at, 64); return x; }
-INLINE void store(void *at, vf x) { memcpy(at, &x, 64); }
-INLINE void store_bytes(void *at, vb x) { memcpy(at, &x, 64); }
+INLINE vf load(const void *at) { vf x; memcpy(&x, at, sizeof x); return x; }
+INLINE vb load_bytes(const void *at) { vb x; memcpy(&x, at, sizeof x); return x; }
+INLINE void store(void *at, vf x) { memcpy(at, &x, sizeof x); }
+INLINE void store_bytes(void *at, vb x) { memcpy(at, &x, sizeof x); }
 INLINE vf to_float(vi x) { return __builtin_convertvector(x, vf); }
 INLINE vf choose(vi mask, vf yes, vf no) { return (vf)((mask & (vi)yes) | (~mask & (vi)no)); }
 
@@ -36,22 +41,22 @@ INLINE vi greater(vi a, vi b) { return (vi)_mm512_max_epi32((__m512i)a, (__m512i
 #else
 INLINE float sum(vf x) {
     float total = 0;
-    for (int lane = 0; lane < 16; lane++) total += x[lane];
+    for (int lane = 0; lane < LANES; lane++) total += x[lane];
     return total;
 }
 INLINE int32_t sum_int(vi x) {
     int32_t total = 0;
-    for (int lane = 0; lane < 16; lane++) total += x[lane];
+    for (int lane = 0; lane < LANES; lane++) total += x[lane];
     return total;
 }
 INLINE int32_t most_of(vi x) {
     int32_t most = x[0];
-    for (int lane = 1; lane < 16; lane++) most = x[lane] > most ? x[lane] : most;
+    for (int lane = 1; lane < LANES; lane++) most = x[lane] > most ? x[lane] : most;
     return most;
 }
 INLINE float most_of_floats(vf x) {
     float most = x[0];
-    for (int lane = 1; lane < 16; lane++) most = x[lane] > most ? x[lane] : most;
+    for (int lane = 1; lane < LANES; lane++) most = x[lane] > most ? x[lane] : most;
     return most;
 }
 INLINE vi greater(vi a, vi b) {
@@ -60,6 +65,7 @@ INLINE vi greater(vi a, vi b) {
 }
 #endif
 
+#if LANES == 16
 /* 16 float16 at any address. */
 INLINE vf load_half(const void *at) {
 #if defined(__AVX512F__)
@@ -166,6 +172,8 @@ INLINE vb look_up(vb w, const uint8_t *table) {
     return w;
 #endif
 }
+
+#endif
 
 /* e^x to about 2 units in the last place (range reduction by log 2, polynomial of degree 6); 0 below -87.3. */
 INLINE vf exponential(vf x) {
