@@ -29,6 +29,10 @@ from llamakit.ggml import BLOCK_SIZES, GGMLType
 # Weights of the random slab that all matrices are cut from: quantized in a second, repeated at other offsets.
 _SLAB_WEIGHTS = 1 << 22
 _WORD_LETTERS = string.ascii_lowercase
+_CHAT_TEMPLATE = (
+    "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+)
 
 
 @dataclass(frozen=True)
@@ -124,6 +128,7 @@ def _vocabulary(n_vocab: int) -> dict[str, Any]:
         "tokenizer.ggml.bos_token_id": 1,
         "tokenizer.ggml.eos_token_id": 2,
         "tokenizer.ggml.unknown_token_id": 0,
+        "tokenizer.chat_template": _CHAT_TEMPLATE,
     }
 
 

@@ -1,47 +1,64 @@
-/* What training does to rows of numbers between its matrix products: norm, gate, rotation, softmax, cross entropy, and
-   their gradients. Each is one pass over memory where torch makes several. Compiled for each instruction set, and in it
-   for bfloat16 and float32 (numbers.h); every sum is made in float32, in an order that no number of threads changes.
+/* What training does to rows of numbers between its matrix products: norm, gate, rotation, softmax, cross entropy,
+   their gradients, and the small products of LoRA. Each is one pass over memory where torch makes several. Compiled for
+   each instruction set, and in it for bfloat16 and float32 (numbers.h, narrow.h); every sum is made in float32, in an
+   order that no number of threads changes.
 
    A kernel does the rows [start, stop) of a job; rows are independent of one another. */
 #include <math.h>
 
 #include "train.h"
-#define WIDTH 16
 #include "vector.h"
 
+/* What of n numbers fills vectors. */
+#define WHOLE(n) ((n) & ~(int64_t)(WIDTH - 1))
 #define JOIN2(a, b) a##_##b
 #define JOIN(a, b) JOIN2(a, b)
 
-typedef uint16_t v16 __attribute__((vector_size(32)));
+typedef uint16_t vn __attribute__((vector_size(2 * WIDTH)));
 
-INLINE vf widen(v16 x) { return (vf)(__builtin_convertvector(x, vu) << 16); }
-INLINE v16 narrow(vf x) {
+INLINE vf widen(vn x) { return (vf)(__builtin_convertvector(x, vu) << 16); }
+INLINE vn narrow(vf x) {
 #if defined(__AVX512BF16__)
-    return (v16)_mm512_cvtneps_pbh((__m512)x);
+    return (vn)_mm512_cvtneps_pbh((__m512)x);
 #else
     const vu bits = (vu)x, rounded = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16;
     const vi is_nan = x != x;
-    return __builtin_convertvector((vu)(((vi)rounded & ~is_nan) | (is_nan & 0x7FC0)), v16);
+    return __builtin_convertvector((vu)(((vi)rounded & ~is_nan) | (is_nan & 0x7FC0)), vn);
 #endif
 }
 
-/* The first n < 16 of 16 lanes; the others are 0. */
+/* The first n of the lanes; the others are 0. */
 INLINE vi first_lanes(int64_t n) {
-    const vi lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    static const int32_t numbers[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    vi lanes;
+    memcpy(&lanes, numbers, sizeof lanes);
     return lanes < (int32_t)n;
+}
+
+/* The sum of all lanes, in a tree. */
+INLINE float folded(vf x) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+    const __m256 all = (__m256)x;
+    __m128 part = _mm_add_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1));
+    part = _mm_add_ps(part, _mm_movehl_ps(part, part));
+    return _mm_cvtss_f32(_mm_add_ss(part, _mm_shuffle_ps(part, part, 1)));
+#else
+    return sum(x);
+#endif
 }
 
 #define NUMBER uint16_t
 #define NAME(kernel) JOIN(JOIN(kernel, bf16), ISA)
-INLINE vf load_bf16(const uint16_t *at) { v16 x; memcpy(&x, at, 32); return widen(x); }
-INLINE void store_bf16(uint16_t *at, vf x) { const v16 y = narrow(x); memcpy(at, &y, 32); }
-INLINE vf load_part_bf16(const uint16_t *at, int64_t n) { v16 x = {0}; memcpy(&x, at, 2 * (size_t)n); return widen(x); }
-INLINE void store_part_bf16(uint16_t *at, vf x, int64_t n) { const v16 y = narrow(x); memcpy(at, &y, 2 * (size_t)n); }
+INLINE vf load_bf16(const uint16_t *at) { vn x; memcpy(&x, at, sizeof x); return widen(x); }
+INLINE void store_bf16(uint16_t *at, vf x) { const vn y = narrow(x); memcpy(at, &y, sizeof y); }
+INLINE vf load_part_bf16(const uint16_t *at, int64_t n) { vn x = {0}; memcpy(&x, at, 2 * (size_t)n); return widen(x); }
+INLINE void store_part_bf16(uint16_t *at, vf x, int64_t n) { const vn y = narrow(x); memcpy(at, &y, 2 * (size_t)n); }
 #define LOAD load_bf16
 #define STORE store_bf16
 #define LOAD_PART load_part_bf16
 #define STORE_PART store_part_bf16
 #include "numbers.h"
+#include "narrow.h"
 #undef NUMBER
 #undef NAME
 #undef LOAD
@@ -58,11 +75,13 @@ INLINE void store_part_f32(float *at, vf x, int64_t n) { memcpy(at, &x, 4 * (siz
 #define LOAD_PART load_part_f32
 #define STORE_PART store_part_f32
 #include "numbers.h"
+#include "narrow.h"
 
 #define KERNELS(type)                                                                                                 \
     {JOIN(JOIN(rms_norm, type), ISA), JOIN(JOIN(rms_norm_back, type), ISA), JOIN(JOIN(gate, type), ISA),              \
      JOIN(JOIN(gate_back, type), ISA), JOIN(JOIN(rotate, type), ISA), JOIN(JOIN(causal_softmax, type), ISA),          \
-     JOIN(JOIN(softmax_back, type), ISA), JOIN(JOIN(cross_entropy, type), ISA),          \
-     JOIN(JOIN(accumulate, type), ISA)}
+     JOIN(JOIN(softmax_back, type), ISA), JOIN(JOIN(cross_entropy, type), ISA),                \
+     JOIN(JOIN(accumulate, type), ISA), JOIN(JOIN(narrow, type), ISA), JOIN(JOIN(widen, type), ISA),                  \
+     JOIN(JOIN(outer, type), ISA)}
 
 const train_fn JOIN(llamakit_train_kernels, ISA)[2][N_TRAIN_KERNELS] = {KERNELS(f32), KERNELS(bf16)};

@@ -15,6 +15,10 @@ enum {
     SOFTMAX_BACK,   /* weights, dweights -> dscores, in place of dweights; in[1] likewise */
     CROSS_ENTROPY,  /* logits (rows, n), targets int64 -> loss (rows) f32; with out[1] scale times the gradient, in place */
     ACCUMULATE,     /* x (rows, n) -> added to y (rows, n) f32 */
+    NARROW,         /* x (rows, n), m (tile, n) f32 -> x m^T (rows, tile) f32, its rows `first` apart */
+    WIDEN,          /* low (rows, tile) f32, its rows `first` apart, m (tile, n) f32 -> added to y (rows, n) in place */
+    OUTER,          /* x (n_tokens, n), low (n_tokens, tile) f32, its rows `first` apart -> low^T x (tile, n) f32; the rows
+                       of the job are pieces of 32 columns */
     N_TRAIN_KERNELS
 };
 

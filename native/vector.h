@@ -1,7 +1,5 @@
 /* Vectors as wide as a register: WIDTH lanes of 32 bits, 16, 8 or 4. A wider one the compiler would keep in memory, and
-   read and write it for each operation. train.c asks for 16, since its sums have an order of their own.
-
-   Compiled with contraction allowed: a * b + c is one instruction where there is one. */
+   read and write it for each operation. Compiled with contraction allowed: a * b + c is one instruction where there is one. */
 #ifndef LLAMAKIT_VECTOR_H
 #define LLAMAKIT_VECTOR_H
 
@@ -13,14 +11,12 @@
 
 #include "half.h"
 
-#ifndef WIDTH
 #if defined(__AVX512F__)
 #define WIDTH 16
 #elif defined(__AVX2__)
 #define WIDTH 8
 #else
 #define WIDTH 4
-#endif
 #endif
 
 #define INLINE static inline __attribute__((always_inline, unused))

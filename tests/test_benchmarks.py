@@ -20,8 +20,9 @@ from tests.tiny import cached_tiny_gguf, tiny_text
 
 BENCHMARKS = ROOT / "benchmarks"
 SCRIPTS = (
-    "models.py", "finetune.py", "convert.py", "generate.py", "instruct_journey.py", "scale.py", "serve.py", "seven_b.py",
-    "startup.py",
+SCRIPTS = (
+    "models.py", "finetune.py", "instruct.py", "convert.py", "generate.py", "instruct_journey.py", "scale.py", "serve.py",
+    "seven_b.py", "startup.py",
 )  # fmt: skip
 
 
@@ -128,6 +129,22 @@ def test_finetune_and_peft_take_the_same_steps(tmp_path: Path) -> None:
     losses = results["losses"]
     # The same weights, batches, start and optimizer: what is apart is bf16's rounding.
     assert losses["ours"] == pytest.approx(losses["peft"], abs=0.02)
+
+
+@pytest.mark.prove
+@pytest.mark.interop
+def test_instruct_and_trl_learn_from_the_same_samples(tmp_path: Path) -> None:
+    if importlib.util.find_spec("trl") is None:
+        pytest.skip("trl is not installed (pip install -e .[bench])")
+    report = tmp_path / "report.json"
+    arguments = ("--case", "tiny", "--rounds", "1", "--threads", "1", "--dir", tmp_path / "work", "--json", report)
+    assert "ratio" in bench("instruct.py", *arguments)
+    (results,) = json.loads(report.read_text())["results"]
+    assert len(results["trl"]["tried"]) == 3
+    # Their rows are not ours, the model, the samples, the template and the loss are.
+    firsts = [way["first_loss"] for way in results["trl"]["tried"].values()]
+    assert firsts == pytest.approx([results["losses"]["ours"][0]] * 3, abs=0.05)
+    assert not list((tmp_path / "work").iterdir()), "what was written is deleted without --keep"
 
 
 @pytest.mark.prove

@@ -16,12 +16,13 @@ from torch import Tensor
 
 from llamakit.native import Library, library
 
-(_RMS_NORM, _RMS_NORM_BACK, _GATE, _GATE_BACK, _ROTATE, _CAUSAL_SOFTMAX, _SOFTMAX_BACK, _CROSS_ENTROPY, _ACCUMULATE) = (
-    range(9)
-)
+(_RMS_NORM, _RMS_NORM_BACK, _GATE, _GATE_BACK, _ROTATE, _CAUSAL_SOFTMAX, _SOFTMAX_BACK, _CROSS_ENTROPY, _ACCUMULATE,
+ _NARROW, _WIDEN, _OUTER) = range(12)  # fmt: skip
 _TYPES = (torch.bfloat16, torch.float32)
 # Numbers of a piece of work: some microseconds, so that threads end together.
 _PIECE = 16384
+# Columns of a piece of an outer product: OUTER_COLUMNS of native/narrow.h.
+_OUTER_COLUMNS = 32
 # Rows whose share of a norm's gradient is added up in one place: not for the number of threads to decide.
 _ROWS = 64
 
@@ -185,3 +186,36 @@ def accumulate_(total: Tensor, x: Tensor) -> Tensor:
     n = x.shape[-1]
     _run(_ACCUMULATE, (x,), (total,), n, x.numel() // n, bf16=_is_bf16(x))
     return total
+
+
+def _is_narrow(low: Tensor, m: Tensor) -> bool:
+    """Whether the kernels take these as their float32 side: low (N, R) of rows in one piece each, m (R, n)."""
+    return low.dtype == m.dtype == torch.float32 and low.stride(1) == 1 and m.is_contiguous()
+
+
+def narrow(x: Tensor, m: Tensor, out: Tensor) -> Tensor:
+    """x m^T into out (N, R), float32, whose rows may be apart; x (N, n) contiguous, m (R, n) float32, R small."""
+    assert _is_narrow(out, m) and x.is_contiguous()
+    n_rows, n = x.shape
+    _run(_NARROW, (x, m), (out,), n, n_rows, bf16=_is_bf16(x), tile=len(m), first=out.stride(0))
+    return out
+
+
+def widen_(y: Tensor, low: Tensor, m: Tensor) -> Tensor:
+    """y (N, n) += low m, rounded once; y contiguous, low (N, R) and m (R, n) float32, R small."""
+    assert _is_narrow(low, m) and y.is_contiguous()
+    n_rows, n = y.shape
+    _run(_WIDEN, (low, m), (y,), n, n_rows, bf16=_is_bf16(y), tile=len(m), first=low.stride(0))
+    return y
+
+
+def outer(low: Tensor, x: Tensor) -> Tensor:
+    """low^T x, (R, n) float32; low (N, R) float32, x (N, n) contiguous, R small."""
+    n_rows, n = x.shape
+    out = torch.empty(low.shape[1], n)
+    assert _is_narrow(low, out) and x.is_contiguous()
+    _run(
+        _OUTER, (x, low), (out,), n, -(-n // _OUTER_COLUMNS),
+        bf16=_is_bf16(x), step=1, tile=low.shape[1], first=low.stride(0), n_tokens=n_rows,
+    )  # fmt: skip
+    return out

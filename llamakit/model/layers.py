@@ -5,7 +5,7 @@ Shapes: N tokens (any leading axes), I = n_in, O = n_out, R rank.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import partial
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from llamakit.ggml import BLOCK_SIZES, GGMLType
 from llamakit.model.elementwise import Function, Lazy, as_rows, identity, rms_norm
+from llamakit.model.narrow import products_for
 from llamakit.model.trained import TrainedLinear, project_trained
 from llamakit.quant import QTensor, dequantize
 
@@ -251,48 +252,43 @@ class _LoraProject(torch.autograd.Function):
         h = as_rows(function(*tensors)[0])
         n = len(layers)
         scaled = [a if layer.scale == 1 else a * layer.scale for layer, a in zip(layers, ab, strict=False)]
-        a = (torch.cat(scaled) if n > 1 else scaled[0]).to(h.dtype)
-        b = [part.to(h.dtype) for part in ab[n:]]
+        ranks = [len(a) for a in scaled]
+        products = products_for(h, max(ranks))
+        a = products.kept(torch.cat(scaled) if n > 1 else scaled[0])
+        b = [products.kept(part.t()) for part in ab[n:]]
         mask = _dropout_mask(h, layers)
-        low = (h if mask is None else h * mask) @ a.t()
-        parts = zip(layers, b, _by_layer(low, layers), strict=True)
-        ys = tuple(layer.base.product(h).addmm_(ha, part.t()) for layer, part, ha in parts)
-        ctx.layers, ctx.function = layers, function
+        low = products.narrow((h if mask is None else h * mask,), (a,))
+        parts = zip(layers, b, low.split(ranks, dim=1), strict=True)
+        ys = tuple(products.widen_(layer.base.product(h), ha, part) for layer, part, ha in parts)
+        ctx.layers, ctx.function, ctx.products = layers, function, products
         ctx.save_for_backward(low, a, *b, *tensors)
         return ys
 
     @staticmethod
     def backward(ctx, *grads: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
         layers: tuple[LoraLinear, ...] = ctx.layers
-        n = len(layers)
+        n, products = len(layers), ctx.products
         low, a, *rest = ctx.saved_tensors
         b, tensors = rest[:n], rest[n:]
+        ranks = [len(part) for part in b]
         result, pullback = ctx.function(*tensors)
         h = as_rows(result)
         mask = _dropout_mask(h, layers)
-        low_grads = [grad @ part for grad, part in zip(grads, b, strict=True)]
-        low_grad = torch.cat(low_grads, dim=-1) if n > 1 else low_grads[0]
-        d_a = _by_layer((low_grad.t() @ (h if mask is None else h * mask)).float(), layers, dim=0)
+        low_grad = products.narrow(grads, b)
+        d_a = products.outer(low_grad, h if mask is None else h * mask).split(ranks)
         d_a = [d if layer.scale == 1 else d * layer.scale for layer, d in zip(layers, d_a, strict=True)]
-        d_b = [_wide_transposed(ha.t() @ grad) for ha, grad in zip(_by_layer(low, layers), grads, strict=True)]
+        d_b = [products.outer(ha, grad).t() for ha, grad in zip(low.split(ranks, dim=1), grads, strict=True)]
         wanted, d_tensors = ctx.needs_input_grad[3 : 3 + len(tensors)], [None] * len(tensors)
         if any(wanted):  # the first block reads the frozen embedding: nobody asks
             dh = layers[0].base.product_back(grads[0])
             for layer, grad in zip(layers[1:], grads[1:], strict=True):
                 dh.add_(layer.base.product_back(grad))
-            dh = dh.addmm_(low_grad, a) if mask is None else dh.add_((low_grad @ a).mul_(mask))
+            if mask is None:
+                products.widen_(dh, low_grad, a)
+            else:
+                dh.add_(products.widen_(torch.zeros_like(dh), low_grad, a).mul_(mask))
             d_tensors = pullback(dh.view(result.shape), wanted)
         return None, None, None, *d_tensors, *d_a, *d_b
-
-
-def _by_layer(joined: Tensor, layers: Sequence[LoraLinear], dim: int = -1) -> tuple[Tensor, ...]:
-    """What belongs to each layer of a product with all the A (R_i, I), joined along R."""
-    return torch.split(joined, [len(layer.lora_a) for layer in layers], dim=dim)
-
-
-def _wide_transposed(x: Tensor) -> Tensor:
-    """x^T in float32 and in memory."""
-    return x.t().to(torch.float32, memory_format=torch.contiguous_format)
 
 
 def _dropout_mask(x: Tensor, layers: tuple[LoraLinear, ...]) -> Tensor | None:
