@@ -53,7 +53,7 @@ def test_alone_there_is_nothing_to_do() -> None:
     agree(dist, given, given)
     assert dist.is_main and dist.claim() and not dist.joined
     assert dist.sum([1.5, 2]) == [1.5, 2] and tensor.tolist() == [1, 1, 1]
-    assert list(dist.share("abc")) == list("abc") and dist.from_main(lambda: 7) == 7
+    assert list(dist.share("ab")) == [("a", True), ("b", True)] and dist.from_main(lambda: 7) == 7
 
 
 @pytest.mark.parametrize("n", [0, 1, 3, 4, 8, 9])
