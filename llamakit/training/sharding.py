@@ -69,10 +69,11 @@ def load_sharded(
     matrices = {name: module for name, module in model.named_modules() if isinstance(module, PackedWeight)}
     everywhere = {p for p in model.parameters() if not p.is_meta}
     for part in (model.token_embd, *model.blk):
-        fully_shard(part, mesh=mesh, ignored_params=everywhere)
+        fully_shard(part, mesh=mesh, reshard_after_forward=True, ignored_params=everywhere)
     # The loss applies the output matrix to as many chunks as a rank has: it is gathered and freed around them.
     fully_shard(model.output, mesh=mesh, reshard_after_forward=False, ignored_params=everywhere)
     model.output.set_reshard_after_backward(False)  # pyright: ignore[reportCallIssue]
+    fully_shard(model, mesh=mesh, ignored_params=everywhere)  # without a root each part would keep its last gather
     for name, module in matrices.items():
         if name == "output" and config.tied_output:
             module.weight = nn.Parameter(model.token_embd.weight.data, requires_grad=False)  # pyright: ignore
