@@ -29,11 +29,14 @@ def rank_main(arguments: argparse.Namespace) -> None:
     """One rank: train, and write what it took into a file of its own."""
     import torch
 
+    from llamakit.cli.options import give_back_freed_memory
     from llamakit.training.config import FinetuneConfig
     from llamakit.training.distributed import Dist, join
     from llamakit.training.finetune import finetune
     from llamakit.training.report import StepReport
 
+    if arguments.shard != "none":
+        give_back_freed_memory()  # as the command line does
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     dist = Dist()
     if "RANK" in os.environ:

@@ -379,7 +379,7 @@ def finetune(
     if model_base and not plan:
         render.loading(run_config.model_base)  # said before torch is imported: nobody waits in silence
 
-    options.keep_freed_memory()
+    (options.keep_freed_memory if shard == "none" else options.give_back_freed_memory)()
 
     from llamakit.cli.finetune_view import View
     from llamakit.cli.plan_view import show_plan

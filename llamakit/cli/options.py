@@ -225,11 +225,21 @@ def keep_freed_memory() -> None:
     By default every large array costs fresh pages each time: a third of a training step at 4 x 512 tokens. The peak
     stays the same. Only glibc has these switches (malloc.h); elsewhere nothing happens.
     """
+    _mallopt(trim=2**31 - 1, mmap=2**30)
+
+
+def give_back_freed_memory() -> None:
+    """Have the C library give every large array back when it is freed: what is gathered of a sharded model for a moment
+    would leave holes that nothing fits into, twice the model in the end."""
+    _mallopt(trim=2**20, mmap=2**20)
+
+
+def _mallopt(*, trim: int, mmap: int) -> None:
     trim_threshold, mmap_threshold = -1, -3
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
-        mallopt(trim_threshold, 2**31 - 1)
-        mallopt(mmap_threshold, 2**30)
+        mallopt(trim_threshold, trim)
+        mallopt(mmap_threshold, mmap)
 
 
 LoraOption = Annotated[

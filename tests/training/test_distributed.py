@@ -53,7 +53,15 @@ def test_alone_there_is_nothing_to_do() -> None:
     agree(dist, given, given)
     assert dist.is_main and dist.claim() and not dist.joined
     assert dist.sum([1.5, 2]) == [1.5, 2] and tensor.tolist() == [1, 1, 1]
-    assert list(dist.share("ab")) == [("a", True), ("b", True)] and dist.from_main(lambda: 7) == 7
+    assert [item for item, counts in dist.share("abc") if counts] == list("abc") and dist.from_main(lambda: 7) == 7
+
+
+def test_shares_of_an_evaluation_are_even_where_all_must_take_part() -> None:
+    ranks = [Dist(rank, 2) for rank in range(2)]
+    assert [list(dist.share("abc")) for dist in ranks] == [[("a", True), ("c", True)], [("b", True)]]
+    for dist in ranks:
+        dist.sharded = True
+    assert list(ranks[1].share("abc")) == [("b", True), ("c", False)]
 
 
 @pytest.mark.parametrize("n", [0, 1, 3, 4, 8, 9])
