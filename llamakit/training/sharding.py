@@ -8,12 +8,10 @@ cut: GGML's blocks lie along them. Norms and biases, which are small, are on eve
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Shard
 
 from llamakit.errors import UnsupportedError, UsageError
 from llamakit.formats.base import ModelFile
@@ -23,6 +21,9 @@ from llamakit.model.load import free_bytes
 from llamakit.quant import QTensor
 from llamakit.training.config import FinetuneConfig
 from llamakit.training.distributed import Dist
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 # What a whole packed model may take of a rank's free memory: the rest is for activations and the system.
 _SHARE = 0.6
@@ -62,6 +63,9 @@ def load_sharded(
 
     Raises FormatError or UnsupportedError as `load_model` does.
     """
+    from torch.distributed.device_mesh import init_device_mesh  # these load torch's compiler: only who shards waits
+    from torch.distributed.fsdp import fully_shard
+
     model = load_model(
         file, device=device, dtype=dtype, weight_cache="none", config=config, for_training=True, packed=_described
     )
@@ -91,6 +95,8 @@ def _described(file: ModelFile, name: str, _device: torch.device | str) -> QTens
 
 def _fill(module: PackedWeight, file: ModelFile, name: str, device: torch.device, mesh: DeviceMesh) -> None:
     """Read this rank's rows, which are torch's to choose."""
+    from torch.distributed.tensor import DTensor, Shard
+
     described = module.weight
     assert isinstance(described, DTensor)
     first, rows = _own_rows(len(described), mesh)
