@@ -174,9 +174,10 @@ def traffic_bytes(job: Job, ranks: int, what: What, shard: Shard) -> int:
     """Bytes that a rank receives in a step, over a ring: (W - 1)/W of what is gathered or scattered, twice that of what
     is reduced to all.
 
-    Replicated: the float32 gradients of what is trained are reduced to all, once. Sharded: each micro-step gathers the
-    weights twice, forward and backward, in bf16 where they are trained and packed as in the file where they are not;
-    trained ones scatter their float32 gradients, an adapter, which every rank has whole, reduces its own.
+    Replicated: the float32 gradients of what is trained are reduced to all, once. Sharded, all weights: each micro-step
+    gathers them twice, forward and backward, in bf16, and scatters their float32 gradients. Sharded, an adapter: it
+    gathers the base packed as in the file, the blocks twice, or with checkpointing three times, the tables of the
+    vocabulary once; the adapter, which every rank has whole, reduces its gradients.
     """
     trained = job.parameters if what == "full" else job.adapter
     reduced = 2 * _F32 * trained
@@ -185,7 +186,9 @@ def traffic_bytes(job: Job, ranks: int, what: What, shard: Shard) -> int:
     elif what == "full":
         moved = job.grad_acc * (2 * _BF16 * trained + _F32 * trained)
     else:
-        moved = job.grad_acc * 2 * job.base_bytes + reduced
+        blocks = job.base_bytes * job.shape.n_layer * _block(job.shape) // job.parameters
+        passes = 3 if job.checkpointing else 2
+        moved = job.grad_acc * (passes * blocks + job.base_bytes - blocks) + reduced
     return moved * (ranks - 1) // ranks
 
 

@@ -59,7 +59,10 @@ def test_traffic_of_each_way() -> None:
     assert traffic_bytes(one, 4, "full", "none") == 2 * 4 * parameters * 3 // 4
     assert traffic_bytes(one, 4, "full", "full") == 3 * (2 + 2 + 4) * parameters * 3 // 4
     assert traffic_bytes(one, 4, "lora", "none") == 2 * 4 * 7 * 3 // 4
-    assert traffic_bytes(one, 4, "lora", "full") == (3 * 2 * 100 + 2 * 4 * 7) * 3 // 4
+    block = 100 * (BLOCK + 2 * 4) // parameters  # of the packed base, its norms included
+    assert traffic_bytes(one, 4, "lora", "full") == (3 * (3 * block + 100 - block) + 2 * 4 * 7) * 3 // 4
+    plain = job(grad_acc=3, checkpointing=False)
+    assert traffic_bytes(plain, 4, "lora", "full") == (3 * (2 * block + 100 - block) + 2 * 4 * 7) * 3 // 4
     assert {traffic_bytes(one, 1, what, shard) for what in ("full", "lora") for shard in ("none", "full")} == {0}
 
 
@@ -106,8 +109,8 @@ def test_the_table_of_docs_scale() -> None:
         for name, job_ in (("8b", published("8b")), ("70b", published("70b")))
     }
     assert found == {
-        "8b": [(147.9, 60.23, False), (13.4, 60.23, True), (8.7, 0.31, True), (5.0, 8.78, True)],
-        "70b": [(1279.2, 529.15, False), (85.3, 529.15, False), (52.7, 1.55, True), (17.0, 75.97, True)],
+        "8b": [(147.9, 60.23, False), (13.4, 60.23, True), (8.7, 0.31, True), (5.0, 11.91, True)],
+        "70b": [(1279.2, 529.15, False), (85.3, 529.15, False), (52.7, 1.55, True), (17.0, 110.96, True)],
     }
     assert [least_ranks(published(name), cluster(), what) for name in ("8b", "70b") for what in ("full", "lora")] == [
         2,
