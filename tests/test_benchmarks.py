@@ -20,7 +20,6 @@ from tests.tiny import cached_tiny_gguf, tiny_text
 
 BENCHMARKS = ROOT / "benchmarks"
 SCRIPTS = (
-SCRIPTS = (
     "models.py", "finetune.py", "instruct.py", "convert.py", "generate.py", "instruct_journey.py", "scale.py", "serve.py",
     "seven_b.py", "startup.py",
 )  # fmt: skip
