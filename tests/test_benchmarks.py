@@ -182,7 +182,9 @@ def test_the_journey_of_an_instruction_set_on_a_tiny_folder(tmp_path: Path) -> N
     results = json.loads(report.read_text())["results"]
     seed = results["seeds"]["7"]
     assert len(seed["answers"]) == len(results["base"]["answers"]) == 60
-    assert seed["seconds"].keys() == {"finetune", "merge", "quantize", "convert"} and seed["processor_s"] > 0
+    assert (
+        seed["seconds"].keys() == {"finetune", "merge", "quantize", "convert", "generate"} and seed["processor_s"] > 0
+    )
     assert not list((tmp_path / "work").iterdir()), "what was written is deleted without --keep"
 
 

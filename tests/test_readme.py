@@ -84,7 +84,7 @@ def _shortened(words: list[str]) -> list[str]:
         # train counts all iterations, finetune those of this run: a later, larger number must stay the larger one
         few = str(int(words[at]) // 100) if words[0] == "train" else _ITERATIONS
         words = [*words[:at], few, *words[at + 1 :]]
-    elif words[0] == "finetune" and "--config" in words:
+    elif words[:1] == ["finetune"] and "--config" in words:
         words = [*words, "--adam-iter", _ITERATIONS]
     return words
 

@@ -214,6 +214,7 @@ NO_OPS["chat"] = {
     "--keep": (1, "a chat keeps its system message"),
 }
 NO_OPS["generate"]["--jinja"] = NO_OPS["chat"]["--jinja"]
+ALIASES["plan"], NO_OPS["plan"] = ALIASES["finetune"], NO_OPS["finetune"]
 
 #: command -> option of its namesake that llamakit has not -> what to do instead
 _REFUSED: dict[str, dict[str, str]] = {

@@ -61,10 +61,10 @@ def step_operations(shape: ModelConfig, n_tokens: int, ctx: int, *, checkpointin
 
 
 def _probed(base: ModelFile, device: torch.device) -> QuantizedLinear:
-    """Some rows of a matrix of the base, as it lies there."""
+    """Zeros in the place of some rows of a matrix of the base, in its type: their time is the same, and none is read."""
     info = base.tensors[_PROBED]
     rows = min(info.n_rows, max(1, SLAB_WEIGHTS // info.shape[-1]))
-    packed = torch.from_numpy(base.read(_PROBED, 0, rows)).to(device)
+    packed = torch.zeros(rows, info.n_bytes // info.n_rows, dtype=torch.uint8, device=device)
     return QuantizedLinear(QTensor(packed, info.type, (rows, info.shape[-1])), scratch=Scratch())
 
 

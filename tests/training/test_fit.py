@@ -76,7 +76,7 @@ def test_less_memory_means_a_smaller_way(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_what_does_not_fit_is_refused_with_what_would(tmp_path: Path) -> None:
     with pytest.raises(
-        UsageError, match=r"--max-memory 10M: nothing fits; the smallest takes \d+M \(--micro-batch 1, "
+        UsageError, match=r"--max-memory 10M: nothing fits; the smallest takes [\d.]+[MG] \(--micro-batch 1, "
     ):
         planned(tmp_path, max_memory="10M")
 

@@ -161,7 +161,7 @@ def test_a_vocabulary_larger_than_a_tile_gives_the_same_loss(monkeypatch):
     _file, model, pairs, tokens, targets = setup(cached_tiny_gguf(type="Q8_0"), ranks())
     whole, mine = gradients(model, pairs, tokens, targets)
     monkeypatch.setattr(module, "_TILE_LOGITS", 7)
-    monkeypatch.setattr(module, "_CHUNK_TOKENS", 5)
+    monkeypatch.setattr(module, "CHUNK_TOKENS", 5)
     parts, theirs = gradients(model, pairs, tokens, targets)
     assert parts == pytest.approx(whole, rel=1e-6)
     assert_close(mine, {n: (a.double(), b.double()) for n, (a, b) in theirs.items()}, 1e-4)
