@@ -61,7 +61,7 @@ def step_operations(shape: ModelConfig, n_tokens: int, ctx: int, *, checkpointin
 
 
 def _probed(base: ModelFile, device: torch.device) -> QuantizedLinear:
-    """Zeros in the place of some rows of a matrix of the base, in its type: their time is the same, and none is read."""
+    """Zeros instead of some rows of a matrix of the base, in its type: their time is the same, and nothing is read."""
     info = base.tensors[_PROBED]
     rows = min(info.n_rows, max(1, SLAB_WEIGHTS // info.shape[-1]))
     packed = torch.zeros(rows, info.n_bytes // info.n_rows, dtype=torch.uint8, device=device)
