@@ -234,7 +234,7 @@ def test_prove_knows_every_test() -> None:
     assert covered == set((ROOT / "tests").rglob("test_*.py"))
 
 
-@pytest.mark.slow
+@pytest.mark.prove
 def test_an_interrupted_proof_keeps_what_it_has(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -279,7 +279,7 @@ def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("launcher", ["ours", "torchrun"])
+@pytest.mark.parametrize("launcher", ["ours", pytest.param("torchrun", marks=pytest.mark.prove)])
 def test_sigterm_to_the_launcher_saves(tmp_path: Path, launcher: str) -> None:
     command = arguments(tmp_path, adam_iter=100_000, save_every=10, ctx=8)
     ours = ["llamakit", *command, "--devices", "2"]
@@ -294,7 +294,7 @@ def test_sigterm_to_the_launcher_saves(tmp_path: Path, launcher: str) -> None:
         assert process.returncode == 143 and "Traceback" not in err
 
 
-@pytest.mark.slow
+@pytest.mark.prove
 def test_a_killed_rank_is_named(tmp_path: Path) -> None:
     process = start(["llamakit", *arguments(tmp_path, adam_iter=100_000, save_every=1, ctx=8), "--devices", "2"])
     wait_for(tmp_path / "chk-LATEST.gguf", process)
