@@ -6,7 +6,7 @@ import contextlib
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -101,20 +101,28 @@ def prepare(
 
 
 @contextlib.contextmanager
-def _sigterm_cleans_up() -> Iterator[None]:
-    """SIGTERM leaves as Ctrl-C does: what was half written is removed."""
+def _signals_clean_up() -> Iterator[Callable[[], None]]:
+    """SIGTERM leaves as Ctrl-C does: what was half written is removed. Gives a function to be called now and then: it
+    leaves where a signal came whose exception was lost, as Python does with one in a callback of a finished future."""
+    came: list[int] = []
 
     def leave(number: int, frame: object) -> None:
-        raise SystemExit(EXIT_TERMINATED)
+        came.append(number)
+        look()
+
+    def look() -> None:
+        if came:
+            raise KeyboardInterrupt if came[0] == signal.SIGINT else SystemExit(EXIT_TERMINATED)
 
     if threading.current_thread() is not threading.main_thread():
-        yield
+        yield look
         return
-    before = signal.signal(signal.SIGTERM, leave)
+    before = {number: signal.signal(number, leave) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield
+        yield look
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def run_prepare(settings: PrepareConfig) -> Prepared:
@@ -123,8 +131,10 @@ def run_prepare(settings: PrepareConfig) -> Prepared:
 
     result: Prepared | None = None
     bar = render.Progress("tokenizing (kB)", total=None, fields=("documents", "tokens"))
-    with _sigterm_cleans_up(), bar:
-        for report in verb.prepare(settings, stdin=sys.stdin.buffer):
+    reports = contextlib.closing(verb.prepare(settings, stdin=sys.stdin.buffer))
+    with _signals_clean_up() as look, bar, reports as told:
+        for report in told:
+            look()
             if isinstance(report, verb.Reading):
                 log_reading(report.n_files, report.n_bytes)
                 bar.set_total(report.n_bytes // 1000)

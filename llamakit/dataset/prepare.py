@@ -11,7 +11,7 @@ import os
 import re
 import shlex
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Generator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -111,7 +111,7 @@ class Prepared:
 Report = Reading | TrainingVocabulary | VocabularyReady | Encoding | Saving | Prepared
 
 
-def prepare(config: PrepareConfig, *, stdin: BinaryIO | None = None) -> Iterator[Report]:
+def prepare(config: PrepareConfig, *, stdin: BinaryIO | None = None) -> Generator[Report, None, None]:
     """Turn a corpus into a folder of tokens: reports on the way, `Prepared` last, when the folder is in its place.
 
     stdin: what the input "-" is. A generator that is given up, or fails, leaves nothing behind.
