@@ -19,7 +19,8 @@ _OFF = 0.05
 # Decoding a weight takes as long as multiplying so many tokens with it; a step has work as for so many more tokens; and
 # a single layout of the weights makes products so much slower.
 _DECODE_TOKENS, _STEP_TOKENS, _ONE_LAYOUT = 150, 32, 1.12
-_CACHES: dict[Kept, Cache] = {"twice": "auto", "once": "bf16", "none": "none"}
+#: how decoded weights are kept -> the --weight-cache that says so
+CACHES: dict[Kept, Cache] = {"twice": "auto", "once": "bf16", "none": "none"}
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ def chosen(config: FinetuneConfig, asked: Footprint, interpreter: int, *, twice:
         config,
         micro_batch=0 if best.rows >= config.batch else best.rows,
         use_checkpointing=best.checkpointing,
-        weight_cache=_CACHES[best.kept],
+        weight_cache=config.weight_cache if config.full else CACHES[best.kept],
     )
     return Choice(changed, best, why)
 
@@ -89,7 +90,7 @@ def _cost(way: Footprint) -> float:
 
 def _flags(way: Footprint) -> str:
     checkpointing = "--use-checkpointing" if way.checkpointing else "--no-checkpointing"
-    cache = "" if way.full else f", --weight-cache {_CACHES[way.kept]}"
+    cache = "" if way.full else f", --weight-cache {CACHES[way.kept]}"
     return f"--micro-batch {way.rows}, {checkpointing}{cache}"
 
 

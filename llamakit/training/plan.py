@@ -20,7 +20,7 @@ from llamakit.model.device import can_prepack, dtype_name
 from llamakit.model.layers import SLAB_WEIGHTS, QuantizedLinear, Scratch
 from llamakit.quant import QTensor
 from llamakit.training.config import FinetuneConfig
-from llamakit.training.fit import Choice, chosen
+from llamakit.training.fit import CACHES, Choice, chosen
 from llamakit.training.memory import Footprint, Kept, cache_sizes, kept_by, memory_of
 from llamakit.training.outcome import resident_bytes
 from llamakit.training.report import ChatFacts, DataFacts, Plan
@@ -195,11 +195,11 @@ def _rows_and_share(facts: DataFacts | ChatFacts) -> tuple[int, float]:
 
 
 def _told(config: FinetuneConfig, run: Footprint) -> Mapping[str, object]:
-    return {
+    told: dict[str, object] = {
         "--batch": config.batch,
         "--grad-acc": config.grad_acc,
         "--micro-batch": run.rows,
         "--ctx": config.ctx,
         "--use-checkpointing": run.checkpointing,
-        "--weight-cache": {"twice": "auto", "once": "bf16", "none": "none"}[run.kept],
     }
+    return told if run.full else told | {"--weight-cache": CACHES[run.kept]}

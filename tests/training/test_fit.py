@@ -14,6 +14,7 @@ from llamakit.training.report import Outcome, Plan, StepReport
 from tests.helpers import render_in_this_process
 from tests.training.runs import losses, run, run_config
 from tests.training.test_finetune_chat import chat
+from tests.training.test_finetune_full import full_options
 
 
 def planned(directory: Path, **options: Any) -> Plan:
@@ -39,6 +40,14 @@ def test_disk_is_what_the_run_leaves(tmp_path: Path) -> None:
     assert len(told) == 1 and told[0].disk == plan.disk
     assert plan.disk["checkpoints"] == pytest.approx(files["chk"], rel=0.15)
     assert plan.disk["adapters"] == pytest.approx(files["lora"], rel=0.15)
+
+
+def test_all_weights_are_fitted_too(tmp_path: Path) -> None:
+    """They need no cache of decoded weights, and none is chosen for them."""
+    whole = full_options(tmp_path, batch=4)
+    asked, fitted = planned(tmp_path, **whole), planned(tmp_path, **whole, max_memory="20G")
+    assert fitted.chosen and fitted.trained_parameters == asked.trained_parameters
+    assert "--weight-cache" not in fitted.options and "--weight-cache" not in asked.options
 
 
 def test_the_outcome_is_told_beside_the_plan(tmp_path: Path) -> None:
