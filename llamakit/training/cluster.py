@@ -13,6 +13,7 @@ from llamakit.formats.open import check_is_model, open_model
 from llamakit.model import ModelConfig, load_config
 from llamakit.training.config import FinetuneConfig
 from llamakit.training.lora import trained_tensors
+from llamakit.training.loss import CHUNK_TOKENS
 from llamakit.training.memory import BYTES_PER_TRAINED, kept_numbers
 from llamakit.training.plan import step_operations
 
@@ -23,8 +24,6 @@ Shard = Literal["none", "full"]
 SHAPES = {"8b": (4096, 32, 32, 8, 14336, 128256), "70b": (8192, 80, 64, 8, 28672, 128256)}
 
 _BF16, _F32 = 2, 4
-#: logits of a chunk of the loss (loss.py), and the copy in which their gradient is formed
-_CHUNK_TOKENS = 256
 #: assumed, not measured: CUDA's context, cuBLAS' and NCCL's buffers; holes between tensors of a caching allocator
 CONTEXT_BYTES, ALLOCATOR_SHARE = 10**9, 1.1
 #: blocks whose gathered weights are there at a time: the one that computes, and the next, fetched meanwhile
@@ -211,7 +210,8 @@ def _memory(job: Job, ranks: int, what: What, shard: Shard) -> dict[str, int]:
         "trained": trained,
         "gathered": gathered + decoded,
         "activations": activation_bytes(job),
-        "logits": min(_CHUNK_TOKENS, job.rows * job.ctx) * shape.n_vocab * _BF16 * 2,
+        # of a chunk of the loss, and the copy in which their gradient is formed
+        "logits": min(CHUNK_TOKENS, job.rows * job.ctx) * shape.n_vocab * _BF16 * 2,
     }
 
 

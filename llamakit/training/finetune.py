@@ -30,6 +30,7 @@ from llamakit.training.answers import Answers
 from llamakit.training.checkpoint import (
     CheckpointManager,
     OldCheckpoint,
+    TrainingType,
     claim_outputs,
     file_name,
     read_checkpoint,
@@ -148,8 +149,7 @@ class _Run:
             if self.dist.is_main:
                 self._claim_outputs()
             self.stamps = base_stamps(self.base)
-        kind = "finetune_full" if config.full else "finetune_lora"
-        start = find_start(self.dist, config, kind, self._read_checkpoint_in)
+        start = find_start(self.dist, config, self._kind, self._read_checkpoint_in)
         self.saved, self.job = start.state, origin(self.dist, start)
         if start.own:
             config = self.config = dataclasses.replace(config, checkpoint_in=own_name(config))
@@ -157,9 +157,13 @@ class _Run:
         self.seed = self.dist.from_main(self._seed)
         if self._writes:
             product, clear = self.subject.product, self.dist.is_main
-            self.manager = CheckpointManager(config, self.subject.training_type, product, clear=clear)
+            self.manager = CheckpointManager(config, self._kind, product, clear=clear)
         yield ModelFacts(self.seed, config.model_base, self.shape, config.ctx, self.subject.ranks, self.subject.alpha)
         yield from self._remarks()
+
+    @property
+    def _kind(self) -> TrainingType:
+        return "finetune_full" if self.config.full else "finetune_lora"
 
     def _subject(self) -> Subject:
         if self.config.full:
@@ -180,8 +184,7 @@ class _Run:
 
     def _read_checkpoint_in(self) -> TrainState | OldCheckpoint | None:
         path = self.config.checkpoint_in
-        kind = "finetune_full" if self.config.full else "finetune_lora"
-        return read_checkpoint(Path(path), kind) if path and os.path.lexists(path) else None
+        return read_checkpoint(Path(path), self._kind) if path and os.path.lexists(path) else None
 
     def _seed(self) -> int:
         given = self.config.seed

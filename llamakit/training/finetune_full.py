@@ -23,22 +23,20 @@ from llamakit.model import ModelConfig, load_model
 from llamakit.model.layers import Dropout
 from llamakit.quant import dequantize
 from llamakit.training.blueprint import ROPE_FREQS, build, from_file, rounded, write_model
-from llamakit.training.checkpoint import Product, TrainingType
+from llamakit.training.checkpoint import Product
 from llamakit.training.config import Cache, FinetuneConfig
 from llamakit.training.distributed import Dist
+from llamakit.training.plan import disk_bytes
 from llamakit.training.proof import logits_of, tolerance
 from llamakit.training.report import Remark, Report, Verified
 from llamakit.training.subject import Built
 
 # Full fine-tunings use 1e-6 to 1e-4; finetune's default is one for LoRA, whose weights begin at 0.
 _MUCH_ALPHA = 3e-4
-_BYTES_OF_STATE = 12  # a weight and its two moments, float32
 
 
 class FullSubject:
     """A `Subject`: every weight of the base, decoded to float32."""
-
-    training_type: TrainingType = "finetune_full"
 
     def __init__(self, config: FinetuneConfig, base: ModelFile, shape: ModelConfig) -> None:
         """shape: of the base, with what the command line changes, which is written into the model."""
@@ -63,12 +61,7 @@ class FullSubject:
             yield Remark("warning", f"--adam-alpha {config.adam_alpha:g} is much for all weights of a trained model:"
                          " --adam-alpha 2e-5 is usual")  # fmt: skip
         n_weights = sum(math.prod(shape) for shape in self.shapes().values())
-        item = _BYTES_OF_STATE * bool(config.checkpoint_out) + (4 if config.outtype == "f32" else 2) * bool(
-            config.model_out
-        )
-        n_saves = 1 + (config.adam_iter - 1) // config.save_every if config.save_every else 1
-        kept = min(n_saves, config.keep_last or n_saves)
-        needed = kept * item * n_weights
+        needed = sum(disk_bytes(config, n_weights, config.adam_iter).values())
         free = shutil.disk_usage(Path(config.checkpoint_out or config.model_out).parent).free
         if needed > free:
             yield Remark("warning", f"the saves of this run take {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are"

@@ -21,7 +21,7 @@ from llamakit.formats.peft import FILES as PEFT_FILES
 from llamakit.model import Llama, ModelConfig, load_model
 from llamakit.model.device import dtype_name
 from llamakit.model.layers import Dropout
-from llamakit.training.checkpoint import OldCheckpoint, Product, TrainingType
+from llamakit.training.checkpoint import OldCheckpoint, Product
 from llamakit.training.config import Cache, FinetuneConfig
 from llamakit.training.distributed import Dist
 from llamakit.training.lora import as_adapter, attach_trainable, named_pairs, rank_field
@@ -37,8 +37,6 @@ _NOT_IN_ADAPTER_USE = ("attn_norm", "ffn_norm", "output_norm")
 
 class LoraSubject:
     """A `Subject`: LoRA pairs on the packed weights of a base, which stay as they are."""
-
-    training_type: TrainingType = "finetune_lora"
 
     def __init__(
         self, config: FinetuneConfig, base: ModelFile, shape: ModelConfig, saved: TrainState | OldCheckpoint | None

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from llamakit.model import Llama
 from llamakit.model.layers import Dropout
-from llamakit.training.checkpoint import Product, TrainingType
+from llamakit.training.checkpoint import Product
 from llamakit.training.config import Cache
 from llamakit.training.distributed import Dist
 from llamakit.training.report import Remark, Report
@@ -19,11 +19,6 @@ from llamakit.training.report import Remark, Report
 
 class Subject(Protocol):
     """Whatever it is, the run around it is the same: data, steps, evaluations, checkpoints, and a proof at the end."""
-
-    @property
-    def training_type(self) -> TrainingType:
-        """Of its checkpoints."""
-        ...
 
     @property
     def product(self) -> Product:
