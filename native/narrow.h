@@ -27,7 +27,7 @@ INLINE void NAME(narrow_tile)(
             const vf w = NAME(first_of)(m + k * n + whole, rest);
             EACH(i, rows) sums[i][k] += LOAD_PART(x + i * n + whole, rest) * w;
         }
-    EACH(i, rows) EACH(k, count) out[i * stride + k] = folded(sums[i][k]);
+    EACH(i, rows) EACH(k, count) out[i * stride + k] = sum(sums[i][k]);
 }
 
 /* out (rows, r) = x (rows, n) m^T; r is job->tile, and the rows of out are job->first apart. */

@@ -28,24 +28,7 @@ INLINE vn narrow(vf x) {
 }
 
 /* The first n of the lanes; the others are 0. */
-INLINE vi first_lanes(int64_t n) {
-    static const int32_t numbers[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-    vi lanes;
-    memcpy(&lanes, numbers, sizeof lanes);
-    return lanes < (int32_t)n;
-}
-
-/* The sum of all lanes, in a tree. */
-INLINE float folded(vf x) {
-#if defined(__AVX2__) && !defined(__AVX512F__)
-    const __m256 all = (__m256)x;
-    __m128 part = _mm_add_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1));
-    part = _mm_add_ps(part, _mm_movehl_ps(part, part));
-    return _mm_cvtss_f32(_mm_add_ss(part, _mm_shuffle_ps(part, part, 1)));
-#else
-    return sum(x);
-#endif
-}
+INLINE vi first_lanes(int64_t n) { return lane_numbers() < (int32_t)n; }
 
 #define NUMBER uint16_t
 #define NAME(kernel) JOIN(JOIN(kernel, bf16), ISA)

@@ -48,7 +48,7 @@ INLINE int32_t sum_int(vi x) { return _mm512_reduce_add_epi32((__m512i)x); }
 INLINE int32_t most_of(vi x) { return _mm512_reduce_max_epi32((__m512i)x); }
 INLINE float most_of_floats(vf x) { return _mm512_reduce_max_ps((__m512)x); }
 INLINE vi greater(vi a, vi b) { return (vi)_mm512_max_epi32((__m512i)a, (__m512i)b); }
-#elif WIDTH == 8 && defined(__AVX2__)
+#elif WIDTH == 8
 /* One half of the lanes with the other, three times. */
 INLINE float sum(vf x) {
     __m128 y = _mm_add_ps(_mm256_castps256_ps128((__m256)x), _mm256_extractf128_ps((__m256)x, 1));
@@ -127,7 +127,7 @@ INLINE vi load_i8(const void *at) {
 
 /* 32 whole numbers from -127 to 127 as bytes. */
 INLINE void store_i8(int8_t *at, const vi *x) {
-#if WIDTH == 8 && defined(__AVX2__)
+#if WIDTH == 8
     const __m256i a = _mm256_packs_epi32((__m256i)x[0], (__m256i)x[1]), b = _mm256_packs_epi32((__m256i)x[2], (__m256i)x[3]);
     const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
     _mm256_storeu_si256((__m256i *)at, _mm256_permutevar8x32_epi32(_mm256_packs_epi16(a, b), order));
@@ -146,7 +146,7 @@ INLINE int32_t word_at(const void *at) {
     return word;
 }
 
-#if WIDTH == 8 && defined(__AVX2__)
+#if WIDTH == 8
 /* As `add_products`, for weights up to 63: pairs of products are added up in 16 bits for as long as they fit. */
 INLINE void add_small_products(int most, int n, int m, const vb *w, const int8_t *q, vi *sums) {
     const int fit = most > 31 ? 2 : most > 15 ? 4 : 8; /* 2 * 127 * 15 * 8 < 2^15, and so on */
@@ -175,7 +175,7 @@ INLINE void add_small_products(int most, int n, int m, const vb *w, const int8_t
    none above `most`, and signed bytes q [n][m][4], none of them -128. Whole numbers: their order does not matter. */
 INLINE void add_products(int most, int n, int m, const vb *w, const int8_t *q, vi *sums) {
     (void)most;
-#if WIDTH == 8 && defined(__AVX2__)
+#if WIDTH == 8
     if (most <= 63) {
         add_small_products(most, n, m, w, q, sums);
         return;
@@ -228,7 +228,7 @@ INLINE vb or_where(vb w, const uint8_t *bits, uint8_t value) {
     memcpy(&mask, bits, 8);
     const __m512i other = _mm512_or_si512((__m512i)w, _mm512_set1_epi8((char)value));
     return (vb)_mm512_mask_mov_epi8((__m512i)w, mask, other);
-#elif WIDTH == 8 && defined(__AVX2__)
+#elif WIDTH == 8
     const __m256i byte_of = _mm256_setr_epi8(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1, 2, 2, 2, 2, 2, 2, 2, 2, 3, 3, 3,
                                              3, 3, 3, 3, 3);
     const __m256i bit_of = _mm256_set1_epi64x((long long)0x8040201008040201);
@@ -252,7 +252,7 @@ INLINE vb look_up(vb w, const uint8_t *table) {
 #if defined(__AVX512BW__)
     const __m512i rows = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)table));
     return (vb)_mm512_shuffle_epi8(rows, (__m512i)w);
-#elif WIDTH == 8 && defined(__AVX2__)
+#elif WIDTH == 8
     const __m256i rows = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)table));
     return (vb)_mm256_shuffle_epi8(rows, (__m256i)w);
 #else
