@@ -6,8 +6,9 @@ import json
 import re
 import signal
 import socket
+import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -43,6 +44,17 @@ def post(url: str, value: object, **headers: str) -> dict:
     request = urllib.request.Request(url, json.dumps(value).encode(), {"content-type": "application/json", **headers})
     with urllib.request.urlopen(request, timeout=120) as answer:
         return json.loads(answer.read())
+
+
+@pytest.mark.prove
+def test_a_signal_ends_it_within_six_seconds(record_property: Callable[[str, object], None]) -> None:
+    with process() as (started, _url):
+        asked = time.monotonic()
+        started.send_signal(signal.SIGTERM)
+        assert started.wait(120) == 0
+        seconds = time.monotonic() - asked
+    record_property("seconds from SIGTERM to the end of serve", round(seconds, 2))
+    assert seconds < 6
 
 
 def test_it_serves_logs_and_ends_with_a_signal(tmp_path: Path) -> None:

@@ -131,14 +131,32 @@ def test_time_is_limited() -> None:
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_stopping_ends_what_runs(stream: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run, "_FINISH_S", 0.3)
     monkeypatch.setattr(run, "_END_S", WAIT_S)
+    seconds_until_what_runs_is_ended(stream, monkeypatch)
+
+
+@pytest.mark.prove
+@pytest.mark.parametrize("stream", [False, True])
+def test_stopping_ends_what_runs_within_two_seconds(
+    stream: bool, monkeypatch: pytest.MonkeyPatch, record_property
+) -> None:
+    seconds = seconds_until_what_runs_is_ended(stream, monkeypatch)
+    record_property("time until an endless answer is ended by stopping, s", round(seconds, 2))
+    assert seconds < 2
+
+
+def seconds_until_what_runs_is_ended(stream: bool, monkeypatch: pytest.MonkeyPatch) -> float:
+    """From stopping the server on, which gives a text 0.3 s to end by itself."""
+    monkeypatch.setattr(run, "_FINISH_S", 0.3)
     with serving(path=tiny_chat_model(n_ctx=LONG), n_ctx=LONG, engine=Slow) as served, ThreadPoolExecutor() as pool:
         asked = pool.submit(served.post, CHAT, {**ENDLESS, "stream": stream})
         until(lambda: served.slots.totals.n_generated > 0)
+        started = time.monotonic()
         served.server.stop()
         answer = asked.result(WAIT_S)
+        seconds = time.monotonic() - started
         assert "shutting down" in answer.text and answer.status_code == (200 if stream else 503)
+    return seconds
 
 
 def test_stopping_lets_a_short_answer_end(monkeypatch: pytest.MonkeyPatch) -> None:

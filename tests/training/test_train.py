@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -197,6 +198,15 @@ def test_a_time_limit_ends_in_time_with_the_rate_decayed(tmp_path: Path, monkeyp
     assert 3 < len(steps) == state(tmp_path).progress.iterations
     assert steps[-1].lr < 0.2 * max(step.lr for step in steps)
     assert of(Evaluation, reports)[-1].when == "end"
+
+
+@pytest.mark.prove
+def test_a_time_limit_is_kept_by_a_true_clock(tmp_path: Path, record_property: Callable[[str, object], None]) -> None:
+    began = time.monotonic()
+    reports = run_train(tmp_path, adam_iter=10**6, save_every=0, eval_every=0, max_minutes=2 / 60)
+    seconds = time.monotonic() - began
+    record_property("seconds of a run with --max-minutes of 2 seconds", round(seconds, 2))
+    assert seconds < 3.5 and "--max-minutes" in of(Finished, reports)[0].reason
 
 
 def test_patience_ends_a_run_that_no_longer_gets_better(tmp_path: Path) -> None:
