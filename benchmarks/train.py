@@ -242,7 +242,7 @@ def show(found: dict[str, Any]) -> None:
     how = "compiled" if found["compiled"] else "eager"
     share = 100 * found["share_of_gemm"]
     print(f"{found['case']}: ours {rates['ours']:.0f} tok/s, llama2.c ({how}) {rates['theirs']:.0f}")
-    print(f"  {found['ratio']:.2f} times; {share:.0f} % of the rate of a bf16 product; load {found['load']}")
+    print(f"  {found['ratio']:.2f} times; {share:.0f} % of the rate of a product; load {found['load']}")
     print(f"  from start to the end of the first step: ours {first['ours']:.1f} s, llama2.c {first['theirs']:.1f} s")
     print(f"  peak memory: ours {found['peak_mb']['ours']:.0f} MB, llama2.c {found['peak_mb']['theirs']:.0f} MB")
     print(f"  losses over {found['steps']} steps: {found['mean_difference']:.4f} apart on average,"

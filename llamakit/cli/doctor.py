@@ -72,7 +72,7 @@ def _compute() -> dict[str, Any]:
     """Device, threads and precision, as a command without options would have them."""
     import torch
 
-    from llamakit.model.device import has_fast_bf16, resolve_device
+    from llamakit.model.device import dtype_name, faster_dtype, has_fast_bf16, resolve_device
 
     device = resolve_device("auto")
     variable = next((name for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS") if os.environ.get(name)), None)
@@ -84,7 +84,14 @@ def _compute() -> dict[str, Any]:
         "threads_from": variable or "torch",
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "bf16": has_fast_bf16(device),
+        "training_dtype": dtype_name(faster_dtype(device)),
     }
+
+
+def _bf16(*, has: bool, trains: bool) -> str:
+    if not has:
+        return "emulated: training takes float32"
+    return "in hardware" if trains else "in hardware, but slower than float32: training takes float32"
 
 
 def processor_name() -> str:
@@ -132,7 +139,7 @@ def _print(found: dict[str, Any]) -> None:
         "platform": found["platform"],
         "device": f"{found['device']} ({found['device_name']})",
         "threads": f"{found['threads']} ({source}) of {found['cores']} cores",
-        "bf16": "in hardware" if found["bf16"] else "emulated: float32 is used",
+        "bf16": _bf16(has=found["bf16"], trains=found["training_dtype"] == "bf16"),
         "native code": _native_text(found["native"]),
         "memory": f"{render.human_bytes(memory['total'])}, {free} available",
         "temporary": f"{temporary['path']}, {render.human_bytes(temporary['free'])} free",

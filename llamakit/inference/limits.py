@@ -13,7 +13,7 @@ import torch
 
 from llamakit.errors import MemoryError_
 from llamakit.files import available_memory_bytes
-from llamakit.model.device import has_fast_bf16
+from llamakit.model.device import faster_dtype
 
 # Larger than any cache; the free memory may allow less.
 _READ_BYTES, _LEAST_READ_BYTES, _SHARE_OF_FREE = 256 << 20, 1 << 20, 1 / 8
@@ -23,8 +23,8 @@ _SECONDS = 0.2
 
 @dataclass(frozen=True)
 class Limits:
-    """read_bandwidth: bytes a second out of memory; gemm_peak: FLOP a second, in bf16 where the device multiplies it in
-    hardware, else in float32."""
+    """read_bandwidth: bytes a second out of memory; gemm_peak: FLOP a second, in bf16 or float32, whichever the device
+    multiplies faster."""
 
     read_bandwidth: float
     gemm_peak: float
@@ -52,7 +52,7 @@ def _read_bandwidth(device: torch.device) -> float:
 
 def gemm_peak(device: torch.device) -> float:
     """FLOP a second of a large product, in the type of `Limits`; a quarter of a second."""
-    dtype = torch.bfloat16 if has_fast_bf16(device) else torch.float32
+    dtype = faster_dtype(device)
     a, b, out = (torch.ones(_MATRIX, _MATRIX, dtype=dtype, device=device) for _ in range(3))
     return 2 * _MATRIX**3 / _fastest_s(lambda: torch.mm(a, b.t(), out=out), device)
 

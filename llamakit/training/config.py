@@ -87,7 +87,7 @@ class LoopOptions:
     device: Device = "auto"
     """where to compute"""
     dtype: Dtype = "auto"
-    """what to compute in; auto: bf16 where the processor multiplies it fast"""
+    """what to compute in; auto: whichever of the two the processor multiplies faster"""
     threads: int = 6
     """CPU threads, at most the cores that there are"""
     shard: Shard = "none"
