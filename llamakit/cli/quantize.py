@@ -1,4 +1,4 @@
-"""`llamakit quantize IN [OUT] TYPE [THREADS]`: a GGUF model in smaller types, as llama-quantize writes it."""
+"""`llamakit quantize IN [OUT] TYPE [THREADS]`: a model in smaller types, as llama-quantize writes it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,10 @@ from llamakit.cli.options import (
     ConfigOption,
     JsonOption,
     OfflineOption,
+    RopeFreqBaseOption,
+    StatedCtxOption,
     ThreadsOption,
+    VocabOption,
     keep_freed_memory,
     set_threads,
 )
@@ -45,8 +48,8 @@ def quantize(
         list[str],
         typer.Argument(
             metavar="IN [OUT] TYPE [THREADS]",
-            help="A GGUF model (a path, hf:user/repo[:QUANT] or a URL), what to write (ggml-model-TYPE.gguf beside it "
-            "by default), one of the types below, CPU threads.",
+            help="A model (a GGUF file, a Hugging Face or Meta folder, a llama2.c file, hf:user/repo[:QUANT], a URL), "
+            "what to write (ggml-model-TYPE.gguf beside it by default), one of the types below, CPU threads.",
         ),
     ],
     *,
@@ -149,12 +152,15 @@ def quantize(
         ),
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be written, and write nothing.")] = False,
+    vocab: VocabOption = None,
+    ctx: StatedCtxOption = QuantizeConfig.ctx,
+    rope_freq_base: RopeFreqBaseOption = QuantizeConfig.rope_freq_base,
     threads: ThreadsOption = None,
     offline: OfflineOption = False,
     json: JsonOption = False,
     config: ConfigOption = None,
 ) -> None:
-    """Make a GGUF model smaller: the file that llama-quantize writes, and what it lost."""
+    """Make a model smaller: the file that llama-quantize writes, and what it lost."""
     words = _sorted_out(arguments)
     if words.out is None and hub.is_remote(words.source) and not dry_run:
         raise UsageError("where should it go?", path=words.source, hint="name the output before the type")
@@ -165,12 +171,13 @@ def quantize(
         tensor_type_file=tuple(tensor_type_file or ()), imatrix=_local_text(imatrix, offline),
         include_weights=tuple(include_weights or ()), exclude_weights=tuple(exclude_weights or ()),
         prune_layers=prune_layers, override_kv=tuple(override_kv or ()), keep_split=keep_split,
+        vocab=local(vocab, offline=offline), ctx=ctx, rope_freq_base=rope_freq_base,
     )  # fmt: skip
     keep_freed_memory()
     set_threads(threads if threads is not None else words.threads)
     if dry_run:
         if kl is not None:
-            quantize_cost.count_chunks(wanted.source, kl)
+            quantize_cost.count_chunks(wanted, kl)
         _show_plan(wanted, json)
     else:
         _run(wanted, kl, json)
@@ -235,14 +242,14 @@ def _show_plan(config: QuantizeConfig, json: bool) -> None:
 
 
 def _run(config: QuantizeConfig, text: Path | None, json: bool) -> None:
-    n_chunks = None if text is None else quantize_cost.count_chunks(config.source, text)
+    n_chunks = None if text is None else quantize_cost.count_chunks(config, text)
     render.loading(config.source)
     started = time.perf_counter()
     plan, tensors, written = _watch(config, json)
     seconds = time.perf_counter() - started
     cost = None
     if text is not None and n_chunks is not None:
-        cost = quantize_cost.measure(config.source, written.paths[0], text, n_chunks)
+        cost = quantize_cost.measure(config, written.paths[0], text, n_chunks)
     following = ("llamakit", "generate", "-m", as_argument(written.paths[0]), "-p", "Once upon a time")
     if json:
         kl = {} if cost is None else {"kl": quantize_cost.as_json(cost)}

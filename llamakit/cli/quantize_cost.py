@@ -11,25 +11,30 @@ from llamakit.cli import render
 from llamakit.cli.perplexity_view import divergence_json
 
 if TYPE_CHECKING:
+    from llamakit.conversion.quantize_config import QuantizeConfig
     from llamakit.inference.compare import Comparison
 
 
-def count_chunks(source: Path, text: Path) -> int:
+def count_chunks(config: QuantizeConfig, text: Path) -> int:
     """How much there is to measure; a text that cannot be measured on is refused before anything is written."""
+    from llamakit.conversion.quantize import open_source
     from llamakit.inference.compare import count_chunks as count
 
-    return count(source, text)
+    with open_source(config) as source:
+        return count(source, text)
 
 
-def measure(source: Path, result: Path, text: Path, n_chunks: int) -> Comparison:
-    """Both models on the text, one after the other, with a bar."""
+def measure(config: QuantizeConfig, result: Path, text: Path, n_chunks: int) -> Comparison:
+    """The model as it was and the result on the text, one after the other, with a bar."""
+    from llamakit.conversion.quantize import open_source
     from llamakit.inference.compare import Comparison, compare
     from llamakit.inference.divergence import Divergence
     from llamakit.model.device import resolve_device
 
     render.log(f"measuring both on {n_chunks} chunks of {text}")
     started = time.perf_counter()
-    with render.Progress("measuring", total=2 * n_chunks, fields=("chunks/s",)) as bar:
+    progress = render.Progress("measuring", total=2 * n_chunks, fields=("chunks/s",))
+    with open_source(config) as source, progress as bar:
         for report in compare(source, result, text, device=resolve_device("auto")):
             if isinstance(report, Comparison):
                 return report

@@ -11,7 +11,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from llamakit.conversion.convert_config import ConvertConfig, Target
 from llamakit.conversion.outtype import automatic_outtype, gguf_types, huggingface_types
@@ -19,7 +18,7 @@ from llamakit.conversion.recode import recoded
 from llamakit.errors import FormatError, SaveError, UnsupportedError, UsageError
 from llamakit.files import check_writable, is_same_file
 from llamakit.formats.base import ModelFile, TensorData
-from llamakit.formats.borrowed import with_metadata, with_vocabulary, without_vocabulary
+from llamakit.formats.borrowed import stated_metadata, with_metadata, with_vocabulary, without_vocabulary
 from llamakit.formats.gguf import GGUFValueType, Typed, typed_metadata, write_gguf
 from llamakit.formats.gguf_split import PART_NAME, part_prefix, write_gguf_split
 from llamakit.formats.huggingface import HuggingFaceModel
@@ -32,7 +31,7 @@ from llamakit.formats.vocabulary import vocabulary_only
 from llamakit.ggml import GGMLType
 
 _THETA, _EPS = "llama.rope.freq_base", "llama.attention.layer_norm_rms_epsilon"
-_VOCABULARY_HINT = "name one with --vocab: a GGUF file, a folder, tokenizer.model, tokenizer.json or tokenizer.bin"
+VOCABULARY_HINT = "name one with --vocab: a GGUF file, a folder, tokenizer.model, tokenizer.json or tokenizer.bin"
 
 _QUANTIZATION_VERSION = 2
 _NORMAL = 1  # a token_type
@@ -102,12 +101,6 @@ def open_source(config: ConvertConfig) -> ModelFile:
     return with_metadata(file, stated_metadata(config.ctx, config.rope_freq_base) | name)
 
 
-def stated_metadata(ctx: int | None, rope_freq_base: float | None) -> dict[str, Any]:
-    """The keys of what a user states in place of the source."""
-    stated = {"llama.context_length": ctx, _THETA: rope_freq_base}
-    return {key: value for key, value in stated.items() if value is not None}
-
-
 def open_with_vocabulary(
     source: Path, *, vocab: Path | None, pre: str | None = None, ctx: int | None, rope_freq_base: float | None
 ) -> ModelFile:
@@ -157,7 +150,7 @@ def plan_conversion(source: ModelFile, config: ConvertConfig) -> ConvertPlan:
     path = config.path(outtype)
     _check_target(config, path)
     if "tokenizer.ggml.tokens" not in source.metadata and config.target != "llama2c":
-        raise UsageError("has no vocabulary, and the target needs one", path=source.path, hint=_VOCABULARY_HINT)
+        raise UsageError("has no vocabulary, and the target needs one", path=source.path, hint=VOCABULARY_HINT)
     n_bytes = sum(source.tensors[name].n_bytes_as(kind) for name, kind in types.items())
     return ConvertPlan(path, config.target, outtype, file_type, types, n_bytes, tuple(notes))
 

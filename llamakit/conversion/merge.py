@@ -18,14 +18,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llamakit.conversion.convert import open_with_vocabulary, stated_metadata
+from llamakit.conversion.convert import open_with_vocabulary
 from llamakit.conversion.delta import low_rank_product, vector_lanes
 from llamakit.conversion.merge_config import MergeConfig
 from llamakit.errors import LlamakitError, MismatchError, UnsupportedError, UsageError
 from llamakit.files import check_writable, escape_control, is_same_file
 from llamakit.formats.adapter import Adapter, check_adapter, read_adapter
 from llamakit.formats.base import ModelFile, TensorData, TensorInfo
-from llamakit.formats.borrowed import with_metadata
+from llamakit.formats.borrowed import stated_metadata, with_metadata
 from llamakit.formats.gguf_writer import copied_tensor, typed_metadata, written_tensors
 from llamakit.formats.open import check_is_model, model_files
 from llamakit.ggml import BLOCK_SIZES, FILE_TYPES, FLOAT_TYPES, GGMLType

@@ -1,4 +1,4 @@
-"""A GGUF model in smaller types: the file that llama-quantize writes, byte for byte on x86-64, and what it cost.
+"""A model in smaller types: the file that llama-quantize writes, byte for byte on x86-64, and what it cost.
 
 Memory holds a few slices of one tensor, whatever the model's size. What cannot be right is refused before anything is
 written; llama-quantize stops halfway. Facts: llama.cpp of 2026, src/llama-quant.cpp.
@@ -12,20 +12,19 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from llamakit.conversion.convert import VOCABULARY_HINT, open_with_vocabulary
 from llamakit.conversion.quantize_config import QuantizeConfig
 from llamakit.conversion.quantize_plan import Job, PlannedTensor, QuantizePlan, Work, plan_work
 from llamakit.conversion.recode import recoded
 from llamakit.errors import UsageError
 from llamakit.files import check_writable, escape_control, is_same_file, remove_stale_temporaries
 from llamakit.formats.base import ModelFile, TensorData
-from llamakit.formats.gguf import GGUFFile, SplitGGUF, open_gguf
+from llamakit.formats.borrowed import stated_metadata, with_float_vectors, with_metadata
+from llamakit.formats.gguf import open_gguf
 from llamakit.formats.gguf_split import split_keys, written_parts
 from llamakit.formats.gguf_writer import written_tensors
-from llamakit.formats.open import sniff
+from llamakit.formats.open import model_files, sniff
 from llamakit.ggml import GGMLType
-
-#: kinds of models that `convert` reads
-_CONVERTIBLE = ("huggingface", "meta", "llama2c", "zip", "safetensors")
 
 
 @dataclass(frozen=True)
@@ -54,21 +53,30 @@ class Quantized:
 Report = QuantizePlan | QuantizedTensor | Quantized
 
 
-def open_source(config: QuantizeConfig) -> GGUFFile | SplitGGUF:
-    """The model to be quantized. Raises what `open_gguf` raises, and UsageError for what is no GGUF model."""
-    kind = sniff(config.source)
-    if kind in _CONVERTIBLE:
-        hint = f"llamakit convert {config.source} -o model.gguf --outtype {config.type.lower()}"
-        raise UsageError("is no GGUF file, and quantize takes nothing else", path=config.source, hint=hint)
-    file = open_gguf(config.source)
+def open_source(config: QuantizeConfig) -> ModelFile:
+    """The model to be quantized, as a GGUF file in its own types would hold it.
+
+    Raises what `open_model` raises, and UsageError for a GGUF file that is no model and a model without a vocabulary.
+    """
+    is_gguf = sniff(config.source) == "gguf"
+    if is_gguf and config.vocab is None:
+        file = open_gguf(config.source)
+    else:
+        file = open_with_vocabulary(
+            config.source, vocab=config.vocab, ctx=config.ctx, rope_freq_base=config.rope_freq_base
+        )
     found = file.metadata.get("general.type", "model")
     if found in ("adapter", "imatrix"):
         file.close()
         raise UsageError(f"is an {found}, not a model", path=config.source)
-    return file
+    if not is_gguf and "tokenizer.ggml.tokens" not in file.metadata:
+        file.close()
+        raise UsageError("has no vocabulary, and the target needs one", path=config.source, hint=VOCABULARY_HINT)
+    file = with_metadata(file, stated_metadata(config.ctx, config.rope_freq_base))
+    return file if is_gguf else with_float_vectors(file)
 
 
-def plan_quantization(source: GGUFFile | SplitGGUF, config: QuantizeConfig) -> QuantizePlan:
+def plan_quantization(source: ModelFile, config: QuantizeConfig) -> QuantizePlan:
     """What quantizing an opened source would write; nothing is written.
 
     Raises UsageError, FormatError, UnsupportedError and MismatchError for options, models and importance matrices that
@@ -78,7 +86,7 @@ def plan_quantization(source: GGUFFile | SplitGGUF, config: QuantizeConfig) -> Q
 
 
 def quantize(config: QuantizeConfig) -> Iterator[Report]:
-    """Write a GGUF model in the wanted type: a QuantizePlan, a QuantizedTensor for each tensor, a Quantized.
+    """Write a model in the wanted type: a QuantizePlan, a QuantizedTensor for each tensor, a Quantized.
 
     The files replace what stands at their paths only once they are whole.
 
@@ -90,7 +98,7 @@ def quantize(config: QuantizeConfig) -> Iterator[Report]:
         work = plan_work(source, config)
         plan = work.plan
         _check_quantizable(source, config, plan)
-        _check_targets(source, config, plan.paths)
+        _check_targets(config, plan.paths)
         yield plan
         done = 0
         jobs = [job for part in work.parts for job in part]
@@ -136,10 +144,11 @@ def _check_quantizable(source: ModelFile, config: QuantizeConfig, plan: Quantize
         )
 
 
-def _check_targets(source: ModelFile, config: QuantizeConfig, paths: Sequence[Path]) -> None:
+def _check_targets(config: QuantizeConfig, paths: Sequence[Path]) -> None:
     """The result may be no file that it is made of."""
     check_writable(paths[0])
-    inputs = [config.source, *getattr(source, "parts", ()), *([Path(config.imatrix)] if config.imatrix else [])]
+    used = [config.vocab, None if config.imatrix is None else Path(config.imatrix)]
+    inputs = [config.source, *model_files(config.source), *(path for path in used if path is not None)]
     for path in paths:
         if any(is_same_file(path, used) for used in inputs):
             raise UsageError("input and output files are the same", path=path, hint="name another output")

@@ -5,22 +5,29 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from llamakit.conversion.convert_config import check_stated
 from llamakit.conversion.file_types import FileType, given_name, parse_file_type
 from llamakit.errors import UsageError
 
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizeConfig:
-    """A GGUF model and the type that it gets, with llama-quantize's options. Raises UsageError naming the flag,
+    """A model and the type that it gets, with llama-quantize's options. Raises UsageError naming the flag,
     UnsupportedError for a type that llamakit does not make."""
 
     source: Path
-    """The model: a GGUF file, or any part of a split one."""
+    """The model: a GGUF file or any part of a split one, or whatever else `open_model` opens."""
     type: str
     """A type's name, alias or number (`file_types`)."""
     out: Path | None = None
     """The file to be written; with `keep_split` what the parts' names begin with. By default ggml-model-TYPE.gguf in
-    the source's folder."""
+    the source's folder, or in the source where that is a folder."""
+    vocab: Path | None = None
+    """Take the vocabulary from here: a GGUF file, a folder, tokenizer.model, tokenizer.json or tokenizer.bin."""
+    ctx: int | None = None
+    """Context length, where the source has none or another."""
+    rope_freq_base: float | None = None
+    """Base of the rotary embedding, where the source has none or another."""
     allow_requantize: bool = False
     """Quantize what is quantized already."""
     leave_output_tensor: bool = False
@@ -51,6 +58,7 @@ class QuantizeConfig:
     def __post_init__(self) -> None:
         if self.include_weights and self.exclude_weights:
             raise UsageError("--include-weights and --exclude-weights exclude each other")
+        check_stated(self.ctx, self.rope_freq_base)
         _ = self.file_type, self.pruned_layers
 
     @property
@@ -63,7 +71,8 @@ class QuantizeConfig:
         """The file to be written, or with `keep_split` what the parts' names begin with, without .gguf."""
         suffix = "" if self.keep_split else ".gguf"
         if self.out is None:
-            return self.source.with_name(f"ggml-model-{given_name(self.type)}{suffix}")
+            folder = self.source if self.source.is_dir() else self.source.parent
+            return folder / f"ggml-model-{given_name(self.type)}{suffix}"
         return self.out.with_name(self.out.name.removesuffix(".gguf")) if self.keep_split else self.out
 
     @property

@@ -30,7 +30,7 @@ from llamakit.conversion.recode import Rounding
 from llamakit.errors import FormatError, MismatchError, UnsupportedError, UsageError
 from llamakit.files import escape_control, read_text
 from llamakit.formats.base import ModelFile, TensorInfo
-from llamakit.formats.gguf import GGUFFile, SplitGGUF, Typed
+from llamakit.formats.gguf import SplitGGUF, Typed
 from llamakit.formats.gguf_split import part_paths
 from llamakit.formats.imatrix import Imatrix, read_imatrix
 from llamakit.ggml import BLOCK_SIZES, FLOAT_TYPES, GGMLType, row_bytes
@@ -120,7 +120,7 @@ class Work(NamedTuple):
     parts: list[list[Job]]
 
 
-def plan_work(source: GGUFFile | SplitGGUF, config: QuantizeConfig) -> Work:
+def plan_work(source: ModelFile, config: QuantizeConfig) -> Work:
     """Everything that quantizing an opened source needs to know beforehand; raises what `plan_quantization` raises."""
     overrides = [parse_override(text) for text in config.override_kv]
     importance = _importance(config)
@@ -253,7 +253,7 @@ def _renamed(name: str, layers: Mapping[int, int | None]) -> str | None:
     return None if layer is None else f"{name[: found.start(1)]}{layer}{name[found.end(1) :]}"
 
 
-def _in_parts(source: GGUFFile | SplitGGUF, jobs: Sequence[Job]) -> list[list[Job]]:
+def _in_parts(source: ModelFile, jobs: Sequence[Job]) -> list[list[Job]]:
     """The jobs of each part of the source."""
     if not isinstance(source, SplitGGUF):
         return [list(jobs)]

@@ -1,4 +1,5 @@
-"""A model with metadata that its file does not hold: another vocabulary, or numbers that a user states.
+"""A model other than its file has it: with another vocabulary, with numbers that a user states, with vectors as GGUF
+holds them.
 
 llama2.c keeps vocabulary and model apart, some GGUF files hold a vocabulary alone, and Meta's checkpoints know no
 context length.
@@ -8,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Self
@@ -16,8 +18,11 @@ import numpy as np
 
 from llamakit.errors import MismatchError, UsageError
 from llamakit.formats.base import ModelFile, TensorInfo
+from llamakit.formats.floats import to_float32
+from llamakit.ggml import GGMLType
 
 _PREFIX, _TOKENS = "tokenizer.", "tokenizer.ggml.tokens"
+_HALVES = (GGMLType.F16, GGMLType.BF16)
 
 
 def with_vocabulary(
@@ -44,6 +49,12 @@ def with_vocabulary(
     return _Borrowed(file, {**without_vocabulary(file).metadata, **borrowed})
 
 
+def stated_metadata(ctx: int | None, rope_freq_base: float | None) -> dict[str, Any]:
+    """The keys of what a user states in place of a file."""
+    stated = {"llama.context_length": ctx, "llama.rope.freq_base": rope_freq_base}
+    return {key: value for key, value in stated.items() if value is not None}
+
+
 def with_metadata(file: ModelFile, metadata: Mapping[str, Any]) -> ModelFile:
     """The same model with some values replaced, each in its place, or added at the end. Closing it closes `file`."""
     return _Borrowed(file, {**file.metadata, **metadata}) if metadata else file
@@ -52,6 +63,12 @@ def with_metadata(file: ModelFile, metadata: Mapping[str, Any]) -> ModelFile:
 def without_vocabulary(file: ModelFile) -> ModelFile:
     """The same model without its `tokenizer.*` keys. Closing it closes `file`."""
     return _Borrowed(file, {key: value for key, value in file.metadata.items() if not key.startswith(_PREFIX)})
+
+
+def with_float_vectors(file: ModelFile) -> ModelFile:
+    """The same model with its vectors in float32: llama.cpp computes with no others, checkpoints have them in 16 bits.
+    Closing it closes `file`."""
+    return _FloatVectors(file, file.metadata)
 
 
 class _Borrowed:
@@ -83,3 +100,20 @@ class _Borrowed:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+class _FloatVectors(_Borrowed):
+    def __init__(self, file: ModelFile, metadata: Mapping[str, Any]) -> None:
+        super().__init__(file, metadata)
+        self._halves = {n for n, info in file.tensors.items() if len(info.shape) < 2 and info.type in _HALVES}
+        self._tensors = MappingProxyType(
+            {n: replace(info, type=GGMLType.F32) if n in self._halves else info for n, info in file.tensors.items()}
+        )
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        return self._tensors
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
+        packed = self._file.read(name, start, stop)
+        return to_float32(packed, self._file.tensors[name].type).view(np.uint8) if name in self._halves else packed

@@ -33,13 +33,9 @@ class Comparison:
     table: DivergenceTable | None
 
 
-def count_chunks(
-    source: str | os.PathLike[str], text: str | os.PathLike[str], *, config: PerplexityConfig | None = None
-) -> int:
-    """Into how many chunks `compare` would cut a text. Raises UsageError for one that is too short, and what opening
-    a model raises."""
-    with open_model(source) as file:
-        return len(_cut(file, text, config)[0])
+def count_chunks(source: ModelFile, text: str | os.PathLike[str], *, config: PerplexityConfig | None = None) -> int:
+    """Into how many chunks `compare` would cut a text. Raises UsageError for one that is too short."""
+    return len(_cut(source, text, config)[0])
 
 
 def _cut(
@@ -53,7 +49,7 @@ def _cut(
 
 
 def compare(
-    source: str | os.PathLike[str],
+    source: ModelFile,
     quantized: str | os.PathLike[str],
     text: str | os.PathLike[str],
     *,
@@ -61,7 +57,7 @@ def compare(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> Iterator[Estimate | Divergence | Comparison]:
-    """An Estimate after every chunk of the first model, a Divergence after every chunk of the second, the Comparison.
+    """An Estimate after every chunk of an opened model, a Divergence after every chunk of the second, the Comparison.
 
     One model is in memory at a time. Between the two the first one's log-probabilities lie in a temporary file beside
     the second model: 2 n_vocab bytes for every other token. config: by default llama-perplexity's, with a context that
@@ -70,9 +66,8 @@ def compare(
     """
     with tempfile.TemporaryDirectory(dir=Path(quantized).parent, prefix=".llamakit-kl-") as folder:
         path = Path(folder) / "base.kl"
-        with open_model(source) as file:
-            tokens, seen, wanted = _cut(file, text, config)
-            model = load_model(file, device=device, dtype=dtype)
+        tokens, seen, wanted = _cut(source, text, config)
+        model = load_model(source, device=device, dtype=dtype)
         estimate = None
         with kl_base_writer(path, tokens, model.config.n_vocab) as write:
             for estimate in perplexity(model, tokens, seen, wanted, write=write):

@@ -156,6 +156,8 @@ class PerplexityConfig:
     """A result with a larger perplexity fails; None: any passes."""
     max_rise: float | None = None
     """So does one that is more than this many percent above the first result's; None: any passes."""
+    rope_freq_base: float | None = None
+    """Base of the rotary embedding, where a model has none or another."""
 
     def __post_init__(self) -> None:
         _require(self.ctx >= 4, "--ctx", self.ctx, "4 or more")

@@ -42,6 +42,8 @@ class ImatrixConfig:
     """Measure output.weight, too."""
     parse_special: bool = False
     """Read special tokens that are written in the text as such."""
+    rope_freq_base: float | None = None
+    """Base of the rotary embedding, where the model has none or another."""
     ppl: bool = True
     """Report the perplexity of the text on the way."""
 

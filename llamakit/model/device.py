@@ -29,8 +29,8 @@ def has_fast_bf16(device: torch.device) -> bool:
 def faster_dtype(device: torch.device) -> torch.dtype:
     """The one of bfloat16 and float32 that the device multiplies faster; on a processor that has both, measured.
 
-    What a processor is called does not tell: with AMX bf16 is many times faster, on AMD twice, and on an Intel processor
-    whose AMX is missing or switched off half as fast. Some 30 ms, once; with as many threads as torch uses now.
+    What a processor is called does not tell: with AMX bf16 is many times faster, on AMD twice, and on an Intel
+    processor without AMX half as fast. Some 30 ms, once; with as many threads as torch uses now.
     """
     if device.type == "cuda" or not has_fast_bf16(device):
         return torch.bfloat16 if has_fast_bf16(device) else torch.float32

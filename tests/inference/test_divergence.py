@@ -160,7 +160,7 @@ def test_compare(tmp_path):
     text.write_text("the king has a crown and the sailor has a boat. " * 30)
     source = cached_tiny_gguf()
     list(quantize(QuantizeConfig(source=source, out=tmp_path / "q.gguf", type="Q4_0")))
-    *reports, result = compare(source, tmp_path / "q.gguf", text, config=CONFIG)
+    *reports, result = compare(open_model(source), tmp_path / "q.gguf", text, config=CONFIG)
     assert isinstance(result, Comparison) and result.table is not None
     assert 0 < result.last.kld.value < 1 and result.source in reports and result.last in reports
     assert result.last.base_ppl.value == pytest.approx(result.source.ppl, rel=1e-3)
