@@ -27,9 +27,8 @@ help:
 demo: $(VENV)/.material
 	@$(RUN) scripts/demo.py
 
-# A process for each core, four at most; the tests of a file stay together, so that what they share is made once.
 test: $(VENV)/.tests $(VENV)/.material
-	$(RUN) -m pytest -m "not prove" -n auto --maxprocesses 4 --dist loadfile
+	$(RUN) -m pytest -m "not prove"
 
 check: $(VENV)/.checks
 	$(RUN) -m ruff check $(SOURCES)

@@ -95,7 +95,6 @@ def run(paths: Sequence[Path]) -> Area:
         report = Path(folder) / "report.xml"
         # The empty marker expression overrides the default one, which leaves the long tests out.
         command = [sys.executable, "-m", "pytest", "-m", "", f"--junit-xml={report}", "-o", "junit_family=xunit1"]
-        command += ["-n", "auto", "--maxprocesses", "4", "--dist", "loadfile"]  # as in `make test`
         code = subprocess.run([*command, *map(str, paths)], cwd=ROOT, check=False).returncode
         area = read_report(report) if report.exists() else Area()
     if code and not area.failed:

@@ -63,7 +63,9 @@ def directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
     torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize("page", list(_pages_with_commands()))
+@pytest.mark.parametrize(
+    "page", [pytest.param(p, marks=[] if p == "README.md" else [pytest.mark.slow]) for p in _pages_with_commands()]
+)
 def test_commands_of_a_page_work(page: str, directory: Path, capfd: pytest.CaptureFixture[str]) -> None:
     for line in commands(page):
         words = shlex.split(line)

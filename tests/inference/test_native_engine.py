@@ -63,7 +63,10 @@ def one_by_one(ids: list[int]) -> list[list[int]]:
     return [[id_] for id_ in ids]
 
 
-@pytest.mark.parametrize("type", TILED)
+@pytest.mark.parametrize(
+    "type",  # every third by default
+    [pytest.param(type, marks=[pytest.mark.slow] if number % 3 else []) for number, type in enumerate(TILED)],
+)
 def test_every_type_gives_the_logits_of_the_torch_model(type, isa):
     path = cached_tiny_gguf(type=type, n_embd=256, n_ff=512, n_head=4, n_head_kv=2)
     expected = last_logits(reference(path), [IDS])

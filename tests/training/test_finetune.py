@@ -59,7 +59,7 @@ def test_running_again_trains_as_many_iterations_more(tmp_path):
     assert not any("starting afresh" in r.text for r in of(Remark, again))
 
 
-@pytest.mark.parametrize("n", [1, 2, 3])
+@pytest.mark.parametrize("n", [1, pytest.param(2, marks=pytest.mark.slow), 3])
 @pytest.mark.parametrize("options", [{}, {"lora_dropout": 0.2, "grad_acc": 2}, {"dtype": "bf16"}], ids=str)
 def test_a_resume_is_exact_to_the_last_bit(tmp_path, n, options):
     (tmp_path / "whole").mkdir()
