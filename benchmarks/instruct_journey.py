@@ -2,10 +2,10 @@
 
     python benchmarks/instruct_journey.py --json journey.json
 
-finetune on data/llamakit-instruct.jsonl with configs/instruct.toml, merge, quantize to Q8_0, convert to a Modelfile,
-generate: once for each seed. The 60 questions of data/llamakit-instruct-heldout.jsonl stand in the data in other words;
-an answer counts where it holds the command or flag that it has to. Before and after, the perplexity of a text that the
-data has nothing to do with is measured: the beginning of Hamlet.
+finetune on data/llamakit-instruct.jsonl with configs/instruct.toml and data/anchor.jsonl, merge, quantize to Q8_0,
+convert to a Modelfile, generate: once for each seed. The 60 questions of data/llamakit-instruct-heldout.jsonl stand in
+the data in other words; an answer counts where it holds the command or flag that it has to. Before and after, the
+perplexity of a text that the data has nothing to do with is measured: the beginning of Hamlet.
 
 Goals: in the worst of three seeds 75 % of the questions, the base under 20 %, perplexity up by less than 5 %, and all
 commands of a seed together under 10 minutes on two cores. `--hf` begins with a Hugging Face folder of the same model.
@@ -29,6 +29,7 @@ from common import ROOT, add_common_options, environment, load, write_json
 from models import add_place_options, workplace
 
 TRAIN, HELD_OUT = ROOT / "data" / "llamakit-instruct.jsonl", ROOT / "data" / "llamakit-instruct-heldout.jsonl"
+ANCHOR = ROOT / "data" / "anchor.jsonl"
 CONFIG = ROOT / "configs" / "instruct.toml"
 _ANSWER_TOKENS = "48"
 
@@ -93,7 +94,7 @@ def journey(base: Path, folder: Path, seed: int, threads: int, options: Sequence
     folder.mkdir(parents=True, exist_ok=True)
     shell = Shell(threads)
     adapter, merged, model = folder / "answers-lora.gguf", folder / "answers-f16.gguf", folder / "answers-q8_0.gguf"
-    files = ("--model-base", base, "--train-data", TRAIN, "--lora-out", adapter)
+    files = ("--model-base", base, "--train-data", TRAIN, "--anchor-data", ANCHOR, "--lora-out", adapter)
     line = ("--config", CONFIG, *files, "--seed", str(seed), "--threads", str(threads), *options)
     shell.run("finetune", *line)
     shell.run("merge", "-m", base, "--lora", adapter, "-o", merged, "--outtype", "f16")

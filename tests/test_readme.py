@@ -18,7 +18,7 @@ from tests.tiny import cached_tiny_gguf, tiny_text
 PAGES = ["README.md", "CONTRIBUTING.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
 #: The files that the pages speak of; everything else they make themselves.
 MODELS, TEXTS = ("model.gguf", "base.gguf"), ("text.txt", "shakespeare.txt")
-CHATS = ("chat.jsonl",)
+CHATS = ("chat.jsonl", "anchor.jsonl")
 #: A model with a chat template, and with more than ten blocks, as configs/instruct.toml expects.
 CHAT_MODELS = ("smollm2.gguf",)
 _BLOCK = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```", re.MULTILINE | re.DOTALL)

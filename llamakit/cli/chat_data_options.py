@@ -49,6 +49,21 @@ ValDataOption = Annotated[
         rich_help_panel=DATA,
     ),
 ]
+AnchorDataOption = Annotated[
+    str,
+    typer.Option(
+        "--anchor-data",
+        metavar="FILE",
+        help="Text or records on which the adapter is to change nothing: its divergence from the base joins the loss.",
+        rich_help_panel=DATA,
+    ),
+]
+AnchorWeightOption = Annotated[
+    float, typer.Option("--anchor-weight", help="Weight of that divergence.", rich_help_panel=DATA)
+]
+AnchorBatchOption = Annotated[
+    int, typer.Option("--anchor-batch", help="Rows of it in each iteration.", rich_help_panel=DATA)
+]
 SamplePromptOption = Annotated[
     list[str] | None,
     typer.Option(

@@ -222,6 +222,9 @@ def finetune(
         ),
     ] = _D.val_split,
     val_data: chat.ValDataOption = _D.val_data,
+    anchor_data: chat.AnchorDataOption = _D.anchor_data,
+    anchor_weight: chat.AnchorWeightOption = _D.anchor_weight,
+    anchor_batch: chat.AnchorBatchOption = _D.anchor_batch,
     chat_template: chat.ChatTemplateOption = _D.chat_template,
     train_on: chat.TrainOnOption = _D.train_on,
     pack: chat.PackOption = _D.pack,
@@ -366,7 +369,7 @@ def finetune(
     values = {name: value for name, value in locals().items() if name not in _NOT_CONFIG}
     if n_gpu_layers > 0:
         values["device"] = _device_for_layers(device, n_gpu_layers)
-    for name in ("model_base", "train_data", "val_data", "lora_init"):
+    for name in ("model_base", "train_data", "val_data", "anchor_data", "lora_init"):
         if hub.is_remote(values[name]):
             values[name] = str(local(values[name], offline=offline))
     run_config = FinetuneConfig(

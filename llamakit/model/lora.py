@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -85,3 +88,16 @@ def detach(model: Llama) -> None:
     """Take every adapter off."""
     for path, module in [(p, m) for p, m in model.named_modules() if isinstance(m, LoraLeaf)]:
         model.set_submodule(path, module.base)
+
+
+@contextmanager
+def without_adapters(model: Llama) -> Iterator[None]:
+    """The model as it is without its adapters, for a while."""
+    leaves = {path: module for path, module in model.named_modules() if isinstance(module, LoraLeaf)}
+    for path, leaf in leaves.items():
+        model.set_submodule(path, leaf.base)
+    try:
+        yield
+    finally:
+        for path, leaf in leaves.items():
+            model.set_submodule(path, leaf)

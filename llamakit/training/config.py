@@ -19,7 +19,7 @@ LoraFormat = Literal["gguf", "peft"]
 
 
 #: of FinetuneConfig, besides those that begin with lora_ and rank_
-_OF_ADAPTERS = ("rslora", "merge_out", "only_write_lora", "weight_cache")
+_OF_ADAPTERS = ("anchor_data", "rslora", "merge_out", "only_write_lora", "weight_cache")
 _OF_FULL = ("model_out", "outtype", "only_write_model")
 
 _SIZE = re.compile(r"(\d{1,15}(?:\.\d{1,9})?) ?([kKmMgGtT]?)(?:i?[bB])?")
@@ -165,6 +165,12 @@ class FinetuneConfig(SampleOptions, ChatOptions, LoopOptions):
     """name of the adapters; empty: none is written"""
     lora_format: LoraFormat = "gguf"
     """what an adapter is: a GGUF file, or the folder of PEFT"""
+    anchor_data: str = ""
+    """text or records on which the adapter is to change nothing: the divergence from the base is added to the loss"""
+    anchor_weight: float = 1.0
+    """weight of that divergence"""
+    anchor_batch: int = 1
+    """rows of it that are compared in an iteration"""
     save_best: bool = False
     """keep the adapter, or model, of the best held-out loss, with BEST in place of the pattern"""
     patience: int = 0
@@ -251,6 +257,8 @@ class FinetuneConfig(SampleOptions, ChatOptions, LoopOptions):
         check_least("--cos-decay-restart", self.cos_decay_restart, 1.0)
         check_least("--lora-r", self.lora_r, 1)
         check_least("--patience", self.patience, 0)
+        check_least("--anchor-batch", self.anchor_batch, 1)
+        check_positive("--anchor-weight", self.anchor_weight)
         check_least("--sample-tokens", self.sample_tokens, 1)
         for name, rank in self._ranks().items():
             if rank is not None:

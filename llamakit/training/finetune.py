@@ -37,7 +37,7 @@ from llamakit.training.checkpoint import (
 )
 from llamakit.training.config import FinetuneConfig
 from llamakit.training.distributed import Dist
-from llamakit.training.finetune_data import FinetuneData, read_data
+from llamakit.training.finetune_data import FinetuneData, read_anchor, read_data
 from llamakit.training.finetune_full import FullSubject
 from llamakit.training.finetune_lora import LoraSubject
 from llamakit.training.log import StepLog
@@ -209,6 +209,7 @@ class _Run:
         config = self.config
         self.tokenizer = load_tokenizer(self.base)
         data = read_data(config, self.tokenizer, n_vocab=self.shape.n_vocab, seed=self.seed)
+        self.anchor = read_anchor(config, self.tokenizer, n_vocab=self.shape.n_vocab, seed=self.seed)
         if (config.patience or config.save_best) and data.held_out is None:
             name = "--patience" if config.patience else "--save-best"
             hint = "hold some of it out (--val-split 0.1), or name some: --val-data FILE"
@@ -241,7 +242,8 @@ class _Run:
         source = self.config.train_data
         yield Loading("text", source, os.path.getsize(source) if os.path.isfile(source) else 0)
         data = self.read_data()
-        identity = data.identity | self._identity(data.sha256)
+        anchored = {"the anchor": self.anchor.sha256} if self.anchor else {}
+        identity = data.identity | anchored | self._identity(data.sha256)
         check_content(self.dist, identity)
         yield from self._resume(identity)
         yield from self.plan(data)
@@ -320,7 +322,7 @@ class _Run:
         factor = partial(schedule, config=config)
         return Trainer(
             model.train(), parameters, data.batches, order, self.progress, config, dropout, factor, self.dist,
-            epochs_before=self.job["epochs"],
+            epochs_before=self.job["epochs"], anchor=self.anchor,
         )  # fmt: skip
 
     def _facts(self, trainer: Trainer) -> Iterator[Report]:

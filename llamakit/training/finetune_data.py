@@ -18,6 +18,7 @@ from llamakit.dataset.text import BatchBuilder, read_training_text
 from llamakit.errors import UnsupportedError, UsageError
 from llamakit.files import read_text
 from llamakit.tokenizer import Tokenizer
+from llamakit.training.anchor import Anchor
 from llamakit.training.config import FinetuneConfig
 from llamakit.training.loop import Batches
 from llamakit.training.report import ChatFacts, DataFacts, Remark
@@ -65,6 +66,29 @@ def _check_options(config: FinetuneConfig, is_chat: bool) -> None:
     if changed is not None:
         kinds = ("a plain text", "questions and answers (JSON, JSON lines, CSV)")
         raise UsageError(f"{flag(changed)} is for {kinds[not is_chat]}", path=config.train_data)
+
+
+def read_anchor(config: FinetuneConfig, tokenizer: Tokenizer, *, n_vocab: int, seed: int) -> Anchor | None:
+    """--anchor-data, where it is given: a plain text in windows of ctx, or records, of which every token counts.
+
+    Raises what `read_data` raises.
+    """
+    if not config.anchor_data:
+        return None
+    of_records: dict[str, Any] = {
+        "chat_template": config.chat_template, "train_on": "all", "long_samples": "window", "on_error": config.on_error,
+    }  # fmt: skip
+    wanted = FinetuneConfig(
+        model_base=config.model_base,
+        train_data=config.anchor_data,
+        val_data=config.anchor_data,
+        ctx=config.ctx,
+        **(of_records if is_chat_file(config.anchor_data) else {}),
+    )
+    data = read_data(wanted, tokenizer, n_vocab=n_vocab, seed=seed)
+    assert data.held_out is not None, "it was named"
+    rows = [row for rows, _ in data.held_out.rows(None) for _, row in rows.parts(1)]
+    return Anchor(rows, config.anchor_weight, config.anchor_batch, seed, data.sha256)
 
 
 def bos_of(tokenizer: Tokenizer, path: str) -> int:

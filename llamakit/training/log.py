@@ -85,7 +85,8 @@ def end_of_cut_line(path: str | os.PathLike[str]) -> str:
 
 
 def step_record(report: StepReport) -> dict[str, float | int | None]:
-    """The fields of a line: step loss lr tok_per_s elapsed_s, and val_loss val_ppl where evaluated.
+    """The fields of a line: step loss lr tok_per_s elapsed_s, divergence with an anchor, val_loss val_ppl where
+    evaluated.
 
     A loss that is no number is null: JSON has no word for it.
     """
@@ -96,6 +97,8 @@ def step_record(report: StepReport) -> dict[str, float | int | None]:
         "tok_per_s": report.tok_per_s,
         "elapsed_s": report.elapsed_s,
     }
+    if report.divergence is not None:
+        record["divergence"] = _number(report.divergence)
     if report.val_loss is not None and report.val_ppl is not None:
         record |= {"val_loss": _number(report.val_loss), "val_ppl": _number(report.val_ppl)}
     return record

@@ -21,9 +21,10 @@ from llamakit.dataset.text import Batch
 from llamakit.errors import DivergedError
 from llamakit.model import Llama
 from llamakit.model.layers import Dropout
+from llamakit.training.anchor import Anchor
 from llamakit.training.config import LoopOptions
 from llamakit.training.distributed import Dist
-from llamakit.training.loss import backpropagate, rows_of
+from llamakit.training.loss import backpropagate, backpropagate_divergence, rows_of
 from llamakit.training.optim import AdamW, clip_gradient
 from llamakit.training.report import StepReport
 from llamakit.training.state import MOMENT_SUFFIXES, Progress
@@ -129,12 +130,13 @@ class Trainer:
         dist: Dist,
         *,
         epochs_before: int,
+        anchor: Anchor | None = None,
     ) -> None:
         """factor: share of the learning rate for an iteration, from 1. dist: the ranks that share each batch.
-        epochs_before: that were over when the run began."""
+        epochs_before: that were over when the run began. anchor: what the model is to predict as its base does."""
         self.model, self.parameters, self.batches = model, parameters, batches
         self.order, self.progress, self.config, self.dropout = order, progress, config, dropout
-        self._factor, self._dist = factor, dist
+        self._factor, self._dist, self._anchor = factor, dist, anchor
         self._device = next(iter(parameters.named.values())).device
         self._begin, self._epochs_before, self._skipped = time.perf_counter(), epochs_before, 0
 
@@ -143,7 +145,7 @@ class Trainer:
         started = time.perf_counter()
         config, progress, optimizer = self.config, self.progress, self.parameters.optimizer
         first_sample = min(1 + self.order.next_sample, self.order.count)
-        loss, n_tokens = self._accumulate()
+        loss, n_tokens, divergence = self._accumulate()
         norm = clip_gradient(optimizer.gradient, config.adam_gclip)
         progress.iterations += 1
         factor = self._factor(progress.iterations)
@@ -170,10 +172,12 @@ class Trainer:
             skipped=skipped,
             grad_norm=norm,
             n_tokens=progress.tokens,
+            divergence=divergence,
         )
 
-    def _accumulate(self) -> tuple[float, int]:
-        """Gradients of one iteration's micro-steps; the mean loss of their trained tokens, and all their tokens.
+    def _accumulate(self) -> tuple[float, int, float | None]:
+        """Gradients of one iteration's micro-steps; the mean loss of their trained tokens, all their tokens, and how
+        far the anchor's rows are from the base.
 
         Every rank makes the whole batches, computes its rows, and weighs them by the trained tokens of all rows: the
         sum over ranks is what one rank would have. The ranks meet once, behind the last micro-step.
@@ -191,10 +195,26 @@ class Trainer:
             for at, rows in rows_of(batch, self._device, mine).parts(config.micro_rows):
                 self.dropout.rows = range(mine.start + at, mine.start + at + len(rows.tokens))
                 total += counts * backpropagate(self.model, rows, counts / n_trained)
+        divergence = self._hold()
         self._dist.add_up(self.parameters.optimizer.gradient)
-        (total,) = self._dist.sum([total])
+        total, divergence = self._dist.sum([total, divergence])
         progress.order_epoch, progress.next_sample = self.order.epoch, self.order.next_sample
-        return total / n_trained, sum(batch.n_tokens for batch in batches)
+        return total / n_trained, sum(batch.n_tokens for batch in batches), divergence if self._anchor else None
+
+    def _hold(self) -> float:
+        """This rank's share of the anchor's gradient, and of the mean divergence of its rows from the base, in nats."""
+        anchor = self._anchor
+        if anchor is None:
+            return 0.0
+        chosen = anchor.chosen(self.progress.iterations)
+        n_tokens, total = sum(rows.n_trained for rows in chosen), 0.0
+        self.dropout.key = self.progress.iterations * self.config.grad_acc
+        for (at, rows), counts in self._dist.share(enumerate(chosen)):
+            row = self.config.batch + at  # behind those of a batch: dropout's masks belong to a row
+            self.dropout.rows = range(row, row + 1)
+            weight = counts * anchor.weight / n_tokens
+            total += counts * backpropagate_divergence(self.model, rows.to(self._device), weight) / n_tokens
+        return total
 
     def _next_batches(self) -> Iterator[Batch | ChatBatch]:
         """The micro-batches of one iteration: all are made before the first is used, since all their tokens count."""

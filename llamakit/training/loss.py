@@ -1,11 +1,12 @@
-"""Cross entropy over a large vocabulary without ever holding a (tokens, vocabulary) float32 tensor.
+"""Cross entropy, and divergence from the base, over a large vocabulary without ever holding a (tokens, vocabulary)
+float32 tensor.
 
 Shapes: N tokens, B rows, T places of a row, C n_embd, V n_vocab.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,7 @@ from llamakit.dataset.packing import ChatBatch
 from llamakit.dataset.text import Batch
 from llamakit.kernels import train
 from llamakit.model import Llama
+from llamakit.model.lora import without_adapters
 from llamakit.model.recompute import weighted_sum
 from llamakit.model.trained import TrainedLinear
 
@@ -41,6 +43,11 @@ class Rows:
     trained: Tensor | None = None
     positions: Tensor | None = None
     segments: Tensor | None = None
+
+    @property
+    def n_trained(self) -> int:
+        """How many targets have a loss."""
+        return self.targets.numel() if self.trained is None else int(self.trained.sum())
 
     def to(self, device: torch.device) -> Rows:
         """The same on a device."""
@@ -99,6 +106,26 @@ class _CrossEntropySum(torch.autograd.Function):
         return ctx.saved_tensors[0], None, None
 
 
+class _DivergenceSum(torch.autograd.Function):
+    """Sum of KL(softmax(base) || softmax(logits)); weight times its gradient is formed in place of the logits."""
+
+    @staticmethod
+    def forward(ctx, logits: Tensor, base: Tensor, weight: float) -> Tensor:
+        total = torch.zeros((), dtype=torch.float64, device=logits.device)
+        rows = max(1, _TILE_LOGITS // logits.shape[1])
+        for part, other in zip(logits.split(rows), base.split(rows), strict=True):
+            ours, theirs = part.float().log_softmax(1), other.float().log_softmax(1)
+            wanted = theirs.exp()
+            total += theirs.sub_(ours).mul_(wanted).sum(dtype=torch.float64)
+            part.copy_(ours.exp_().sub_(wanted).mul_(weight))
+        ctx.save_for_backward(logits)
+        return total.float()
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
+        return ctx.saved_tensors[0], None, None
+
+
 def _chunk_tokens(model: Llama) -> int:
     if isinstance(model.output, TrainedLinear):
         return max(CHUNK_TOKENS, CHUNK_LOGITS_TRAINED // model.config.n_vocab)
@@ -139,25 +166,57 @@ def evaluate_loss(model: Llama, rows: Rows) -> float:
 
 
 def backpropagate(model: Llama, rows: Rows, weight: float) -> float:
-    """Add the gradient of weight * (sum of token losses) to the parameters; returns the sum of token losses.
+    """Add the gradient of weight * (sum of token losses) to the parameters; returns the sum of token losses."""
+    chosen = None if rows.trained is None else rows.trained.flatten()
+    wanted = rows.targets.flatten() if chosen is None else rows.targets.flatten()[chosen]
+    hidden = model(rows.tokens, rows.positions, segments=rows.segments)
+    return _through_output(
+        model, hidden, chosen, lambda logits, some: _CrossEntropySum.apply(logits, wanted[some], weight)
+    )
+
+
+def backpropagate_divergence(model: Llama, rows: Rows, weight: float) -> float:
+    """Add the gradient of weight * (sum over the trained places of the divergence from the model without its adapters)
+    to the parameters; returns that sum, in nats.
+
+    Learning without Forgetting (Li and Hoiem 2016, arXiv 1606.09282), with the whole distribution as the target.
+    """
+    chosen = None if rows.trained is None else rows.trained.flatten()
+    with torch.no_grad(), without_adapters(model):
+        base = model(rows.tokens, rows.positions, segments=rows.segments).flatten(0, 1)
+        base = base if chosen is None else base[chosen]
+    hidden = model(rows.tokens, rows.positions, segments=rows.segments)
+    bare_output = getattr(model.output, "base", model.output)
+
+    def divergence(logits: Tensor, some: slice) -> Tensor:
+        with torch.no_grad():
+            wanted = bare_output(base[some])
+        return _DivergenceSum.apply(logits, wanted, weight)
+
+    return _through_output(model, hidden, chosen, divergence)
+
+
+def _through_output(
+    model: Llama, hidden: Tensor, chosen: Tensor | None, loss_of: Callable[[Tensor, slice], Tensor]
+) -> float:
+    """Backpropagate a loss of the logits of hidden states (B, T, C), of the chosen (B * T,) bool; returns its sum.
 
     The output matrix is applied chunk by chunk, its gradient taken at once, so that one chunk's logits are all that
-    ever exists of them. Hidden states of targets that are not trained do not reach it.
+    ever exists of them. Hidden states that are not chosen do not reach it. loss_of: logits (n, V) -> the sum of theirs,
+    whose gradient is the one that is wanted; which of the chosen they are.
     """
-    hidden = model(rows.tokens, rows.positions, segments=rows.segments)
-    flat, wanted = hidden.detach().flatten(0, 1), rows.targets.flatten()
-    chosen = None if rows.trained is None else rows.trained.flatten()
-    if chosen is not None:
-        flat, wanted = flat[chosen], wanted[chosen]
+    flat = hidden.detach().flatten(0, 1)
+    flat = flat if chosen is None else flat[chosen]
     d_hidden, total = torch.empty_like(flat), 0.0
     size = _chunk_tokens(model)
     with gathered(model.output):
-        for at in range(0, len(wanted), size):
-            chunk = flat[at : at + size].detach().requires_grad_()
-            loss = _CrossEntropySum.apply(model.output(chunk), wanted[at : at + size], weight)
+        for at in range(0, len(flat), size):
+            some = slice(at, at + size)
+            chunk = flat[some].detach().requires_grad_()
+            loss = loss_of(model.output(chunk), some)
             loss.backward()
             total += float(loss.detach())
-            d_hidden[at : at + size] = chunk.grad  # pyright: ignore[reportArgumentType]
+            d_hidden[some] = chunk.grad  # pyright: ignore[reportArgumentType]
     if chosen is not None:
         d_all = torch.zeros_like(hidden).flatten(0, 1)
         d_all[chosen] = d_hidden

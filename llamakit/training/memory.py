@@ -72,7 +72,7 @@ class Footprint:
     tensors: of the base, by name; trained: numbers that are trained; full: these are all of the weights. rows: that are
     computed at a time, of ctx tokens each. item: bytes of a number that is computed with. held_out: tokens that are
     evaluated. native: attention keeps its softmax up to 1,024 tokens, as it does on a CPU. n_shares: ranks that hold
-    their rows of the packed weights each, and gather a block at a time.
+    their rows of the packed weights each, and gather a block at a time. anchored: the base's logits are computed, too.
     """
 
     shape: ModelConfig
@@ -87,6 +87,7 @@ class Footprint:
     held_out: int = 0
     native: bool = True
     n_shares: int = 1
+    anchored: bool = False
 
 
 def kept_numbers(config: ModelConfig, ctx: int, *, native: bool = True) -> int:
@@ -115,7 +116,7 @@ def logits_bytes(run: Footprint) -> int:
     """Bytes of the logits of a chunk, wherever they lie."""
     n_vocab = run.shape.n_vocab
     most = max(CHUNK_TOKENS, CHUNK_LOGITS_TRAINED // n_vocab) if run.full else CHUNK_TOKENS
-    return min(most, max(run.rows * run.ctx, run.held_out)) * n_vocab * run.item * _LOGITS_PLACES
+    return min(most, max(run.rows * run.ctx, run.held_out)) * n_vocab * run.item * (_LOGITS_PLACES + run.anchored)
 
 
 def matrices(shape: ModelConfig, tensors: Mapping[str, TensorInfo]) -> Iterator[TensorInfo]:

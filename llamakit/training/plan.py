@@ -80,6 +80,9 @@ def step_seconds(
     (layer.prepack if run.kept == "twice" else layer.keep_dense)(dtype)
     rate = 2 * len(x) * n_weights / max(measured_s(3, lambda: layer.product(x)), 1e-9)
     operations = step_operations(run.shape, n_tokens, run.ctx, checkpointing=run.checkpointing, full=run.full)
+    if run.anchored:  # forward once more, without adapters
+        n_tokens = config.anchor_batch * config.ctx
+        operations += step_operations(run.shape, n_tokens, run.ctx, checkpointing=True, full=run.full)
     seconds = operations / (rate * efficiency(run.shape))
     if run.kept == "none" and not run.full:
         passes = (3 if run.checkpointing else 2) * math.ceil(config.batch / run.rows) * config.grad_acc
@@ -137,6 +140,7 @@ def footprint(
         held_out=held_out,
         native=device.type == "cpu",
         n_shares=n_shares,
+        anchored=bool(config.anchor_data),
     )
 
 

@@ -165,8 +165,9 @@ class StepReport:
 
     sample: the first sample of the step, from 1; sched: factor on --adam-alpha; step_s: seconds of this step alone;
     tok_per_s: its tokens over these; elapsed_s: since training began; skipped: the loss or gradient was not finite,
-    and nothing was changed; grad_norm: before clipping; n_tokens: trained on since the start. val_loss, val_ppl: where
-    the held-out text was evaluated after the step.
+    and nothing was changed; grad_norm: before clipping; n_tokens: trained on since the start. divergence: from the base
+    on the anchor's rows, nats a token, where there is one. val_loss, val_ppl: where the held-out text was evaluated
+    after the step.
     """
 
     step: int
@@ -182,6 +183,7 @@ class StepReport:
     skipped: bool
     grad_norm: float = 0.0
     n_tokens: int = 0
+    divergence: float | None = None
     val_loss: float | None = None
     val_ppl: float | None = None
 

@@ -88,6 +88,8 @@ _SETTINGS = (
     "batch",
     "grad_acc",
     "lora_dropout",
+    "anchor_weight",
+    "anchor_batch",
 )
 _MODEL_FLAGS = ("norm_rms_eps", "rope_freq_base", "rope_freq_scale")
 

@@ -31,7 +31,7 @@ from llamakit.training.report import Begin, Evaluation, Loading, Remark, StepRep
 from llamakit.training.state import Progress, TrainState, place, resume_remarks
 from llamakit.training.train import train
 from tests.helpers import ROOT
-from tests.tiny import cached_tiny_gguf
+from tests.tiny import cached_tiny_gguf, tiny_text
 from tests.training.ranks import run_ranks
 from tests.training.runs import run_config
 from tests.training.train_runs import train_config
@@ -145,12 +145,14 @@ def teach(dist: Dist, config: Any) -> dict[str, list[Any]]:
 
 
 def chat_config(directory: Path, **options: Any) -> Any:
-    """Packed and masked questions and answers, LoRA on Q4_K, accumulation, dropout."""
+    """Packed and masked questions and answers, LoRA on Q4_K, accumulation, dropout, an anchor."""
     directory.mkdir(parents=True, exist_ok=True)
     data = directory / "questions.jsonl"
     data.write_text("".join(json.dumps(question) + "\n" for question in QUESTIONS))
+    anchor = directory / "anchor.txt"
+    anchor.write_text(tiny_text(500, 3))
     defaults = {
-        "model_base": str(cached_tiny_gguf(type="Q4_K")), "train_data": str(data), "val_split": 0.2, "pack": True,
+        "anchor_data": str(anchor), "anchor_batch": 3, "model_base": str(cached_tiny_gguf(type="Q4_K")), "train_data": str(data), "val_split": 0.2, "pack": True,
         "chat_template": "chatml", "batch": 4, "grad_acc": 2, "ctx": 128, "lora_dropout": 0.1, "adam_iter": 3,
         "save_every": 2, "lora_out": "",
     }  # fmt: skip
