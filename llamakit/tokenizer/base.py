@@ -20,7 +20,7 @@ _C_SPACES = " \t\n\v\f\r"  # isspace() of the C locale
 #: a piece of the input: text still to be encoded, or the id of a special token found in it
 Fragment = str | int
 # Parts of a text whose ids are remembered, and how long they may be.
-_CACHED_PARTS = 1 << 17
+_CACHED_PARTS = 1 << 14
 _CACHED_LENGTH = 64
 
 
@@ -189,7 +189,9 @@ class Tokenizer(ABC):
             known = cache.get(part)
             if known is None:
                 known = encode(part)
-                if len(part) <= _CACHED_LENGTH and len(cache) < _CACHED_PARTS:
+                if len(part) <= _CACHED_LENGTH:
+                    if len(cache) >= _CACHED_PARTS:
+                        cache.clear()
                     cache[part] = known
             ids += known
         return ids

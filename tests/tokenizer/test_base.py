@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llamakit.errors import UnsupportedError, UsageError
-from llamakit.tokenizer import Tokenizer, TokenStream
+from llamakit.tokenizer import Tokenizer, TokenStream, base
 from llamakit.tokenizer.base import _take_out, clean_spaces
 from llamakit.tokenizer.pre import PRE_NAMES
 from llamakit.tokenizer.vocabulary import Attr
@@ -139,3 +139,13 @@ def test_common_texts_may_be_cut_somewhere(named: Callable[[str | None], Tokeniz
                 at for at in range(1, len(text)) if "\n" in text[at - 1 : at + 1] and named(name).may_cut(text, at)
             ]
             assert bool(found) == (name != "superbpe"), (name, text)
+
+
+def test_what_is_remembered_of_words_is_bounded(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server reads new words for as long as it runs."""
+    text = " ".join(f"a{number}" for number in range(300))
+    expected = tokenizer.encode(text)
+    monkeypatch.setattr(base, "_CACHED_PARTS", 8)
+    tokenizer._cache.clear()
+    assert tokenizer.encode(text) == expected
+    assert 0 < len(tokenizer._cache) <= 8
