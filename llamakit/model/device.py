@@ -30,17 +30,23 @@ def faster_dtype(device: torch.device) -> torch.dtype:
     """The one of bfloat16 and float32 that the device multiplies faster; on a processor that has both, measured.
 
     What a processor is called does not tell: with AMX bf16 is many times faster, on AMD twice, and on an Intel
-    processor without AMX half as fast. Some 30 ms, once; with as many threads as torch uses now.
+    processor without AMX half as fast. Some 60 ms, once; in one thread's processor time, which other programs do not
+    make longer.
     """
     if device.type == "cuda" or not has_fast_bf16(device):
         return torch.bfloat16 if has_fast_bf16(device) else torch.float32
     seconds = dict.fromkeys((torch.bfloat16, torch.float32), float("inf"))
     factors = {dtype: (torch.ones(256, 1024, dtype=dtype), torch.ones(1024, 1024, dtype=dtype)) for dtype in seconds}
-    for _ in range(4):  # in turn, the best counts: what else happens on the machine only makes a product longer
-        for dtype, (a, b) in factors.items():
-            started = time.perf_counter()
-            torch.nn.functional.linear(a, b)
-            seconds[dtype] = min(seconds[dtype], time.perf_counter() - started)
+    n_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for _ in range(4):  # in turn, the best counts: the first makes a kernel
+            for dtype, (a, b) in factors.items():
+                started = time.thread_time()
+                torch.nn.functional.linear(a, b)
+                seconds[dtype] = min(seconds[dtype], time.thread_time() - started)
+    finally:
+        torch.set_num_threads(n_threads)
     return min(seconds, key=lambda dtype: seconds[dtype])
 
 

@@ -29,7 +29,9 @@ def test_auto_trains_in_what_the_processor_multiplies_faster(
     linear = torch.nn.functional.linear
 
     def timed(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        time.sleep(0.15 if a.dtype == slow else 0)
+        end = time.thread_time() + (0.1 if a.dtype == slow else 0)
+        while time.thread_time() < end:
+            pass
         return linear(a, b)
 
     monkeypatch.setattr(torch.nn.functional, "linear", timed)

@@ -236,6 +236,7 @@ def test_compiling_is_for_devices_without_native_code(tmp_path: Path) -> None:
 
 
 @pytest.mark.prove
+@pytest.mark.timeout(1200)
 @pytest.mark.filterwarnings("ignore")  # of torch's compiler, about itself
 def test_compiled_blocks_take_the_same_steps(tmp_path: Path) -> None:
     with using(None):
