@@ -381,7 +381,15 @@ def test_twenty_steps_of_a_lora(tmp_path: Path, world: int, dtype: str, relative
 @pytest.mark.parametrize(("dtype", "relative"), [("f32", 1e-5), ("bf16", 5e-3)])
 @pytest.mark.parametrize("world", [2, 4])
 def test_twenty_steps_of_all_weights(tmp_path: Path, world: int, dtype: str, relative: float) -> None:
-    options: dict[str, Any] = {"dtype": dtype, "batch": 4, "grad_acc": 2, "dropout": 0.1, **CAMPAIGN}
+    # at ten times the rate of real runs bfloat16's roundings grow into half a percent of a gradient's norm by themselves
+    options: dict[str, Any] = {
+        "dtype": dtype,
+        "adam_alpha": 1e-3,
+        "batch": 4,
+        "grad_acc": 2,
+        "dropout": 0.1,
+        **CAMPAIGN,
+    }
     (alone,) = run_ranks(1, teach, train_config(tmp_path / "one", **options))
     for mine in run_ranks(world, teach, train_config(tmp_path / "several", **options)):
         assert_alike(mine, alone, relative)
