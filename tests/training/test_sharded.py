@@ -14,16 +14,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.distributed as torch_dist
 
 from llamakit.errors import FormatError, SaveError
 from llamakit.formats.gguf import GGUFFile
+from llamakit.formats.open import open_model
+from llamakit.model import load_config
 from llamakit.training.checkpoint import file_name, open_arrays, read_checkpoint
 from llamakit.training.checkpoint_folder import FolderArrays, folder_files, read_folder, save_shares, write_folder
+from llamakit.training.cluster import Cluster, Job, job_of, traffic_bytes
 from llamakit.training.config import FinetuneConfig
 from llamakit.training.distributed import Dist
 from llamakit.training.finetune import finetune
-from llamakit.training.report import Verified
+from llamakit.training.report import StepReport, Verified
 from llamakit.training.state import Progress, TrainState
+from llamakit.training.train import train
 from llamakit.training.train_config import TrainConfig
 from tests.tiny import cached_tiny_gguf
 from tests.training.ranks import run_ranks
@@ -120,6 +125,63 @@ def test_twenty_steps_of_sharded_fine_tuning(tmp_path: Path, world: int, dtype: 
     (alone,) = run_ranks(1, tune, tuned(tmp_path / "one", **options))
     for told in run_ranks(world, tune, tuned(tmp_path / "several", shard="full", **options)):
         assert_alike(told, alone, relative)
+
+
+# ---- what crosses the wire --------------------------------------------------------------------------------------------
+
+
+def received(dist: Dist, run: Any, config: Any) -> list[float]:
+    """Bytes that this rank receives in each step, counted at torch's collectives, over a ring."""
+    total, steps = 0.0, list[float]()
+    share = (dist.world - 1) / dist.world
+
+    def counted(name: str, times: float, size: Any) -> None:
+        collective = getattr(torch_dist, name)
+
+        def count(*arguments: Any, **named: Any) -> Any:
+            nonlocal total
+            total += share * times * size(*arguments, **named).nbytes
+            return collective(*arguments, **named)
+
+        setattr(torch_dist, name, count)
+
+    counted("all_reduce", 2, lambda tensor, *_, **__: tensor)
+    new = hasattr(torch_dist, "all_gather_single")  # what torch 2.13 calls them
+    counted("all_gather_single" if new else "all_gather_into_tensor", 1, lambda output_tensor, *_, **__: output_tensor)
+    counted("reduce_scatter_single" if new else "reduce_scatter_tensor", 1, lambda *_, input, **__: input)
+    before = 0.0
+    for report in run(config, dist=dist):
+        if isinstance(report, StepReport):
+            steps.append(total - before)
+        before = total
+    return steps
+
+
+TABLES = {"embd": 32, "ff": 64, "layer": 3, "dtype": "bf16", "ctx": 16, "eval_every": 0, "save_every": 0}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpointing", [True, False], ids=["recomputed", "kept"])
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_training_moves_what_plan_says(tmp_path: Path, tied: bool, checkpointing: bool) -> None:
+    config = taught(tmp_path, shard="full", tie=tied, use_checkpointing=checkpointing, **TABLES)
+    counted = run_ranks(2, received, train, config)
+    assert all(isinstance(steps, list) for steps in counted), counted
+    with open_model(tmp_path / "out/model-LATEST.gguf") as file:
+        shape = load_config(file)
+    job = Job(shape=shape, base_bytes=0, table_bytes=0, adapter=0, rows=2, ctx=16, grad_acc=config.grad_acc)
+    assert counted[0][1:] == pytest.approx([traffic_bytes(job, 2, "full", "full")] * 3, rel=0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpointing", [True, False], ids=["recomputed", "kept"])
+def test_an_adapter_on_a_sharded_base_moves_what_plan_says(tmp_path: Path, checkpointing: bool) -> None:
+    options: dict[str, Any] = {"val_split": 0.0, "save_every": 0, "adam_iter": 4, "use_checkpointing": checkpointing}
+    config = chat_config(tmp_path, shard="full", lora_dropout=0.0, **options)
+    counted = run_ranks(2, received, finetune, config)
+    assert all(isinstance(steps, list) for steps in counted), counted
+    ranks = Cluster(nodes=1, gpus_per_node=2, gpu_bytes=10**9, bandwidth=1e9, flop_per_s=1e9)
+    assert counted[0][1:] == pytest.approx([traffic_bytes(job_of(config, ranks), 2, "lora", "full")] * 3, rel=0.05)
 
 
 # ---- checkpoints ------------------------------------------------------------------------------------------------------
