@@ -14,7 +14,7 @@ from llamakit.model import ModelConfig, load_config
 from llamakit.training.config import FinetuneConfig
 from llamakit.training.lora import trained_tensors
 from llamakit.training.loss import CHUNK_TOKENS
-from llamakit.training.memory import BYTES_PER_TRAINED, kept_numbers
+from llamakit.training.memory import BYTES_PER_TRAINED, gradient_bytes, kept_numbers
 from llamakit.training.plan import step_operations
 
 What = Literal["full", "lora"]
@@ -204,8 +204,10 @@ def _memory(job: Job, ranks: int, what: What, shard: Shard) -> dict[str, int]:
     else:
         base, trained = job.base_bytes // share, BYTES_PER_TRAINED * job.adapter
         copies = 0 if shard == "none" else job.base_bytes
-    # A whole bf16 copy of trained weights that are replicated; else what is gathered at a time.
+    # A whole bf16 copy of trained weights that are replicated; else what is gathered at a time, and the gradient of it.
     gathered = copies if shard == "none" else int(copies * gathered_share)
+    if what == "full" and shard == "full":
+        gathered += gradient_bytes(_BF16) * max(_block(shape), shape.n_vocab * shape.n_embd)
     decoded = 0 if what == "full" else _BF16 * max(n_out * n_in for n_out, n_in in shape.linear_shapes().values())
     return {
         "context": CONTEXT_BYTES,
