@@ -88,7 +88,8 @@ def from_scratch(config: TrainConfig, vocabulary: Mapping[str, Any], n_vocab: in
         kind = name.removesuffix(".weight").rpartition(".")[2]
         std = _STD / math.sqrt(2 * shape.n_layer) if kind in _INTO_RESIDUAL else _STD
         generator = torch.Generator().manual_seed((seed * 1_000_003 + order[name]) & (2**63 - 1))
-        return torch.empty(names[name]).normal_(0.0, std, generator=generator)[start:stop]  # rows do not begin anew
+        whole = torch.empty(names[name]).normal_(0.0, std, generator=generator)  # some rows are what they are in it
+        return whole if (start, stop) == (0, None) else whole[start:stop].clone()
 
     return Blueprint(shape, metadata, names, first)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import json
 import os
 import re
@@ -29,6 +30,7 @@ from llamakit.training.state import Progress, TrainState
 
 if TYPE_CHECKING:
     from torch.distributed.checkpoint.metadata import Metadata
+    from torch.distributed.checkpoint.planner import WriteItem
 
 _INDEX, _VERSION = "llamakit.json", 1
 _DATA = re.compile(r"__\d+_\d+\.distcp")
@@ -57,11 +59,21 @@ def save_shares(folder: Path, tensors: Mapping[str, Tensor], dist: Dist) -> dict
     tensors: DTensors of which each rank has rows, or whole ones, which one of them writes. Returns what the index says
     of tensors and files. Raises SaveError for what the disk refuses any rank.
     """
+    from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
     from torch.distributed.checkpoint.filesystem import FileSystemWriter  # who has no shares does not wait for these
     from torch.distributed.checkpoint.state_dict_saver import save
 
+    class Planner(DefaultSavePlanner):
+        """Gives every tensor a storage of its own over the same memory: the writer would copy the others, and keep all
+        copies until it ends."""
+
+        def resolve_data(self, write_item: WriteItem) -> Tensor | io.BytesIO:
+            data = super().resolve_data(write_item)
+            return torch.from_numpy(data.numpy()) if isinstance(data, Tensor) and data.device.type == "cpu" else data
+
     with _failing_as(partial(_not_saved, folder)):
-        metadata = save(dict(tensors), storage_writer=FileSystemWriter(folder), no_dist=not dist.joined)
+        how: dict[str, Any] = {"planner": Planner(), "no_dist": not dist.joined}
+        metadata = save(dict(tensors), storage_writer=FileSystemWriter(folder), **how)
         names = sorted(name for name in os.listdir(folder) if _DATA.fullmatch(name))
         hashes = {name: _hash(folder / name) for name in names[dist.rank :: dist.world]}
     pieces: dict[str, list[dict[str, Any]]] = {name: [] for name in tensors}
