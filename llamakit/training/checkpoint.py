@@ -164,6 +164,9 @@ class FileArrays(Mapping[str, np.ndarray]):
         with GGUFFile(self._path) as file:
             return file.read(name).view(np.float32).reshape(self.shapes[name])
 
+    def __contains__(self, name: object) -> bool:
+        return name in self.shapes
+
     def __iter__(self) -> Iterator[str]:
         return iter(self.shapes)
 

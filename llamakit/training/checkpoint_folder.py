@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import io
 import json
+import math
 import os
 import re
 import warnings
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 
 _INDEX, _VERSION = "llamakit.json", 1
 _DATA = re.compile(r"__\d+_\d+\.distcp")
-_KEYS = {"version", "type", "state", "tensors", "files"}
+_KEYS = {"version", "type", "state", "tensors", "files", "sha256"}
 _PIECE = {"offsets": list, "sizes": list, "file": str, "at": int, "bytes": int}
 
 
@@ -74,19 +75,26 @@ def save_shares(folder: Path, tensors: Mapping[str, Tensor], dist: Dist) -> dict
     with _failing_as(partial(_not_saved, folder)):
         how: dict[str, Any] = {"planner": Planner(), "no_dist": not dist.joined}
         metadata = save(dict(tensors), storage_writer=FileSystemWriter(folder), **how)
-        names = sorted(name for name in os.listdir(folder) if _DATA.fullmatch(name))
-        hashes = {name: _hash(folder / name) for name in names[dist.rank :: dist.world]}
+    # Each rank looks at what others have written: a disk that not all of them see is found here.
+    names = sorted({stored.relative_path for stored in metadata.storage_data.values()})
+    mine = names[(dist.rank + 1) % dist.world :: dist.world]
+    seen = dist.gather({name: _hash(folder / name) if (folder / name).is_file() else None for name in mine})
+    for rank, hashes in enumerate(seen):
+        if None in hashes.values():
+            raise _not_saved(folder, rank, "it does not see the files of other ranks")
+    files = {name: value for hashes in seen for name, value in hashes.items()}
+    return {"tensors": _described(metadata, tensors), "files": files}
+
+
+def _described(metadata: Metadata, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The shape of each tensor, and where its pieces are, as torch has put them."""
     pieces: dict[str, list[dict[str, Any]]] = {name: [] for name in tensors}
     for index, stored in metadata.storage_data.items():
         chunks: Any = metadata.state_dict_metadata[index.fqn]
         size = next(chunk.sizes for chunk in chunks.chunks if index.offset in (None, chunk.offsets))
         piece = (list(index.offset or [0] * len(size)), list(size), stored.relative_path, stored.offset, stored.length)
         pieces[index.fqn].append(dict(zip(_PIECE, piece, strict=True)))
-    described = {name: {"shape": list(tensors[name].shape), "pieces": pieces[name]} for name in tensors}
-    return {
-        "tensors": described,
-        "files": {name: value for part in dist.gather(hashes) for name, value in part.items()},
-    }
+    return {name: {"shape": list(tensors[name].shape), "pieces": pieces[name]} for name in tensors}
 
 
 @contextlib.contextmanager
@@ -126,7 +134,7 @@ def write_folder(path: Path, state: TrainState, kind: str, save: Callable[[Path]
     """
     with atomic_directory(path, _verify, replacing=folder_files(path)) as temporary:
         index = {"version": _VERSION, "type": kind, "state": state.description()} | save(temporary)
-        (temporary / _INDEX).write_text(json.dumps(index), encoding="utf-8")
+        (temporary / _INDEX).write_text(json.dumps(index | {"sha256": _digest(index)}), encoding="utf-8")
 
 
 # ---- reading ---------------------------------------------------------------------------------------------------------
@@ -146,9 +154,17 @@ def read_folder(path: Path, kind: str) -> TrainState:
         if _hash(path / name) != expected:
             raise FormatError(f"the checkpoint is damaged: {name} does not match its checksum", path=path)
     state = index["state"]
-    progress = Progress(**state["progress"])
-    arrays = FolderArrays(path)
-    return TrainState(state["identity"], state["settings"], state["place"], progress, arrays, state.get("job", {}))
+    try:
+        found = state["identity"], state["settings"], state["place"], Progress(**state["progress"])
+    except (KeyError, TypeError) as error:
+        raise FormatError(f"the checkpoint's state is broken: {error!r}", path=path) from error
+    return TrainState(*found, FolderArrays(path), state.get("job", {}))
+
+
+def _digest(index: Mapping[str, Any]) -> str:
+    """Of all that an index says."""
+    rest = {key: value for key, value in index.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def _verify(path: Path) -> None:
@@ -162,17 +178,28 @@ def _check_index(path: Path) -> dict[str, Any]:
         if index["version"] != _VERSION:
             raise FormatError(f"checkpoint version {index['version']} (expected {_VERSION})", path=path)
         files = {name: size for name, (size, _) in index["files"].items()}
-        sound = index.keys() >= _KEYS and all(map(_DATA.fullmatch, files)) and all(
-            piece.keys() == _PIECE.keys() and all(isinstance(piece[key], kind) for key, kind in _PIECE.items())
-            and 0 <= piece["at"] <= piece["at"] + piece["bytes"] <= files[piece["file"]]
-            for tensor in index["tensors"].values() for piece in tensor["pieces"]
-        )  # fmt: skip
+        sound = index.keys() == _KEYS and index["sha256"] == _digest(index) and all(map(_DATA.fullmatch, files))
+        sound = sound and all(_is_covered(tensor, files) for tensor in index["tensors"].values())
         whole = sound and all((path / name).stat().st_size == size for name, size in files.items())
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise FormatError(f"the checkpoint is damaged: its index says {error!r}", path=path) from error
     if not whole:
         raise FormatError("the checkpoint is damaged: its files are not those of its index", path=path)
     return index
+
+
+def _is_covered(tensor: Mapping[str, Any], files: Mapping[str, int]) -> bool:
+    """Whether the pieces of a tensor lie in the files, and make up all of it."""
+    shape, n_numbers = tensor["shape"], 0
+    for piece in tensor["pieces"]:
+        if piece.keys() != _PIECE.keys() or not all(isinstance(piece[key], kind) for key, kind in _PIECE.items()):
+            return False
+        places = list(zip(piece["offsets"], piece["sizes"], shape, strict=True))
+        inside = all(0 <= offset <= offset + size <= whole for offset, size, whole in places)
+        if not inside or not 0 <= piece["at"] <= piece["at"] + piece["bytes"] <= files[piece["file"]]:
+            return False
+        n_numbers += math.prod(piece["sizes"])
+    return n_numbers == math.prod(shape)
 
 
 class FolderArrays(Mapping[str, np.ndarray]):
@@ -190,6 +217,9 @@ class FolderArrays(Mapping[str, np.ndarray]):
         tensor = torch.empty(self.shapes[name])
         self.fill({name: tensor}, together=False)
         return tensor.numpy()
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._tensors
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._tensors)

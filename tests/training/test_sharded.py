@@ -245,6 +245,10 @@ def test_the_contract_of_checkpoints_holds_for_folders(tmp_path: Path) -> None:
     assert sorted(path.name for path in out.glob("checkpoint-[0-9]*")) == ["checkpoint-3.gguf", "checkpoint-4.gguf"]
     assert {"__0_0.distcp", "__1_0.distcp"} < folder_files(out / "checkpoint-4.gguf")
     assert not list(out.glob(".*tmp*"))
+    written = out / "model-4.gguf"
+    copy = {"checkpoint_in": str(out / "checkpoint-4.gguf"), "model_out": str(tmp_path / "again.gguf")}
+    run_ranks(1, teach, taught(tmp_path, only_write_model=True, checkpoint_out="", **copy))
+    assert (tmp_path / "again.gguf").read_bytes() == written.read_bytes()
     told = run_ranks(2, teach, taught(tmp_path, **options | {"adam_iter": 5}))
     assert [len(each["loss"]) for each in told] == [1, 1]
     assert sorted(path.name for path in out.glob("checkpoint-[0-9]*")) == ["checkpoint-4.gguf", "checkpoint-5.gguf"]
@@ -333,7 +337,7 @@ def test_torch_reads_a_folder_too(tmp_path: Path) -> None:
     assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
 
 
-@pytest.mark.parametrize("what", ["cut", "flipped", "gone", "index", "escapes", "version"])
+@pytest.mark.parametrize("what", ["cut", "flipped", "gone", "index", "escapes", "state"])
 def test_a_damaged_folder_is_refused(tmp_path: Path, what: str) -> None:
     path = tmp_path / "chk"
     written(path)
@@ -353,10 +357,10 @@ def test_a_damaged_folder_is_refused(tmp_path: Path, what: str) -> None:
         shutil.copy(data, tmp_path / data.name)
         index["files"] = {f"../{name}": value for name, value in index["files"].items()}
     else:
-        index["version"] = 2
-    if what in ("escapes", "version"):
+        index["state"]["progress"]["iterations"] = 4
+    if what in ("escapes", "state"):
         (path / "llamakit.json").write_text(json.dumps(index))
-    with pytest.raises(FormatError, match=r"damaged|version 2"):
+    with pytest.raises(FormatError, match="the checkpoint is damaged"):
         read_folder(path, "train_model")
 
 
@@ -371,6 +375,19 @@ def test_what_fails_while_a_folder_is_written_leaves_the_older_one(tmp_path: Pat
     with pytest.raises(SaveError, match="No space left"):
         write_folder(path, a_state(), "train_model", fails)
     assert len(FolderArrays(path)) == 3 and [p.name for p in tmp_path.iterdir()] == ["chk"]
+
+
+class Elsewhere(Dist):
+    """A rank beside which another one has a disk of its own."""
+
+    def gather(self, value: Any) -> list[Any]:
+        return [value, {"__0_0.distcp": None}]
+
+
+def test_ranks_that_do_not_see_the_same_disk_are_named(tmp_path: Path) -> None:
+    with pytest.raises(SaveError, match="rank 1 cannot save: it does not see the files of other ranks") as caught:
+        save_shares(tmp_path, {"a": torch.ones(3)}, Elsewhere())
+    assert caught.value.hint is not None and "on a disk that all machines see" in caught.value.hint
 
 
 def test_a_file_is_read_by_rows_as_well(tmp_path: Path) -> None:
