@@ -62,6 +62,7 @@ def tuned(directory: Path, **options: Any) -> Any:
     defaults = {
         "full": True, "model_base": str(cached_tiny_gguf(type="Q8_0")), "lora_dropout": 0.0, "adam_alpha": 1e-4,
         "model_out": str(directory / "model-ITERATION.gguf"), "outtype": "f32", "lora_out": FinetuneConfig.lora_out,
+        "anchor_data": "",
     }  # fmt: skip
     return chat_config(directory, **(defaults | options))
 
@@ -195,7 +196,7 @@ def test_training_moves_what_plan_says(tmp_path: Path, tied: bool, checkpointing
 @pytest.mark.parametrize("checkpointing", [True, False], ids=["recomputed", "kept"])
 def test_an_adapter_on_a_sharded_base_moves_what_plan_says(tmp_path: Path, checkpointing: bool) -> None:
     options: dict[str, Any] = {"val_split": 0.0, "save_every": 0, "adam_iter": 4, "use_checkpointing": checkpointing}
-    config = chat_config(tmp_path, shard="full", lora_dropout=0.0, **options)
+    config = chat_config(tmp_path, shard="full", lora_dropout=0.0, anchor_data="", **options)
     counted = run_ranks(2, received, finetune, config)
     assert all(isinstance(steps, list) for steps in counted), counted
     ranks = Cluster(nodes=1, gpus_per_node=2, gpu_bytes=10**9, bandwidth=1e9, flop_per_s=1e9)
