@@ -219,7 +219,7 @@ ShardOption = Annotated[
     Literal["none", "full", "auto"],
     typer.Option(
         "--shard",
-        help="The base whole on each device (none), or a share of its rows (full); auto: full where it does not fit.",
+        help="The model whole on each device (none), or a share of its rows (full); auto: full where it does not fit.",
         rich_help_panel=options.COMPUTE,
     ),
 ]

@@ -278,7 +278,7 @@ def train(
         raise typer.Exit(launch.launch(n_ranks, batch))
     events = Path(report_dir) if report_dir else Path(out_dir) / "tensorboard"
 
-    options.keep_freed_memory()
+    (options.keep_freed_memory if shard == "none" else options.give_back_freed_memory)()
 
     from llamakit.cli.train_view import TrainView
     from llamakit.training.loop import Control

@@ -5,6 +5,8 @@ Shapes: B batch, T tokens, C n_embd, H n_head, K n_head_kv, D head_dim, F n_ff, 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -69,7 +71,7 @@ class Block(nn.Module):
 class Llama(nn.Module):
     """Tokens to hidden states, hidden states to logits. Built empty; `load_model` puts leaves in.
 
-    use_checkpointing: recompute each block in the backward pass instead of keeping its activations.
+    use_checkpointing: recompute each block in the backward pass instead of keeping its activations; recompute: how.
     """
 
     def __init__(self, config: ModelConfig, rope_freqs: Tensor | None = None) -> None:
@@ -81,6 +83,7 @@ class Llama(nn.Module):
         self.output_norm: nn.Module = nn.Identity()
         self.output: nn.Module = nn.Identity()
         self.use_checkpointing = False
+        self.recompute: Callable[..., Tensor] = recomputed
         self.dropout: Dropout | None = None
 
     def drop(self, dropout: Dropout) -> None:
@@ -114,7 +117,7 @@ class Llama(nn.Module):
             x = x * self.dropout.mask(x, 0)
         for block in self.blk:
             if self.use_checkpointing and torch.is_grad_enabled() and cache is None:
-                x = recomputed(block, x, rotations, None, starts)
+                x = self.recompute(block, x, rotations, None, starts)
             else:
                 x = block(x, rotations, cache, starts)
         if cache is not None:

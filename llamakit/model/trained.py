@@ -33,9 +33,45 @@ class TrainedLinear(nn.Module):
             self._version = self.weight._version
         return self._rounded
 
+    def collect(self, gradient: Tensor) -> Tensor | None:
+        """Add (O, I) to W's gradient; what is left for autograd to add, if any."""
+        return _collect(self.weight, gradient)
+
     def forward(self, x: Tensor) -> Tensor:
         """(..., I) -> (..., O), in x's dtype."""
         return project_trained(x, self)[0]
+
+
+class TiedLinear(TrainedLinear):
+    """The matrix of an embedding as an output matrix, for one whose parameter comes and goes: it is looked up there
+    with each use. Where it is gathered in a narrow dtype its gradient is added up in float32 until the embedding hands
+    it on."""
+
+    def __init__(self, embedding: TrainedEmbedding) -> None:
+        nn.Module.__init__(self)
+        self._embedding = (embedding,)  # not a module of this one: it has its own place in the model
+        self.bias = None
+
+    @property
+    def embedding(self) -> TrainedEmbedding:
+        """Whose matrix it is."""
+        return self._embedding[0]
+
+    @property
+    def weight(self) -> nn.Parameter:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """W (V, C), as it lies in the embedding now."""
+        return self.embedding.weight
+
+    def collect(self, gradient: Tensor) -> Tensor | None:
+        """Add (V, C) to the gradient that the embedding collects."""
+        if self.weight.dtype == torch.float32:
+            return _collect(self.weight, gradient)
+        embedding = self.embedding
+        if embedding.collected is None:
+            embedding.collected = gradient.float()
+        else:
+            embedding.collected += gradient
+        return None
 
 
 class TrainedEmbedding(nn.Module):
@@ -44,23 +80,31 @@ class TrainedEmbedding(nn.Module):
     def __init__(self, weight: nn.Parameter, dtype: torch.dtype) -> None:
         super().__init__()
         self.weight, self.dtype = weight, dtype
+        self.collected: Tensor | None = None
 
     def forward(self, tokens: Tensor) -> Tensor:
         """int64 (B, T) -> (B, T, C)."""
-        return _LookUp.apply(self.weight, tokens, self.dtype)
+        return _LookUp.apply(self.weight, tokens, self)
 
 
 class _LookUp(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, weight: Tensor, tokens: Tensor, dtype: torch.dtype) -> Tensor:
-        ctx.weight = weight
+    def forward(ctx, weight: Tensor, tokens: Tensor, embedding: TrainedEmbedding) -> Tensor:
+        ctx.weight, ctx.embedding = weight, embedding
         ctx.save_for_backward(tokens)
-        return weight[tokens].to(dtype)
+        return weight[tokens].to(embedding.dtype)
 
     @staticmethod
     def backward(ctx, grad: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
         (tokens,) = ctx.saved_tensors
         weight: Tensor = ctx.weight
+        if weight.dtype != torch.float32:  # a gathered copy: what many tokens add to a row is rounded once
+            embedding: TrainedEmbedding = ctx.embedding
+            into, embedding.collected = embedding.collected, None
+            if into is None:
+                into = torch.zeros_like(weight, dtype=torch.float32)
+            into.index_add_(0, tokens.flatten(), grad.flatten(0, -2).float())
+            return into.to(weight.dtype), None, None
         # Only the rows of a batch's tokens change: a gradient of the whole matrix is made where there is none yet.
         into = torch.zeros_like(weight) if weight.grad is None else weight.grad
         into.index_add_(0, tokens.flatten(), grad.flatten(0, -2).to(into.dtype))
@@ -97,10 +141,11 @@ class _Project(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grads: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
         layers: tuple[TrainedLinear, ...] = ctx.layers
-        weights, tensors = ctx.saved_tensors[: len(layers)], ctx.saved_tensors[len(layers) :]
+        saved = ctx.saved_tensors
+        weights, tensors = saved[: len(layers)], saved[len(layers) :]
         result, pullback = ctx.function(*tensors)
         h = as_rows(result)
-        d_weights = [_collect(layer.weight, grad.t() @ h) for layer, grad in zip(layers, grads, strict=True)]
+        d_weights = [layer.collect(grad.t() @ h) for layer, grad in zip(layers, grads, strict=True)]
         d_biases = [
             _collect(layer.bias, grad.float().sum(0))
             for layer, grad in zip(layers, grads, strict=True)
@@ -120,4 +165,5 @@ def project_trained(x: Lazy | Tensor, *layers: TrainedLinear) -> tuple[Tensor, .
     function, tensors = x if isinstance(x, Lazy) else Lazy(identity, (x,))
     parameters = (*(layer.weight for layer in layers), *(layer.bias for layer in layers if layer.bias is not None))
     ys = _Project.apply(layers, function, len(tensors), *tensors, *parameters)
-    return tuple(y.view(*tensors[0].shape[:-1], -1) for y in ys)
+    # FSDP2 warns of views, whose hooks would be lost where they are written to.
+    return ys if tensors[0].dim() == 2 else tuple(y.view(*tensors[0].shape[:-1], -1) for y in ys)

@@ -6,10 +6,10 @@ Shapes: V n_vocab, C n_embd.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -36,15 +36,23 @@ _FILE_TYPE_F32 = 0
 ROPE_FREQS = "rope_freqs.weight"
 
 
+class First(Protocol):
+    """Where the first weights come from."""
+
+    def __call__(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
+        """The tensor of a name, or some of its rows, float32, made anew with each call."""
+        ...
+
+
 @dataclass(frozen=True)
 class Blueprint:
-    """shape: hyper-parameters. metadata: the keys of its GGUF file. first: the tensor of a name, float32, made anew
-    with each call. names: of all tensors, with their shapes, in the order of the file."""
+    """shape: hyper-parameters. metadata: the keys of its GGUF file. first: its first weights. names: of all tensors,
+    with their shapes, in the order of the file."""
 
     shape: ModelConfig
     metadata: Mapping[str, Any]
     names: Mapping[str, tuple[int, ...]]
-    first: Callable[[str], Tensor]
+    first: First
 
 
 def from_scratch(config: TrainConfig, vocabulary: Mapping[str, Any], n_vocab: int, seed: int) -> Blueprint:
@@ -74,13 +82,14 @@ def from_scratch(config: TrainConfig, vocabulary: Mapping[str, Any], n_vocab: in
     names = shape.tensor_shapes()
     order = {name: i for i, name in enumerate(names)}
 
-    def first(name: str) -> Tensor:
+    def first(name: str, start: int = 0, stop: int | None = None) -> Tensor:
         if len(names[name]) == 1:
-            return torch.ones(names[name])
+            return torch.ones(names[name])[start:stop]
         kind = name.removesuffix(".weight").rpartition(".")[2]
         std = _STD / math.sqrt(2 * shape.n_layer) if kind in _INTO_RESIDUAL else _STD
         generator = torch.Generator().manual_seed((seed * 1_000_003 + order[name]) & (2**63 - 1))
-        return torch.empty(names[name]).normal_(0.0, std, generator=generator)
+        whole = torch.empty(names[name]).normal_(0.0, std, generator=generator)  # some rows are what they are in it
+        return whole if (start, stop) == (0, None) else whole[start:stop].clone()
 
     return Blueprint(shape, metadata, names, first)
 
@@ -94,26 +103,33 @@ def from_file(file: ModelFile, vocabulary: Mapping[str, Any]) -> Blueprint:
         metadata |= {key: value for key, value in vocabulary.items() if key.startswith("tokenizer.")}
     metadata["general.file_type"] = _FILE_TYPE_F32
 
-    def first(name: str) -> Tensor:
+    def first(name: str, start: int = 0, stop: int | None = None) -> Tensor:
         info = file.tensors[name]
-        return dequantize(torch.from_numpy(file.read(name)), info.type, torch.float32).view(info.shape)
+        packed = torch.from_numpy(file.read(name, start, stop))
+        return dequantize(packed, info.type, torch.float32).view(-1, *info.shape[1:])
 
     return Blueprint(shape, metadata, names, first)
 
 
 def build(blueprint: Blueprint, device: torch.device, dtype: torch.dtype) -> tuple[Llama, dict[str, Tensor]]:
     """The model, every tensor of it trained, and the tensors by name; rope_freqs, which is a table, is not trained."""
+    named = {n: nn.Parameter(blueprint.first(n).to(device)) for n in blueprint.names if n != ROPE_FREQS}
+    model = assemble(blueprint, named, dtype)
+    if blueprint.shape.tied_output:
+        model.output = TrainedLinear(named["token_embd.weight"])
+    return model, dict(named)
+
+
+def assemble(blueprint: Blueprint, named: Mapping[str, nn.Parameter], dtype: torch.dtype) -> Llama:
+    """The model of these parameters, which computes in dtype; without an output matrix where that is tied."""
     frequencies = blueprint.first(ROPE_FREQS) if ROPE_FREQS in blueprint.names else None
     model = Llama(blueprint.shape, frequencies)
-    named = {n: nn.Parameter(blueprint.first(n).to(device)) for n in blueprint.names if n != ROPE_FREQS}
     for name, parameter in named.items():
         path, _, kind = name.rpartition(".")
         if kind != "bias":
             leaf = _leaf(path, parameter, named.get(f"{path}.bias"), blueprint.shape, dtype)
             model.set_submodule(path, leaf)
-    if blueprint.shape.tied_output:
-        model.output = TrainedLinear(named["token_embd.weight"])
-    return model, dict(named)
+    return model
 
 
 def _leaf(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,6 +13,8 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from llamakit.errors import FormatError, UsageError
 from llamakit.files import (
@@ -25,7 +28,9 @@ from llamakit.files import (
 from llamakit.formats.adapter import transposed_pair
 from llamakit.formats.gguf import GGUFFile, TensorData, write_gguf
 from llamakit.ggml import GGMLType
+from llamakit.training.checkpoint_folder import FolderArrays, folder_files, is_checkpoint_folder, read_folder
 from llamakit.training.config import LoopOptions
+from llamakit.training.optim import own_rows, row_range
 from llamakit.training.report import Saving
 from llamakit.training.state import Progress, TrainState
 
@@ -57,7 +62,8 @@ def claim_outputs(
         raise UsageError(f"is named for two of {kinds}: one would replace the other", path=twice)
     named = [source for source in sources if source]
     for output in outputs:
-        check_writable(output, folder=folders.get(output))
+        older = folder_files(output) or None  # a checkpoint of sharded training may go
+        check_writable(output, folder=folders.get(output, older))
         if any(is_same_file(output, source) for source in named):
             raise UsageError("is an input of this run: it would be overwritten", path=output)
     return RunLock(outputs)
@@ -116,12 +122,17 @@ class OldCheckpoint:
     progress: Progress
 
 
-def read_checkpoint(path: Path, training_type: TrainingType = "finetune_lora") -> TrainState | OldCheckpoint:
-    """Read our own checkpoint, checksum verified, or one of llama.cpp's `finetune`. Raises FormatError."""
+def read_checkpoint(
+    path: Path, training_type: TrainingType = "finetune_lora", *, light: bool = False
+) -> TrainState | OldCheckpoint:
+    """Read our own checkpoint, checksums verified, or one of llama.cpp's `finetune`. light: arrays stay on the disk
+    until they are asked for, as those of a folder always do. Raises FormatError."""
+    if is_checkpoint_folder(path):
+        return read_folder(path, training_type)
     with GGUFFile(path) as file:
         found = file.metadata.get("training.type")
         if found == training_type and VERSION_KEY in file.metadata:
-            return _read_own(file)
+            return _read_own(file, light=light)
         if found == training_type == "finetune_lora":
             return _read_old(file)
     raise FormatError(
@@ -131,14 +142,54 @@ def read_checkpoint(path: Path, training_type: TrainingType = "finetune_lora") -
     )
 
 
-def _read_own(file: GGUFFile) -> TrainState:
+def checkpoint_bytes(path: str | os.PathLike[str]) -> int:
+    """Bytes of a checkpoint on the disk."""
+    return sum(os.path.getsize(Path(path, name)) for name in folder_files(path)) or os.path.getsize(path)
+
+
+def open_arrays(path: Path) -> FolderArrays | FileArrays:
+    """The arrays of a checkpoint of our own, which `read_checkpoint` has verified. Raises FormatError."""
+    return FolderArrays(path) if is_checkpoint_folder(path) else FileArrays(path)
+
+
+class FileArrays(Mapping[str, np.ndarray]):
+    """The tensors of a checkpoint file, float32, by name; each is read anew when it is asked for."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        with GGUFFile(path) as file:
+            self.shapes = {name: info.shape for name, info in file.tensors.items()}
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        with GGUFFile(self._path) as file:
+            return file.read(name).view(np.float32).reshape(self.shapes[name])
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.shapes
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.shapes)
+
+    def __len__(self) -> int:
+        return len(self.shapes)
+
+    def fill(self, tensors: Mapping[str, Tensor], *, together: bool) -> None:
+        """Read tensors in place, of DTensors the rows that this rank has. Raises FormatError."""
+        with GGUFFile(self._path) as file:
+            for name, tensor in tensors.items():
+                own = own_rows(tensor)
+                rows = file.read(name, *row_range(tensor))
+                own.copy_(torch.from_numpy(rows.view(np.float32)).view_as(own))
+
+
+def _read_own(file: GGUFFile, *, light: bool) -> TrainState:
     if file.metadata[VERSION_KEY] != _VERSION:
         raise FormatError(f"checkpoint version {file.metadata[VERSION_KEY]} (expected {_VERSION})", path=file.path)
     description = file.metadata.get(_STATE_KEY)
     if not isinstance(description, str):
         raise FormatError(f"{_STATE_KEY} is missing", path=file.path)
-    arrays = dict(_arrays(file))
-    _check_hash(file, description, arrays.items())
+    arrays = FileArrays(file.path) if light else dict(_arrays(file))
+    _check_hash(file, description, _arrays(file) if light else arrays.items())
     state = json.loads(description)
     progress = Progress(**state["progress"])
     return TrainState(state["identity"], state["settings"], state["place"], progress, arrays, state.get("job", {}))
@@ -212,11 +263,13 @@ class CheckpointManager:
         """The names under which the newest files are found."""
         return tuple(str(file_name(t, self._config, None)) for t in self._templates)
 
-    def save(self, state: TrainState) -> Iterator[Saving]:
-        """Write the files of state's iteration, each reported before it is written. Raises SaveError."""
+    def save(self, state: TrainState, write: Callable[[Path], None] | None = None) -> Iterator[Saving]:
+        """Write the files of state's iteration, each reported before it is written. write: puts the checkpoint at a
+        path, where it is no single file. Raises SaveError."""
         state.progress.saved = sorted({*state.progress.saved, state.progress.iterations})
         template, progress = self._config.checkpoint_out, state.progress
-        yield from self._write("checkpoint", template, progress, lambda path: write_checkpoint(path, state, self._type))
+        as_file = lambda path: write_checkpoint(path, state, self._type)  # noqa: E731
+        yield from self._write("checkpoint", template, progress, write or as_file)
         yield from self.save_product(state)
         self._clear_away(state.progress)
 
@@ -273,7 +326,7 @@ class CheckpointManager:
                     elif _is_linked(path):
                         linked.append(iteration)
                     else:
-                        remove_directory(path, self._product.files)
+                        remove_directory(path, folder_files(path) or self._product.files)
         progress.saved = linked + progress.saved[-keep:]
 
 

@@ -14,7 +14,7 @@ from llamakit.model import ModelConfig, load_config
 from llamakit.training.config import FinetuneConfig
 from llamakit.training.lora import trained_tensors
 from llamakit.training.loss import CHUNK_TOKENS
-from llamakit.training.memory import BYTES_PER_TRAINED, kept_numbers
+from llamakit.training.memory import BYTES_PER_TRAINED, gradient_bytes, kept_numbers
 from llamakit.training.plan import step_operations
 
 What = Literal["full", "lora"]
@@ -24,6 +24,7 @@ Shard = Literal["none", "full"]
 SHAPES = {"8b": (4096, 32, 32, 8, 14336, 128256), "70b": (8192, 80, 64, 8, 28672, 128256)}
 
 _BF16, _F32 = 2, 4
+_TABLES = ("token_embd.weight", "output.weight")
 #: assumed, not measured: CUDA's context, cuBLAS' and NCCL's buffers; holes between tensors of a caching allocator
 CONTEXT_BYTES, ALLOCATOR_SHARE = 10**9, 1.1
 #: blocks whose gathered weights are there at a time: the one that computes, and the next, fetched meanwhile
@@ -49,13 +50,15 @@ class Cluster:
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """shape: of the model; base_bytes: of its packed tensors; adapter: numbers in the adapter.
+    """shape: of the model; base_bytes: of its packed tensors; table_bytes: of those with the vocabulary, embeddings and
+    output; adapter: numbers in the adapter.
 
     rows: sequences of ctx tokens that a rank computes at a time, grad_acc times before an update.
     """
 
     shape: ModelConfig
     base_bytes: int
+    table_bytes: int
     adapter: int
     rows: int
     ctx: int
@@ -173,21 +176,21 @@ def traffic_bytes(job: Job, ranks: int, what: What, shard: Shard) -> int:
     """Bytes that a rank receives in a step, over a ring: (W - 1)/W of what is gathered or scattered, twice that of what
     is reduced to all.
 
-    Replicated: the float32 gradients of what is trained are reduced to all, once. Sharded, all weights: each micro-step
-    gathers them twice, forward and backward, in bf16, and scatters their float32 gradients. Sharded, an adapter: it
-    gathers the base packed as in the file, the blocks twice, or with checkpointing three times, the tables of the
-    vocabulary once; the adapter, which every rank has whole, reduces its gradients.
+    Replicated: the float32 gradients of what is trained are reduced to all, once. Sharded: each micro-step gathers the
+    blocks twice, forward and backward, and the tables of the vocabulary once for each use, one that is embeddings and
+    output twice. All weights are gathered in bf16, and their float32 gradients scattered; a frozen base is gathered
+    packed as in the file, and the adapter, which every rank has whole, reduces its gradients.
     """
     trained = job.parameters if what == "full" else job.adapter
     reduced = 2 * _F32 * trained
     if shard == "none":
         moved = reduced
     elif what == "full":
-        moved = job.grad_acc * (2 * _BF16 * trained + _F32 * trained)
+        blocks, tables = job.shape.n_layer * _block(job.shape), 2 * job.shape.n_vocab * job.shape.n_embd
+        moved = job.grad_acc * (_BF16 * (2 * blocks + tables) + _F32 * trained)
     else:
-        blocks = job.base_bytes * job.shape.n_layer * _block(job.shape) // job.parameters
-        passes = 3 if job.checkpointing else 2
-        moved = job.grad_acc * (passes * blocks + job.base_bytes - blocks) + reduced
+        blocks, uses = job.base_bytes - job.table_bytes, 2 if job.shape.tied_output else 1
+        moved = job.grad_acc * (2 * blocks + uses * job.table_bytes) + reduced
     return moved * (ranks - 1) // ranks
 
 
@@ -201,8 +204,10 @@ def _memory(job: Job, ranks: int, what: What, shard: Shard) -> dict[str, int]:
     else:
         base, trained = job.base_bytes // share, BYTES_PER_TRAINED * job.adapter
         copies = 0 if shard == "none" else job.base_bytes
-    # A whole bf16 copy of trained weights that are replicated; else what is gathered at a time.
+    # A whole bf16 copy of trained weights that are replicated; else what is gathered at a time, and the gradient of it.
     gathered = copies if shard == "none" else int(copies * gathered_share)
+    if what == "full" and shard == "full":
+        gathered += gradient_bytes(_BF16) * max(_block(shape), shape.n_vocab * shape.n_embd)
     decoded = 0 if what == "full" else _BF16 * max(n_out * n_in for n_out, n_in in shape.linear_shapes().values())
     return {
         "context": CONTEXT_BYTES,
@@ -250,10 +255,12 @@ def job_of(config: FinetuneConfig, cluster: Cluster, *, shape: str = "", bits_pe
     if shape:
         model = shape_of(shape)
         base_bytes = int(n_parameters(model) * bits_per_weight / 8)
+        table_bytes = int(2 * model.n_vocab * model.n_embd * bits_per_weight / 8)
     elif config.model_base:
         with open_model(config.model_base, n_ctx=config.ctx, rope_theta=config.rope_freq_base) as file:
             check_is_model(file)
-            model, base_bytes = load_config(file), sum(info.n_bytes for info in file.tensors.values())
+            model, sizes = load_config(file), {name: info.n_bytes for name, info in file.tensors.items()}
+        base_bytes, table_bytes = sum(sizes.values()), sum(sizes.get(name, 0) for name in _TABLES)
     else:
         raise UsageError("--model-base is missing", hint="name a model, or a shape such as --shape 8b")
     each = config.batch // cluster.ranks
@@ -265,6 +272,7 @@ def job_of(config: FinetuneConfig, cluster: Cluster, *, shape: str = "", bits_pe
     return Job(
         shape=model,
         base_bytes=base_bytes,
+        table_bytes=table_bytes,
         adapter=sum(rank * (n_out + n_in) for rank, n_out, n_in in pairs),
         rows=rows,
         ctx=config.ctx,

@@ -91,7 +91,7 @@ class LoopOptions:
     threads: int = 6
     """CPU threads, at most the cores that there are"""
     shard: Shard = "none"
-    """the frozen base whole on each device (none), or a share of its rows (full); auto: full where it does not fit"""
+    """the model whole on each device (none), or a share of its rows (full); auto: full where it does not fit"""
 
     def __post_init__(self) -> None:
         """Raises UsageError naming the flag whose value cannot be."""

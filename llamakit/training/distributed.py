@@ -140,6 +140,15 @@ class Dist:
             torch_dist.broadcast_object_list(held, src=0, device=torch.device("cpu"))
         return held[0]
 
+    def gather(self, value: T) -> list[T]:
+        """Every rank's value, pickled, by rank."""
+        if not self.joined:
+            return [value]
+        everyone: list[Any] = [None] * self.world
+        with _contact():
+            torch_dist.all_gather_object(everyone, value)
+        return everyone
+
     def barrier(self) -> None:
         """Wait for all ranks."""
         self.sum([0.0])
@@ -151,9 +160,7 @@ class Dist:
         """
         if not self.joined:
             return
-        everyone: list[Mapping[str, Any]] = [{}] * self.world
-        with _contact():
-            torch_dist.all_gather_object(everyone, dict(facts))
+        everyone = self.gather(dict(facts))
         for rank, theirs in enumerate(everyone):
             for what, value in everyone[0].items():
                 if theirs.get(what) != value:

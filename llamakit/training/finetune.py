@@ -31,6 +31,7 @@ from llamakit.training.checkpoint import (
     CheckpointManager,
     OldCheckpoint,
     TrainingType,
+    checkpoint_bytes,
     claim_outputs,
     file_name,
     read_checkpoint,
@@ -42,6 +43,7 @@ from llamakit.training.finetune_full import FullSubject
 from llamakit.training.finetune_lora import LoraSubject
 from llamakit.training.log import StepLog
 from llamakit.training.loop import Control, Parameters, Trainer, agree
+from llamakit.training.memory import BYTES_PER_TRAINED
 from llamakit.training.optim import schedule
 from llamakit.training.outcome import with_outcome
 from llamakit.training.plan import footprint, held_out_tokens, make_plan
@@ -58,7 +60,8 @@ from llamakit.training.report import (
     Remark,
     Report,
 )
-from llamakit.training.sharding import choose_sharding
+from llamakit.training.sharding import choose_sharding, may_shard
+from llamakit.training.shares import restore, save
 from llamakit.training.state import (
     Progress,
     TrainState,
@@ -144,7 +147,7 @@ class _Run:
         self.shape = _overridden(load_config(self.base), config)
         self.device = resolve_device(config.device)
         self.dtype = training_dtype(config.dtype, self.device)
-        choose_sharding(self.dist, config, self.base, self.device)
+        choose_sharding(self.dist, config, self._held_bytes(), self.device)
         if self._writes:
             if self.dist.is_main:
                 self._claim_outputs()
@@ -160,6 +163,13 @@ class _Run:
             self.manager = CheckpointManager(config, self._kind, product, clear=clear)
         yield ModelFacts(self.seed, config.model_base, self.shape, config.ctx, self.subject.ranks, self.subject.alpha)
         yield from self._remarks()
+
+    def _held_bytes(self) -> int:
+        """What a rank holds of a whole base, which is packed, or trained."""
+        tensors = self.base.tensors.values()
+        if self.config.full:
+            return BYTES_PER_TRAINED * sum(info.n_elements for info in tensors)
+        return sum(info.n_bytes for info in tensors)
 
     @property
     def _kind(self) -> TrainingType:
@@ -184,7 +194,8 @@ class _Run:
 
     def _read_checkpoint_in(self) -> TrainState | OldCheckpoint | None:
         path = self.config.checkpoint_in
-        return read_checkpoint(Path(path), self._kind) if path and os.path.lexists(path) else None
+        light = may_shard(self.dist, self.config)
+        return read_checkpoint(Path(path), self._kind, light=light) if path and os.path.lexists(path) else None
 
     def _seed(self) -> int:
         given = self.config.seed
@@ -297,7 +308,7 @@ class _Run:
         if saved is None:
             return
         path = config.checkpoint_in
-        yield Loading("checkpoint", path, os.path.getsize(path) if self.dist.is_main else 0)
+        yield Loading("checkpoint", path, checkpoint_bytes(path) if self.dist.is_main else 0)
         self.progress = saved.progress
         if isinstance(saved, OldCheckpoint):
             return
@@ -313,11 +324,7 @@ class _Run:
         config = self.config
         model.use_checkpointing = config.use_checkpointing
         parameters = Parameters(named, config)
-        if self.saved is not None and self.dist.is_main:
-            check_shapes(self.saved.arrays, parameters.shapes, config.checkpoint_in)
-            parameters.restore(self.saved.arrays, self.progress.updates)
-            self.saved.arrays.clear()
-        parameters.send(self.dist)
+        restore(parameters, self.saved, config.checkpoint_in, self.dist)
         order = SampleOrder(self.seed, data.n_samples, self.progress.order_epoch, self.progress.next_sample)
         factor = partial(schedule, config=config)
         return Trainer(
@@ -373,11 +380,11 @@ class _Run:
         return max(0, self.job["first"] + self.config.adam_iter - self.progress.iterations)
 
     def _save(self, trainer: Trainer, identity: dict[str, Any], *, is_best: bool = False) -> Iterator[Report]:
-        """Rank 0 has all that there is to save."""
-        if self.dist.is_main:
-            yield from self.manager.save(self._state(trainer, identity))
-            if is_best:
-                yield from self.manager.mark(self.progress, "BEST")
+        """All ranks save what they hold; rank 0 tells of it."""
+        state = TrainState(identity, self._settings(), place(self.device, self.dist.world), self.progress, {}, self.job)
+        yield from save(self.manager, state, self._kind, trainer.parameters, self.dist)
+        if is_best and self.dist.is_main:
+            yield from self.manager.mark(self.progress, "BEST")
 
     def _best(self, path: Path) -> Path:
         """The product of the best evaluation where it was kept, else the last, which is at path."""
@@ -393,10 +400,6 @@ class _Run:
         else:
             progress.evaluations_without_best += 1
         return dataclasses.replace(evaluation, is_best=is_best)
-
-    def _state(self, trainer: Trainer, identity: dict[str, Any]) -> TrainState:
-        here, arrays = place(self.device, self.dist.world), trainer.parameters.snapshot()
-        return TrainState(identity, self._settings(), here, self.progress, arrays, self.job)
 
     def write_product_only(self) -> Iterator[Report]:
         """--only-write-lora, --only-write-model: the adapter or model of --checkpoint-in."""

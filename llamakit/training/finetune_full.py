@@ -19,16 +19,19 @@ from llamakit.formats.base import ModelFile
 from llamakit.formats.borrowed import with_metadata
 from llamakit.formats.open import open_model
 from llamakit.ggml import GGMLType
-from llamakit.model import ModelConfig, load_model
+from llamakit.model import ModelConfig, load_config, load_model
 from llamakit.model.layers import Dropout
 from llamakit.quant import dequantize
 from llamakit.training.blueprint import ROPE_FREQS, build, from_file, rounded, write_model
 from llamakit.training.checkpoint import Product
 from llamakit.training.config import Cache, FinetuneConfig
 from llamakit.training.distributed import Dist
+from llamakit.training.optim import is_sharded, own_rows, row_range
 from llamakit.training.plan import disk_bytes
 from llamakit.training.proof import logits_of, tolerance
 from llamakit.training.report import Remark, Report, Verified
+from llamakit.training.sharded_model import build_sharded
+from llamakit.training.sharding import load_sharded
 from llamakit.training.subject import Built
 
 # Full fine-tunings use 1e-6 to 1e-4; finetune's default is one for LoRA, whose weights begin at 0.
@@ -72,6 +75,8 @@ class FullSubject:
     ) -> Built:
         """The base with a trained leaf in the place of each packed one; nothing in it is dropped or drawn."""
         self._dtype = dtype
+        if dist.sharded:
+            return build_sharded(self._blueprint, device, dtype, dist)
         return build(self._blueprint, device, dtype)
 
     def _write(self, path: Path, arrays: Mapping[str, np.ndarray]) -> None:
@@ -82,10 +87,15 @@ class FullSubject:
     ) -> Iterator[Report]:
         """Every tensor of the file is the trained one, rounded to its type; and so are the logits of the whole."""
         device = next(iter(named.values())).device
-        load = partial(load_model, device=device, dtype=self._dtype, weight_cache="none")
+        where: dict[str, Any] = {"device": device, "dtype": self._dtype}
+        load = (
+            partial(load_sharded, dist=dist, **where)
+            if dist.sharded
+            else partial(load_model, weight_cache="none", **where)
+        )
         with open_model(path) as written:
-            change = self._compare(written, named)
-            found = logits_of(load(written), tokens)
+            change = self._compare(written, named, dist)
+            found = logits_of(load(written, config=load_config(written)), tokens)
         plain = logits_of(load(self._base, config=self._blueprint.shape), tokens)
         difference, most = float((found - logits).abs().max()), float(logits.abs().max())
         stored = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}[self._config.outtype]
@@ -97,22 +107,26 @@ class FullSubject:
             )
         yield Verified(str(path), len(tokens), difference, float((found - plain).abs().max()), change)
 
-    def _compare(self, written: ModelFile, named: Mapping[str, Tensor]) -> float:
-        """|W - W0| / |W0| over all weights of the file. Raises LlamakitError for a tensor that is not the trained one,
-        and where nothing was changed."""
+    def _compare(self, written: ModelFile, named: Mapping[str, Tensor], dist: Dist) -> float:
+        """|W - W0| / |W0| over all weights of the file, of which each rank looks at its rows. Raises LlamakitError for
+        a tensor that is not the trained one, and where nothing was changed."""
         changed, moved, power = False, 0.0, 0.0
         wanted = GGMLType[self._config.outtype.upper()]
         for name, weights in named.items():
             info = written.tensors[name]
             kind = uniform_type(info, wanted)
-            packed, live = torch.from_numpy(written.read(name)), weights.detach().cpu()
+            rows, live = row_range(weights), own_rows(weights).cpu()
+            if not (dist.is_main or is_sharded(weights)) or not live.numel():
+                continue  # another rank looks at it
+            packed = torch.from_numpy(written.read(name, *rows))
             expected = live if kind is GGMLType.F32 else rounded(live, kind, name)
             if not torch.equal(packed.flatten(), expected.contiguous().view(torch.uint8).flatten()):
                 raise LlamakitError(f"tensor {name} reads back with other weights than were trained", path=written.path)
-            first = self._blueprint.first(name)
+            first = self._blueprint.first(name, *rows)
             changed = changed or not torch.equal(first, live)
             moved += float((dequantize(packed, kind).view(first.shape) - first).square().sum(dtype=torch.float64))
             power += float(first.square().sum(dtype=torch.float64))
+        changed, moved, power = dist.sum([changed, moved, power])
         if not changed:
             hint = "no step had an effect: see --adam-alpha, and the steps that were skipped"
             raise LlamakitError("the model is its base: no weight was changed", path=written.path, hint=hint)

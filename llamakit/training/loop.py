@@ -25,9 +25,9 @@ from llamakit.training.anchor import Anchor
 from llamakit.training.config import LoopOptions
 from llamakit.training.distributed import Dist
 from llamakit.training.loss import backpropagate, backpropagate_divergence, rows_of
-from llamakit.training.optim import AdamW, clip_gradient
+from llamakit.training.optim import AdamW, clip_gradient, is_sharded, like_rows, row_range
 from llamakit.training.report import StepReport
-from llamakit.training.state import MOMENT_SUFFIXES, Progress
+from llamakit.training.state import MOMENT_SUFFIXES, Progress, StoredArrays
 
 # So many steps in a row without a finite loss, and the run is over.
 _MOST_SKIPPED = 5
@@ -90,15 +90,35 @@ class Parameters:
     @torch.no_grad()
     def restore_moments(self, moments: Mapping[str, tuple[np.ndarray, np.ndarray]], updates: int) -> None:
         """Go on with another program's AdamW, which has taken so many steps; both moments of every tensor, by name."""
-        for name, mine in zip(self.named, self.optimizer.moments(), strict=True):
+        for (name, tensor), mine in zip(self.named.items(), self.optimizer.moments(), strict=True):
             for moment, array in zip(mine, moments[name], strict=True):
-                moment.copy_(torch.from_numpy(array))
+                moment.copy_(torch.from_numpy(array[slice(*row_range(tensor))]))
         self.optimizer.updates = updates
 
     def send(self, dist: Dist) -> None:
         """Rank 0's weights, moments and number of updates to all ranks."""
         dist.send(self.optimizer.state)
         self.optimizer.updates = int(dist.main_number(self.optimizer.updates))
+
+    @property
+    def sharded(self) -> bool:
+        """Whether each rank holds rows of them."""
+        return any(map(is_sharded, self.named.values()))
+
+    def tensors(self, *, moments: bool | None = None) -> dict[str, Tensor]:
+        """All tensors, and their moments where there are any; of a sharded one as shares of it."""
+        found = {name: tensor.detach() for name, tensor in self.named.items()}
+        if self.optimizer.updates if moments is None else moments:
+            for (name, tensor), pair in zip(self.named.items(), self.optimizer.moments(), strict=True):
+                found |= {name + s: like_rows(tensor, m) for s, m in zip(MOMENT_SUFFIXES, pair, strict=True)}
+        return found
+
+    def fill(self, arrays: StoredArrays, updates: int) -> None:
+        """Put back the share of this rank from what is stored, where the other ranks do the same."""
+        has_moments = all(name + suffix in arrays for name in self.named for suffix in MOMENT_SUFFIXES)
+        with torch.no_grad():
+            arrays.fill(self.tensors(moments=has_moments), together=True)
+        self.optimizer.updates = updates if has_moments else 0
 
     def snapshot(self) -> dict[str, np.ndarray]:
         """All tensors and moments, float32; on a CPU they are views, good until the next step."""
@@ -146,7 +166,7 @@ class Trainer:
         config, progress, optimizer = self.config, self.progress, self.parameters.optimizer
         first_sample = min(1 + self.order.next_sample, self.order.count)
         loss, n_tokens, divergence = self._accumulate()
-        norm = clip_gradient(optimizer.gradient, config.adam_gclip)
+        norm = clip_gradient(optimizer.gradient, config.adam_gclip, optimizer.gradient_norm(self._dist))
         progress.iterations += 1
         factor = self._factor(progress.iterations)
         skipped = not (math.isfinite(loss) and math.isfinite(norm))
@@ -180,7 +200,8 @@ class Trainer:
         far the anchor's rows are from the base.
 
         Every rank makes the whole batches, computes its rows, and weighs them by the trained tokens of all rows: the
-        sum over ranks is what one rank would have. The ranks meet once, behind the last micro-step.
+        sum over ranks is what one rank would have. The ranks meet once, behind the last micro-step, but for the rows
+        of sharded weights: their gradient goes to its owners with each, since no rank has room for all of it.
         """
         config, progress, total = self.config, self.progress, 0.0
         batches = list(self._next_batches())
@@ -196,7 +217,7 @@ class Trainer:
                 self.dropout.rows = range(mine.start + at, mine.start + at + len(rows.tokens))
                 total += counts * backpropagate(self.model, rows, counts / n_trained)
         divergence = self._hold()
-        self._dist.add_up(self.parameters.optimizer.gradient)
+        self.parameters.optimizer.add_up(self._dist)
         total, divergence = self._dist.sum([total, divergence])
         progress.order_epoch, progress.next_sample = self.order.epoch, self.order.next_sample
         return total / n_trained, sum(batch.n_tokens for batch in batches), divergence if self._anchor else None

@@ -20,7 +20,7 @@ from llamakit.kernels import train
 from llamakit.model import Llama
 from llamakit.model.lora import without_adapters
 from llamakit.model.recompute import weighted_sum
-from llamakit.model.trained import TrainedLinear
+from llamakit.model.trained import TiedLinear, TrainedLinear
 
 # Logits of one chunk: 64 MB in bf16 at a vocabulary of 128k, an efficient product, nothing to notice in memory.
 CHUNK_TOKENS = 256
@@ -132,12 +132,19 @@ def _chunk_tokens(model: Llama) -> int:
     return CHUNK_TOKENS
 
 
+def _sharded_part(module: nn.Module) -> Any:
+    """What holds a module's rows where they lie on several ranks: itself, the base of a LoRA, the embedding that it is
+    tied to; None where it is whole."""
+    part = module.embedding if isinstance(module, TiedLinear) else getattr(module, "base", module)
+    return part if hasattr(part, "unshard") else None
+
+
 @contextmanager
 def gathered(module: nn.Module) -> Iterator[None]:
     """A module whose rows lie on several ranks, whole for the time of several uses; each rank may use it as often as it
     likes then. Any other module is whole already."""
-    part: Any = getattr(module, "base", module)  # below a LoRA
-    if not hasattr(part, "unshard"):
+    part = _sharded_part(module)
+    if part is None:
         yield
         return
     part.unshard()
@@ -147,22 +154,41 @@ def gathered(module: nn.Module) -> Iterator[None]:
         part.reshard()
 
 
+@contextmanager
+def _one_of_several(model: Llama, *, last: bool) -> Iterator[None]:
+    """A backward pass through the output matrix, before that through the model: gradients of a matrix whose rows lie on
+    several ranks are added up on each, and go to their owners with the last."""
+    part = _sharded_part(model.output)
+    if part is None:
+        yield
+        return
+    whole: Any = model
+    whole.set_is_last_backward(False)
+    part.set_requires_gradient_sync(last)
+    try:
+        yield
+    finally:
+        whole.set_is_last_backward(True)
+        part.set_requires_gradient_sync(True)
+
+
 def evaluate_loss(model: Llama, rows: Rows) -> float:
     """Sum of the losses of the trained targets, float32 per token; no gradient."""
-    with torch.no_grad(), gathered(model.output):
+    with torch.no_grad():
         hidden = model(rows.tokens, rows.positions, segments=rows.segments).flatten(0, 1)
         wanted = rows.targets.flatten()
         if rows.trained is not None:
             chosen = rows.trained.flatten()
             hidden, wanted = hidden[chosen], wanted[chosen]
-        return sum(
-            float(
-                _CrossEntropySum.apply(
-                    model.output(hidden[at : at + CHUNK_TOKENS]), wanted[at : at + CHUNK_TOKENS], 1.0
+        with gathered(model.output):
+            return sum(
+                float(
+                    _CrossEntropySum.apply(
+                        model.output(hidden[at : at + CHUNK_TOKENS]), wanted[at : at + CHUNK_TOKENS], 1.0
+                    )
                 )
+                for at in range(0, len(wanted), CHUNK_TOKENS)
             )
-            for at in range(0, len(wanted), CHUNK_TOKENS)
-        )
 
 
 def backpropagate(model: Llama, rows: Rows, weight: float) -> float:
@@ -210,11 +236,14 @@ def _through_output(
     d_hidden, total = torch.empty_like(flat), 0.0
     size = _chunk_tokens(model)
     with gathered(model.output):
-        for at in range(0, len(flat), size):
+        # A rank without a trained token takes part in the sums of the others.
+        starts = range(0, len(flat), size) or range(_sharded_part(model.output) is not None)
+        for at in starts:
             some = slice(at, at + size)
             chunk = flat[some].detach().requires_grad_()
             loss = loss_of(model.output(chunk), some)
-            loss.backward()
+            with _one_of_several(model, last=at == starts[-1]):
+                loss.backward()
             total += float(loss.detach())
             d_hidden[some] = chunk.grad  # pyright: ignore[reportArgumentType]
     if chosen is not None:

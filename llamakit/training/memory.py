@@ -72,7 +72,7 @@ class Footprint:
     tensors: of the base, by name; trained: numbers that are trained; full: these are all of the weights. rows: that are
     computed at a time, of ctx tokens each. item: bytes of a number that is computed with. held_out: tokens that are
     evaluated. native: attention keeps its softmax up to 1,024 tokens, as it does on a CPU. n_shares: ranks that hold
-    their rows of the packed weights each, and gather a block at a time. anchored: the base's logits are computed, too.
+    their rows of the weights each, and gather a block at a time. anchored: the base's logits are computed, too.
     """
 
     shape: ModelConfig
@@ -153,14 +153,30 @@ def base_bytes(run: Footprint) -> int:
     whole = sum(info.n_bytes for info in run.tensors.values())
     if run.n_shares == 1:
         return whole
+    return whole // run.n_shares + _largest_group({name: info.n_bytes for name, info in run.tensors.items()})
+
+
+def _largest_group(sizes: Mapping[str, int]) -> int:
+    """Of a block, or of a table of the vocabulary."""
     groups = Counter[str]()
-    for name, info in run.tensors.items():
-        groups[name.rsplit(".", 2)[0] if name.startswith("blk.") else name] += info.n_bytes
-    return whole // run.n_shares + max(groups.values())
+    for name, size in sizes.items():
+        groups[name.rsplit(".", 2)[0] if name.startswith("blk.") else name] += size
+    return max(groups.values())
+
+
+def gradient_bytes(item: int) -> int:
+    """Bytes of a number of a gathered matrix that are there before its gradient is scattered: of the gradient in the
+    dtype of the computation, its sum in float32, and the copy in the order of the ranks."""
+    return (item if item < 4 else 0) + 4 + 4
 
 
 def trained_bytes(run: Footprint) -> int:
-    """Weights that are trained, their gradients and moments."""
+    """Weights that are trained, their gradients and moments: all of them, or a rank's rows and the largest group, which
+    is gathered, with its gradient."""
+    if run.full and run.n_shares > 1:
+        group = _largest_group({name: info.n_elements for name, info in run.tensors.items()})
+        gathered = group * (run.item + gradient_bytes(run.item))
+        return run.trained // run.n_shares * BYTES_PER_TRAINED + gathered
     rounded = run.item if run.full and run.item < 4 else 0
     return run.trained * (BYTES_PER_TRAINED + _BYTES_BEFORE_TRAINED + rounded)
 

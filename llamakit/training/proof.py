@@ -33,8 +33,10 @@ def logits_of(model: Llama, tokens: Tensor) -> Tensor:
     training = model.training
     model.eval()
     try:
-        with torch.no_grad(), gathered(model.output):
-            return model.logits(model(tokens[None]))[0]
+        with torch.no_grad():
+            hidden = model(tokens[None])
+            with gathered(model.output):
+                return model.logits(hidden)[0]
     finally:
         model.train(training)
 

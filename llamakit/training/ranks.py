@@ -10,6 +10,7 @@ from typing import Any
 from llamakit.training.checkpoint import OldCheckpoint, TrainingType, file_name, read_checkpoint
 from llamakit.training.config import LoopOptions
 from llamakit.training.distributed import Dist
+from llamakit.training.sharding import may_shard
 from llamakit.training.state import TrainState, flag, shown
 
 #: files may lie elsewhere on another machine: what they hold is compared by hash; threads are a machine's own matter
@@ -70,7 +71,7 @@ def _own_checkpoint(dist: Dist, config: LoopOptions, kind: TrainingType) -> Trai
     if not (dist.restarts and dist.job and config.checkpoint_out):
         return None
     path = file_name(config.checkpoint_out, config, None)
-    state = read_checkpoint(path, kind) if path.exists() else None
+    state = read_checkpoint(path, kind, light=may_shard(dist, config)) if path.exists() else None
     return state if isinstance(state, TrainState) and state.job.get("name") == dist.job else None
 
 

@@ -8,52 +8,48 @@ cut: GGML's blocks lie along them. Norms and biases, which are small, are on eve
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from llamakit.errors import UnsupportedError, UsageError
+from llamakit.errors import UsageError
 from llamakit.formats.base import ModelFile
 from llamakit.model import Llama, ModelConfig, load_model
 from llamakit.model.layers import PackedWeight
 from llamakit.model.load import free_bytes
 from llamakit.quant import QTensor
-from llamakit.training.config import FinetuneConfig
+from llamakit.training.config import FinetuneConfig, LoopOptions
 from llamakit.training.distributed import Dist
+from llamakit.training.optim import like_rows, row_range
 
-if TYPE_CHECKING:
-    from torch.distributed.device_mesh import DeviceMesh
-
-# What a whole packed model may take of a rank's free memory: the rest is for activations and the system.
+# What a whole model may take of a rank's free memory: the rest is for activations and the system.
 _SHARE = 0.6
 
 
-def choose_sharding(dist: Dist, config: FinetuneConfig, file: ModelFile, device: torch.device) -> None:
-    """Set dist.sharded to what --shard comes to; `auto`: sharded where a rank has no room for the whole packed model.
+def may_shard(dist: Dist, config: LoopOptions) -> bool:
+    """Whether a run may come to be sharded: then no rank may read a whole checkpoint into its memory."""
+    return dist.world > 1 and config.shard != "none"
 
-    Raises UsageError for what a sharded model cannot do, UnsupportedError where all of its weights are trained.
+
+def choose_sharding(dist: Dist, config: LoopOptions, needed: int, device: torch.device) -> None:
+    """Set dist.sharded to what --shard comes to; `auto`: sharded where a rank has no room for all that there is.
+
+    needed: bytes of the packed base, or of all weights with gradients and moments where these are trained. Raises
+    UsageError for what a sharded model cannot do.
     """
-    if config.full and config.shard == "full" and dist.world > 1:
-        reason = "--shard full is for adapters: --full keeps all weights and moments on every device"
-        raise UnsupportedError(reason, hint="give --shard none, or more memory to each device")
-    dist.sharded = (
-        dist.world > 1
-        and not config.full
-        and (config.shard == "full" or (config.shard == "auto" and _too_large(dist, file, device)))
-    )
-    if dist.sharded and (config.micro_batch or config.max_memory):
+    dist.sharded = may_shard(dist, config) and (config.shard == "full" or _too_large(dist, needed, device))
+    max_memory = config.max_memory if isinstance(config, FinetuneConfig) else ""
+    if dist.sharded and (config.micro_batch or max_memory):
         name = "--micro-batch" if config.micro_batch else "--max-memory"
-        raise UsageError(f"{name} is for a base that lies whole on each device", hint="leave it out, or --shard none")
-    if dist.sharded and config.sample_prompt:
+        raise UsageError(f"{name} is for a model that lies whole on each device", hint="leave it out, or --shard none")
+    if dist.sharded and isinstance(config, FinetuneConfig) and config.sample_prompt:
         raise UsageError("--sample-prompt needs the whole model on one device", hint="leave it out, or --shard none")
 
 
-def _too_large(dist: Dist, file: ModelFile, device: torch.device) -> bool:
+def _too_large(dist: Dist, needed: int, device: torch.device) -> bool:
     free = free_bytes(device)
     mine = math.inf if free is None else free / (1 if device.type == "cuda" else dist.local_world)
-    packed = sum(info.n_bytes for info in file.tensors.values())
-    return dist.most([packed > _SHARE * mine])[0] > 0
+    return dist.most([needed > _SHARE * mine])[0] > 0
 
 
 def load_sharded(
@@ -76,14 +72,24 @@ def load_sharded(
         fully_shard(part, mesh=mesh, reshard_after_forward=True, ignored_params=everywhere)
     # The loss applies the output matrix to as many chunks as a rank has: it is gathered and freed around them.
     fully_shard(model.output, mesh=mesh, reshard_after_forward=False, ignored_params=everywhere)
+    model.recompute = recomputed_once
     model.output.set_reshard_after_backward(False)  # pyright: ignore[reportCallIssue]
     fully_shard(model, mesh=mesh, ignored_params=everywhere)  # without a root each part would keep its last gather
     for name, module in matrices.items():
         if name == "output" and config.tied_output:
             module.weight = nn.Parameter(model.token_embd.weight.data, requires_grad=False)  # pyright: ignore
         else:
-            _fill(module, file, f"{name}.weight", device, mesh)
+            packed = torch.from_numpy(file.read(f"{name}.weight", *row_range(module.weight))).to(device)
+            module.weight = nn.Parameter(like_rows(module.weight, packed), requires_grad=False)
     return model
+
+
+def recomputed_once(module: nn.Module, x: Tensor, *arguments: Tensor | None) -> Tensor:
+    """torch's own checkpointing, which FSDP2 knows: a block is gathered for the backward pass, computed again, and
+    freed only behind it."""
+    from torch.utils.checkpoint import checkpoint
+
+    return checkpoint(module, x, *arguments, use_reentrant=False, preserve_rng_state=False)
 
 
 def _described(file: ModelFile, name: str, _device: torch.device | str) -> QTensor:
@@ -91,23 +97,3 @@ def _described(file: ModelFile, name: str, _device: torch.device | str) -> QTens
     info = file.tensors[name]
     rows, row_bytes = info.shape[0], info.n_bytes // info.shape[0]
     return QTensor(torch.empty(rows, row_bytes, dtype=torch.uint8, device="meta"), info.type, info.shape)
-
-
-def _fill(module: PackedWeight, file: ModelFile, name: str, device: torch.device, mesh: DeviceMesh) -> None:
-    """Read this rank's rows, which are torch's to choose."""
-    from torch.distributed.tensor import DTensor, Shard
-
-    described = module.weight
-    assert isinstance(described, DTensor)
-    first, rows = _own_rows(len(described), mesh)
-    local: Tensor = torch.from_numpy(file.read(name, first, first + rows)).to(device)
-    shape, stride = described.shape, described.stride()
-    whole = DTensor.from_local(local, mesh, [Shard(0)], run_check=False, shape=shape, stride=stride)
-    module.weight = nn.Parameter(whole, requires_grad=False)
-
-
-def _own_rows(n: int, mesh: DeviceMesh) -> tuple[int, int]:
-    """First and number of a rank's rows as torch.chunk shares them out: all the same but the last ones."""
-    each = -(-n // mesh.size())
-    first = min(n, mesh.get_local_rank() * each)
-    return first, min(n, first + each) - first

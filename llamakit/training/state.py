@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from llamakit.errors import MismatchError
 from llamakit.training.config import FinetuneConfig, LoopOptions
@@ -35,6 +36,22 @@ class Progress:
     saved: list[int] = field(default_factory=list)
 
 
+@runtime_checkable
+class StoredArrays(Protocol):
+    """Arrays on the disk, by name, which are read when they are asked for."""
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of all of them."""
+        ...
+
+    def __contains__(self, name: object, /) -> bool: ...
+
+    def fill(self, tensors: Mapping[str, Tensor], *, together: bool) -> None:
+        """Read tensors in place, of DTensors this rank's rows. together: all ranks do this."""
+        ...
+
+
 @dataclass
 class TrainState:
     """identity: what must be the same; settings: what the command line may change; place: where it was computed.
@@ -47,7 +64,7 @@ class TrainState:
     settings: dict[str, Any]
     place: dict[str, Any]
     progress: Progress
-    arrays: dict[str, np.ndarray]
+    arrays: Mapping[str, np.ndarray]
     job: dict[str, Any] = field(default_factory=dict)
 
     def description(self) -> dict[str, Any]:
@@ -108,21 +125,19 @@ _SHAPE_FLAGS = {
 }
 
 
-def trained_names(arrays: Mapping[str, np.ndarray]) -> list[str]:
-    """The names of the trained tensors, without those of their moments."""
-    return [name for name in arrays if not name.endswith(MOMENT_SUFFIXES)]
-
-
-def check_shapes(saved: Mapping[str, np.ndarray], expected: Mapping[str, tuple[int, ...]], path: str) -> None:
+def check_shapes(
+    saved: Mapping[str, np.ndarray] | StoredArrays, expected: Mapping[str, tuple[int, ...]], path: str
+) -> None:
     """Raises MismatchError, naming the tensor and both shapes, unless a checkpoint's tensors are those of this run."""
-    names = trained_names(saved)
+    shapes = saved.shapes if isinstance(saved, StoredArrays) else {name: x.shape for name, x in saved.items()}
+    names = [name for name in shapes if not name.endswith(MOMENT_SUFFIXES)]
     if set(names) != expected.keys():
         different = sorted(set(names) ^ expected.keys())
         raise MismatchError(f"checkpoint and run train different tensors: {', '.join(different[:3])}", path=path)
     for name, shape in expected.items():
-        if saved[name].shape != shape:
+        if shapes[name] != shape:
             raise MismatchError(
-                f"{name} has shape {list(saved[name].shape)} in the checkpoint, and {list(shape)} in this run",
+                f"{name} has shape {list(shapes[name])} in the checkpoint, and {list(shape)} in this run",
                 path=path,
             )
 

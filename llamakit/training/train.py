@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import time
 from collections.abc import Generator, Iterator, Mapping
@@ -16,7 +17,7 @@ from llamakit.dataset.order import SampleOrder
 from llamakit.dataset.prepare import Report as PrepareReport
 from llamakit.dataset.tokens import Split, hash_tokens
 from llamakit.dataset.windows import Windows
-from llamakit.errors import DataError, UnsupportedError, UsageError
+from llamakit.errors import DataError, UsageError
 from llamakit.files import RunLock
 from llamakit.formats.base import ModelFile
 from llamakit.formats.llama2c_checkpoint import AdamState, Llama2cCheckpoint
@@ -32,6 +33,7 @@ from llamakit.training.checkpoint import (
     CheckpointManager,
     OldCheckpoint,
     Product,
+    checkpoint_bytes,
     claim_outputs,
     file_name,
     read_checkpoint,
@@ -41,6 +43,7 @@ from llamakit.training.distributed import Dist
 from llamakit.training.evaluation import Evaluator
 from llamakit.training.log import StepLog
 from llamakit.training.loop import Control, Parameters, Trainer, agree
+from llamakit.training.memory import BYTES_PER_TRAINED
 from llamakit.training.optim import above_floor, decay
 from llamakit.training.ranks import check_commands, check_content, find_start, origin, own_name
 from llamakit.training.report import (
@@ -53,6 +56,9 @@ from llamakit.training.report import (
     Report,
     Saving,
 )
+from llamakit.training.sharded_model import build_sharded
+from llamakit.training.sharding import choose_sharding, may_shard
+from llamakit.training.shares import restore, save
 from llamakit.training.state import (
     Progress,
     TrainState,
@@ -116,9 +122,6 @@ class _Run:
         if not (config.model_out or config.checkpoint_out):
             raise UsageError("--model-out and --checkpoint-out are both empty: nothing would be written")
         self.dist.check_batch(config.batch)
-        if config.shard == "full" and self.dist.world > 1:
-            reason = "--shard full is finetune's: train keeps all weights and moments on every device"
-            raise UnsupportedError(reason, hint="give --shard none, or more memory to each device")
         check_commands(self.dist, config)
         self.device = resolve_device(config.device)
         self.dtype = training_dtype(config.dtype, self.device)
@@ -141,6 +144,11 @@ class _Run:
             self.corpus = yield from self._corpus(vocabulary)
             self.vocabulary = self.corpus.vocabulary
         self.blueprint = self._blueprint()
+        needed = BYTES_PER_TRAINED * sum(math.prod(shape) for shape in self.blueprint.names.values())
+        choose_sharding(self.dist, config, needed, self.device)
+        if self.dist.sharded and config.sample_tokens and config.sample_prompt:
+            self.config = config = dataclasses.replace(config, sample_tokens=0)
+            yield Remark("note", "no samples are made: they need the whole model on one device")
         write = lambda path, arrays: write_model(path, arrays, self.blueprint)  # noqa: E731
         product = Product("model", config.model_out, write)
         self.manager = CheckpointManager(config, "train_model", product, clear=self.dist.is_main)
@@ -177,7 +185,7 @@ class _Run:
                 hint = "without --init-from a run begins where there is no checkpoint"
                 raise UsageError("there is no such checkpoint to resume from", path=path, hint=hint)
             return None
-        state = read_checkpoint(path, "train_model")
+        state = read_checkpoint(path, "train_model", light=may_shard(self.dist, config))
         assert isinstance(state, TrainState), "only finetune has checkpoints of the old tool"
         return state
 
@@ -244,7 +252,9 @@ class _Run:
         self.identity = self._identity(corpus.data.train)
         check_content(self.dist, self.identity)
         yield from self._resume()
-        model, named = build(self.blueprint, self.device, self.dtype)
+        where = (self.device, self.dtype)
+        sharded = self.dist.sharded
+        model, named = build_sharded(self.blueprint, *where, self.dist) if sharded else build(self.blueprint, *where)
         model.use_checkpointing = config.use_checkpointing
         dropout = Dropout(config.dropout)
         if config.dropout:
@@ -252,14 +262,10 @@ class _Run:
         if config.compile:
             yield from self._compile(model)
         parameters = Parameters(named, config)
-        if self.saved is not None and self.dist.is_main:
-            check_shapes(self.saved.arrays, parameters.shapes, config.checkpoint_in)
-            parameters.restore(self.saved.arrays, self.progress.updates)
-            self.saved.arrays.clear()
-        elif self._moments is not None:
+        if self.saved is None and self._moments is not None:
             parameters.restore_moments(self._moments.moments, self._moments.updates)
             self._moments = None
-        parameters.send(self.dist)
+        restore(parameters, self.saved, config.checkpoint_in, self.dist)
         order = SampleOrder(self.seed, windows.count, self.progress.order_epoch, self.progress.next_sample)
         model.train()
         trainer = Trainer(
@@ -330,7 +336,7 @@ class _Run:
         if saved is None:
             return
         path = config.checkpoint_in
-        yield Loading("checkpoint", path, os.path.getsize(path) if self.dist.is_main else 0)
+        yield Loading("checkpoint", path, checkpoint_bytes(path) if self.dist.is_main else 0)
         self.progress = saved.progress
         hint = "--init-from scratch starts afresh in this folder, another --out-dir keeps both runs"
         check_identity(saved.identity, self.identity, path=path, text_hint=hint)
@@ -384,7 +390,8 @@ class _Run:
             if stop:
                 self.reason = stop
                 break
-        if last_save < progress.iterations or (self.dist.is_main and not os.path.exists(self.manager.latest()[-1])):
+        missing = self.dist.from_main(lambda: not os.path.exists(self.manager.latest()[-1]))
+        if last_save < progress.iterations or missing:
             yield from self._save(trainer)
 
     def _due(self, every: int) -> bool:
@@ -405,16 +412,13 @@ class _Run:
             yield from evaluator.samples(progress.iterations)
 
     def _save(self, trainer: Trainer) -> Iterator[Saving]:
-        """Rank 0 has all that there is to save."""
-        if not self.dist.is_main:
-            self._new_best = False
-            return
-        progress, here = self.progress, place(self.device, self.dist.world)
-        arrays = trainer.parameters.snapshot()
-        yield from self.manager.save(TrainState(self.identity, self._settings(), here, progress, arrays, self.job))
-        if self._new_best:
-            self._new_best = False
-            yield from self.manager.mark(progress, "BEST")
+        """All ranks save what they hold; rank 0 tells of it."""
+        here = place(self.device, self.dist.world)
+        state = TrainState(self.identity, self._settings(), here, self.progress, {}, self.job)
+        yield from save(self.manager, state, "train_model", trainer.parameters, self.dist)
+        if self._new_best and self.dist.is_main:
+            yield from self.manager.mark(self.progress, "BEST")
+        self._new_best = False
 
     def write_model_only(self) -> Iterator[Report]:
         """--only-write-model: the model of --checkpoint-in."""
