@@ -1,9 +1,10 @@
 """`make prove`: every test there is, campaigns and comparisons included; the result goes to docs/proof.md.
 
-    python scripts/prove.py [AREA ...]
+    python scripts/prove.py [--failed] [AREA ...]
 
 It goes area by area, an area being a folder of tests, and writes the page after each: what an interrupted run has
-proven stays, and `make prove AREAS="formats quant"` proves those again. The results lie in build/proof. A test tells
+proven stays, and `make prove AREAS="formats quant"` proves those again; with `AREAS="--failed quant"` the tests of it
+that failed, and the page says so. The results lie in build/proof. A test tells
 its figures with pytest's `record_property("mutants", 3000)`; they stand beside its area.
 """
 
@@ -38,7 +39,8 @@ _LIMIT_S = 60 * 60
 @dataclass
 class Area:
     """The last results of a folder of tests. failed: names of tests; figures: test name -> what it recorded;
-    clock_s, processor_s, machine_s: seconds by the clock, of its processors, of all programs' processors."""
+    clock_s, processor_s, machine_s: seconds by the clock, of its processors, of all programs' processors. again: which
+    failed tests were run once more, with what result, when and at which commit, a line each time."""
 
     counts: Counter[str] = field(default_factory=Counter)
     skips: Counter[str] = field(default_factory=Counter)
@@ -50,12 +52,14 @@ class Area:
     date: str = ""
     commit: str = ""
     machine: str = ""
+    again: list[str] = field(default_factory=list)
 
 
 def main() -> int:
     """Run pytest on each area, write the page after each, and exit with 1 where a test failed."""
     known = area_paths(ROOT / "tests")
-    wanted = sys.argv[1:] or list(known)
+    once_more = sys.argv[1:2] == ["--failed"]
+    wanted = sys.argv[1 + once_more :] or list(known)
     unknown = [name for name in wanted if name not in known]
     if unknown:
         print(f"error: no area {unknown[0]!r} (there are: {', '.join(known)})", file=sys.stderr)
@@ -63,7 +67,7 @@ def main() -> int:
     proven = {name: area for name in known if (area := stored(name)) is not None}
     for name in wanted:
         print(f"proving {name}", flush=True)
-        proven[name] = run(known[name])
+        proven[name] = run_failed(proven[name], ROOT) if once_more and name in proven else run(known[name])
         RESULTS.mkdir(parents=True, exist_ok=True)
         (RESULTS / f"{name}.json").write_text(json.dumps(vars(proven[name]), indent=1), encoding="utf-8")
         PAGE.write_text(page({name: proven[name] for name in known if name in proven}, list(known)), encoding="utf-8")
@@ -103,6 +107,32 @@ def run(paths: Sequence[Path]) -> Area:
     area.machine_s = _busy_s() - busy_s
     area.date, area.commit, area.machine = f"{datetime.now(UTC):%Y-%m-%d %H:%M}", _commit(), _machine()
     return area
+
+
+def run_failed(area: Area, root: Path) -> Area:
+    """The tests of an area that failed, once more; what has passed since, and is as it was, stays."""
+    ids = [node_id(test, root) for test in area.failed]
+    if not ids:
+        return area
+    new = run([root / id for id in ids])
+    for outcome in ("failure", "error"):
+        area.counts[outcome] = 0
+    area.counts += new.counts
+    area.failed, area.figures = new.failed, area.figures | new.figures
+    area.clock_s += new.clock_s
+    area.processor_s += new.processor_s
+    area.machine_s += new.machine_s
+    area.again.append(f"{len(ids)} that had failed once more at {new.commit}, {new.date}: {_counted(new.counts)}")
+    return area
+
+
+def node_id(test: str, root: Path) -> str:
+    """`tests.quant.test_a.test_b[x.y]` -> `tests/quant/test_a.py::test_b[x.y]`, as pytest takes it."""
+    dotted, bracket, parameters = test.partition("[")
+    names = dotted.split(".")
+    n_path = next(n for n in range(1, len(names)) if (root / Path(*names[:n])).with_suffix(".py").is_file())
+    inside = "::".join(names[n_path:]) + bracket + parameters
+    return f"{Path(*names[:n_path])}.py::{inside}"
 
 
 def read_report(path: Path) -> Area:
@@ -148,6 +178,7 @@ def page(areas: Mapping[str, Area], known: Sequence[str]) -> str:
             f"| {name} | {area.counts['passed']} | {len(area.failed)} | {area.counts['skipped']} "
             f"| {area.clock_s / 60:.1f} | {area.processor_s / 60:.1f} | {area.date} | {area.commit} |"
         )
+    lines += ["", *(f"- {name}: {line}" for name, area in areas.items() for line in area.again)]
     return "\n".join([*lines, *_failures(areas), *_figures(areas), *_skips(areas)]) + "\n"
 
 

@@ -253,5 +253,18 @@ def test_an_interrupted_proof_keeps_what_it_has(
     assert prove.main() == 1
     page = (tmp_path / "proof.md").read_text()
     assert "1 passed, 1 failed" in page and "| first | 1 | 0 |" in page and "| second | 0 | 1 |" in page
+    (tmp_path / "tests" / "second" / "test_it.py").write_text("def test_it(): pass\ndef test_more(): pass\n")
+    monkeypatch.setattr("sys.argv", ["prove.py", "--failed", "second"])
+    assert prove.main() == 0
+    page = (tmp_path / "proof.md").read_text()
+    assert "all passed: 2 passed" in page and "| second | 1 | 0 |" in page
+    assert "- second: 1 that had failed once more at " in page and page.count(": 1 passed\n") == 1
     monkeypatch.setattr("sys.argv", ["prove.py", "third"])
     assert prove.main() == 2 and "no area 'third' (there are: first, second)" in capsys.readouterr().err
+
+
+def test_prove_knows_a_test_by_its_name() -> None:
+    prove = load(ROOT / "scripts" / "prove.py")
+    name = "tests.test_docs.test_prove_knows_a_test_by_its_name[a.b[c]-d::e]"
+    assert prove.node_id(name, ROOT) == "tests/test_docs.py::test_prove_knows_a_test_by_its_name[a.b[c]-d::e]"
+    assert prove.node_id("tests.quant.test_encode.TestX.test_y", ROOT) == "tests/quant/test_encode.py::TestX::test_y"
