@@ -173,6 +173,7 @@ def test_exit_code_of_a_command_is_the_programs(monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+@pytest.mark.slow
 def test_shell_completion(shell: str) -> None:
     script = cli(env={"_LLAMAKIT_COMPLETE": f"source_{shell}"})
     assert script.returncode == 0 and "_LLAMAKIT_COMPLETE" in script.stdout
@@ -202,6 +203,7 @@ def test_a_closed_stream_takes_nothing_and_breaks_nothing(closed: str, stdout: b
     assert "error" not in done.stdout
 
 
+@pytest.mark.slow
 def test_a_pipe_that_breaks_is_no_disk_that_fails(tmp_path: Path) -> None:
     words = f"{sys.executable} -u -m llamakit convert {cached_tiny_gguf()} -o {tmp_path / 'm.gguf'} | true"
     done = subprocess.run(words, shell=True, cwd=ROOT, capture_output=True, text=True, check=False)

@@ -25,6 +25,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureF
     return lambda *args: called(capfd, "quantize", *args)
 
 
+@pytest.mark.slow
 def test_quantize(tmp_path: Path) -> None:
     write_model(tmp_path, "two")
     result = cli("quantize", "model.gguf", "out.gguf", "Q4_K_M", "1", cwd=tmp_path)

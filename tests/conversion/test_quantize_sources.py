@@ -74,6 +74,7 @@ def test_the_source_is_never_overwritten(tmp_path: Path) -> None:
     assert {name: (source / name).read_bytes() for name in os.listdir(source)} == before
 
 
+@pytest.mark.slow
 def test_kl_compares_with_the_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = source_of("f32 folder", tmp_path)
     (tmp_path / "text").write_text("To be, or not to be: that is the question. " * 40)
@@ -82,6 +83,7 @@ def test_kl_compares_with_the_folder(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 
 @pytest.mark.parametrize("command", ["perplexity", "imatrix"])
+@pytest.mark.slow
 def test_metas_checkpoints_are_measured_in_chunks(
     command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

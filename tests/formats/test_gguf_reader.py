@@ -246,6 +246,7 @@ def test_truncated_after_opening(tmp_path: Path) -> None:
             file.read("token_embd.weight")
 
 
+@pytest.mark.slow
 def test_no_descriptor_is_left_open(tmp_path: Path) -> None:
     gc.collect()  # what other tests left is not counted
     before = len(os.listdir("/proc/self/fd"))

@@ -178,6 +178,7 @@ def test_transformers_gives_the_same_ids(tmp_path: Path, source: Any) -> None:
     assert bos in (None, ours.bos_id) and theirs.eos_token_id in (None, ours.eos_id)
 
 
+@pytest.mark.slow
 def test_scores_from_merges_give_the_same_ids(tmp_path: Path) -> None:
     """Without tokenizer.model, the merges that were made of the scores become scores again."""
     metadata = vocabulary_only(shared("models/llama2-tokenizer.model"))

@@ -122,6 +122,7 @@ def metadata_mutants(tmp_path: Path, numbers: range) -> None:
         _written(sound, tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_hostile_vocabularies(tmp_path: Path) -> None:
     assert 0 < folders(tmp_path, range(120)) < 110
     assert 0 < binaries(tmp_path, range(60)) < 110

@@ -55,6 +55,7 @@ def test_no_name_is_the_default_with_a_warning(tmp_path: Path) -> None:
     assert tokenizer.pre == "default" and "tokenizer.ggml.pre is missing" in tokenizer.warnings[0]
 
 
+@pytest.mark.slow
 def test_long_texts_take_no_time_squared() -> None:
     for pre in {p.expressions: p for p in map(find_pre_tokenizer, PRE_NAMES)}.values():
         for unit in ("a", " ", "A", "é", "1 ", "!", "'"):

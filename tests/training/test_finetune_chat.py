@@ -239,6 +239,7 @@ def test_an_adapter_that_is_not_what_was_trained_is_an_error(tmp_path: Path, mon
         chat(tmp_path, adam_iter=3, adam_alpha=0.1, warmup=0)
 
 
+@pytest.mark.slow
 def test_the_report_of_a_run(tmp_path: Path) -> None:
     config = run_config(tmp_path, train_data=str(chat_file(tmp_path)), chat_template="llama2", ctx=128,
                         sample_prompt=("Who?",), sample_tokens=3, save_best=True,

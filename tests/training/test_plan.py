@@ -44,6 +44,7 @@ def test_the_forward_pass_keeps_what_the_plan_says(ctx: int) -> None:
     assert predicted <= kept_bytes(model.train(), tokens) < 1.1 * predicted
 
 
+@pytest.mark.slow
 def test_training_imports_no_compiler(tmp_path) -> None:
     """torch's own optimizers and checkpointing do, which costs a second and 70 MB."""
     code = (

@@ -131,6 +131,7 @@ def test_the_files_of_a_run(tmp_path: Path) -> None:
     assert [line["step"] for line in lines if line.get("event") == "eval"] == [2, 4, 5]
 
 
+@pytest.mark.slow
 def test_the_best_model_is_the_one_that_was_evaluated_and_is_kept(tmp_path: Path) -> None:
     """Where an evaluation is the best so far the model is saved, whatever --save-every says, and outlives --keep-last."""
     options = {"adam_alpha": 1.0, "lr_schedule": "constant", "val_split": 0.3}  # far too much: it gets worse
