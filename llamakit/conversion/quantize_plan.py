@@ -30,6 +30,7 @@ from llamakit.conversion.recode import Rounding
 from llamakit.errors import FormatError, MismatchError, UnsupportedError, UsageError
 from llamakit.files import escape_control, read_text
 from llamakit.formats.base import ModelFile, TensorInfo
+from llamakit.formats.borrowed import bare
 from llamakit.formats.gguf import SplitGGUF, Typed
 from llamakit.formats.gguf_split import part_paths
 from llamakit.formats.imatrix import Imatrix, read_imatrix
@@ -255,6 +256,7 @@ def _renamed(name: str, layers: Mapping[int, int | None]) -> str | None:
 
 def _in_parts(source: ModelFile, jobs: Sequence[Job]) -> list[list[Job]]:
     """The jobs of each part of the source."""
+    source = bare(source)
     if not isinstance(source, SplitGGUF):
         return [list(jobs)]
     parts: list[list[Job]] = [[] for _ in source.parts]

@@ -71,11 +71,18 @@ def with_float_vectors(file: ModelFile) -> ModelFile:
     return _FloatVectors(file, file.metadata)
 
 
+def bare(file: ModelFile) -> ModelFile:
+    """The opened file itself, behind what was borrowed."""
+    while isinstance(file, _Borrowed):
+        file = file.file
+    return file
+
+
 class _Borrowed:
     """A `ModelFile` in front of another, with metadata of its own."""
 
     def __init__(self, file: ModelFile, metadata: Mapping[str, Any]) -> None:
-        self._file, self._metadata = file, MappingProxyType(dict(metadata))
+        self.file, self._metadata = file, MappingProxyType(dict(metadata))
         self.path: Path = file.path
         types = getattr(file, "metadata_types", {})
         #: of the values that are still the file's own
@@ -87,13 +94,13 @@ class _Borrowed:
 
     @property
     def tensors(self) -> Mapping[str, TensorInfo]:
-        return self._file.tensors
+        return self.file.tensors
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
-        return self._file.read(name, start, stop)
+        return self.file.read(name, start, stop)
 
     def close(self) -> None:
-        self._file.close()
+        self.file.close()
 
     def __enter__(self) -> Self:
         return self
@@ -115,5 +122,5 @@ class _FloatVectors(_Borrowed):
         return self._tensors
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
-        packed = self._file.read(name, start, stop)
-        return to_float32(packed, self._file.tensors[name].type).view(np.uint8) if name in self._halves else packed
+        packed = self.file.read(name, start, stop)
+        return to_float32(packed, self.file.tensors[name].type).view(np.uint8) if name in self._halves else packed

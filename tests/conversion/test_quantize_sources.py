@@ -14,6 +14,7 @@ from llamakit.conversion.quantize import quantize
 from llamakit.conversion.quantize_config import QuantizeConfig
 from llamakit.errors import UsageError
 from llamakit.formats.open import open_model
+from tests.formats.files import split_gguf
 from tests.formats.torch_models import meta_model
 from tests.tiny import cached_tiny_gguf
 
@@ -72,6 +73,16 @@ def test_the_source_is_never_overwritten(tmp_path: Path) -> None:
         with pytest.raises(UsageError, match="input and output files are the same"):
             list(quantize(QuantizeConfig(source=source, out=source / target, type="Q8_0")))
     assert {name: (source / name).read_bytes() for name in os.listdir(source)} == before
+
+
+def test_what_is_stated_leaves_a_split_model_in_its_parts(tmp_path: Path) -> None:
+    parts = split_gguf(tmp_path / "m.gguf", cached_tiny_gguf(**WIDE), 8)
+    wanted = {"source": parts[0], "out": tmp_path / "o.gguf", "type": "Q8_0", "keep_split": True}
+    names = [path.name for path in list(quantize(QuantizeConfig(**wanted)))[-1].paths]
+    stated = list(quantize(QuantizeConfig(**wanted, ctx=77, rope_freq_base=5e5)))[-1].paths
+    assert [path.name for path in stated] == names and len(names) == len(parts) > 1
+    with open_model(stated[0]) as file:
+        assert file.metadata["llama.context_length"] == 77 and file.metadata["llama.rope.freq_base"] == 5e5
 
 
 @pytest.mark.slow
