@@ -3,7 +3,7 @@
     python benchmarks/seven_b.py --dir /tmp/models
 
 The job is the one that people gave up with the old tool: batch 4, ctx 64, --use-checkpointing, here with
---weight-cache none. Beside it stand the two parts that cannot be avoided: the products at the machine's measured bf16
+--weight-cache none. Beside it stand the two parts that cannot be avoided: the products at the machine's measured
 rate, and decoding every matrix three times (forward, recomputed forward, input gradient).
 """
 
@@ -53,6 +53,7 @@ def parts(model: Path, shape: Any, threads: int) -> dict[str, float]:
     import torch
 
     from llamakit.formats.open import open_model
+    from llamakit.model.device import faster_dtype
     from llamakit.quant import dequantize
 
     torch.set_num_threads(threads)
@@ -60,7 +61,7 @@ def parts(model: Path, shape: Any, threads: int) -> dict[str, float]:
     file = open_model(model)
     info = file.tensors["blk.0.ffn_gate.weight"]
     packed = torch.from_numpy(file.read(info.name))
-    out = torch.empty(info.shape, dtype=torch.bfloat16)
+    out = torch.empty(info.shape, dtype=faster_dtype(torch.device("cpu")))
     decode = median_s(lambda: dequantize(packed, info.type, out=out), 3) / info.n_elements
     flop = step_flop(shape, batch=BATCH, ctx=CTX, checkpointing=True)
     return {

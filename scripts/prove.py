@@ -178,8 +178,7 @@ def page(areas: Mapping[str, Area], known: Sequence[str]) -> str:
             f"| {name} | {area.counts['passed']} | {len(area.failed)} | {area.counts['skipped']} "
             f"| {area.clock_s / 60:.1f} | {area.processor_s / 60:.1f} | {area.date} | {area.commit} |"
         )
-    lines += ["", *(f"- {name}: {line}" for name, area in areas.items() for line in area.again)]
-    return "\n".join([*lines, *_failures(areas), *_figures(areas), *_skips(areas)]) + "\n"
+    return "\n".join([*lines, *_again(areas), *_failures(areas), *_figures(areas), *_skips(areas)]) + "\n"
 
 
 def _duration(areas: Sequence[Area]) -> str:
@@ -192,6 +191,11 @@ def _duration(areas: Sequence[Area]) -> str:
     if others < 0.1:
         return line
     return f"{line}; the machine was shared: other programs took {others:.0%} of the processor time that it gave"
+
+
+def _again(areas: Mapping[str, Area]) -> list[str]:
+    rows = [f"- {name}: {line}" for name, area in areas.items() for line in area.again]
+    return ["", *rows] if rows else []
 
 
 def _failures(areas: Mapping[str, Area]) -> list[str]:

@@ -239,13 +239,11 @@ def _check_limits(rows: Sequence[Row], config: PerplexityConfig) -> None:
 
 def _open(job: _Job, path: Path, adapters: Sequence[tuple[Path, float]], stack: ExitStack) -> _Opened:
     from llamakit.formats.adapter import check_adapter, read_adapter
-    from llamakit.formats.borrowed import stated_metadata, with_metadata
-    from llamakit.formats.open import check_is_model, open_model
+    from llamakit.formats.open import check_is_model, open_stated
     from llamakit.model import load_config
 
-    ctx, rope_freq_base = job.config.ctx, job.config.rope_freq_base
-    file = stack.enter_context(open_model(path, n_ctx=ctx, rope_theta=rope_freq_base))
-    file = with_metadata(file, stated_metadata(None, rope_freq_base))
+    stated = {"n_ctx": job.config.ctx, "rope_theta": job.config.rope_freq_base}
+    file = stack.enter_context(open_stated(path, **stated))
     check_is_model(file)
     load_config(file)
     read = [(read_adapter(adapter, file), scale) for adapter, scale in adapters]

@@ -31,7 +31,7 @@ from llamakit.formats.vocabulary import vocabulary_only
 from llamakit.ggml import GGMLType
 
 _THETA, _EPS = "llama.rope.freq_base", "llama.attention.layer_norm_rms_epsilon"
-VOCABULARY_HINT = "name one with --vocab: a GGUF file, a folder, tokenizer.model, tokenizer.json or tokenizer.bin"
+_VOCABULARY_HINT = "name one with --vocab: a GGUF file, a folder, tokenizer.model, tokenizer.json or tokenizer.bin"
 
 _QUANTIZATION_VERSION = 2
 _NORMAL = 1  # a token_type
@@ -116,6 +116,12 @@ def open_with_vocabulary(
     return with_vocabulary(file, vocabulary_only(vocab, n_vocab, pre=pre), source=vocab)
 
 
+def check_has_vocabulary(source: ModelFile) -> None:
+    """Raises UsageError for a model without a vocabulary, which a target with one needs."""
+    if "tokenizer.ggml.tokens" not in source.metadata:
+        raise UsageError("has no vocabulary, and the target needs one", path=source.path, hint=_VOCABULARY_HINT)
+
+
 def _vocabulary_path(config: ConvertConfig) -> Path | None:
     """Where the user wants the vocabulary from; None: the source's own."""
     if config.vocab is not None or (config.vocab_type is None and config.pre is None):
@@ -149,8 +155,8 @@ def plan_conversion(source: ModelFile, config: ConvertConfig) -> ConvertPlan:
         types, outtype, file_type = _gguf_outtype(source, config)
     path = config.path(outtype)
     _check_target(config, path)
-    if "tokenizer.ggml.tokens" not in source.metadata and config.target != "llama2c":
-        raise UsageError("has no vocabulary, and the target needs one", path=source.path, hint=VOCABULARY_HINT)
+    if config.target != "llama2c":
+        check_has_vocabulary(source)
     n_bytes = sum(source.tensors[name].n_bytes_as(kind) for name, kind in types.items())
     return ConvertPlan(path, config.target, outtype, file_type, types, n_bytes, tuple(notes))
 

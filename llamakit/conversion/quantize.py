@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from llamakit.conversion.convert import VOCABULARY_HINT, open_with_vocabulary
+from llamakit.conversion.convert import check_has_vocabulary, open_with_vocabulary
 from llamakit.conversion.quantize_config import QuantizeConfig
 from llamakit.conversion.quantize_plan import Job, PlannedTensor, QuantizePlan, Work, plan_work
 from llamakit.conversion.recode import recoded
@@ -20,7 +20,6 @@ from llamakit.errors import UsageError
 from llamakit.files import check_writable, escape_control, is_same_file, remove_stale_temporaries
 from llamakit.formats.base import ModelFile, TensorData
 from llamakit.formats.borrowed import stated_metadata, with_float_vectors, with_metadata
-from llamakit.formats.gguf import open_gguf
 from llamakit.formats.gguf_split import split_keys, written_parts
 from llamakit.formats.gguf_writer import written_tensors
 from llamakit.formats.open import model_files, sniff
@@ -58,21 +57,19 @@ def open_source(config: QuantizeConfig) -> ModelFile:
 
     Raises what `open_model` raises, and UsageError for a GGUF file that is no model and a model without a vocabulary.
     """
+    stated = {"ctx": config.ctx, "rope_freq_base": config.rope_freq_base}
+    file = open_with_vocabulary(config.source, vocab=config.vocab, **stated)
     is_gguf = sniff(config.source) == "gguf"
-    if is_gguf and config.vocab is None:
-        file = open_gguf(config.source)
-    else:
-        file = open_with_vocabulary(
-            config.source, vocab=config.vocab, ctx=config.ctx, rope_freq_base=config.rope_freq_base
-        )
-    found = file.metadata.get("general.type", "model")
-    if found in ("adapter", "imatrix"):
+    try:
+        found = file.metadata.get("general.type", "model")
+        if found in ("adapter", "imatrix"):
+            raise UsageError(f"is an {found}, not a model", path=config.source)
+        if not is_gguf:
+            check_has_vocabulary(file)
+    except UsageError:
         file.close()
-        raise UsageError(f"is an {found}, not a model", path=config.source)
-    if not is_gguf and "tokenizer.ggml.tokens" not in file.metadata:
-        file.close()
-        raise UsageError("has no vocabulary, and the target needs one", path=config.source, hint=VOCABULARY_HINT)
-    file = with_metadata(file, stated_metadata(config.ctx, config.rope_freq_base))
+        raise
+    file = with_metadata(file, stated_metadata(**stated))
     return file if is_gguf else with_float_vectors(file)
 
 

@@ -11,6 +11,7 @@ from llamakit.errors import FormatError, LlamakitError, UnsupportedError, UsageE
 from llamakit.files import escape_control
 from llamakit.formats import llama2c
 from llamakit.formats.base import ModelFile
+from llamakit.formats.borrowed import stated_metadata, with_metadata
 from llamakit.formats.ggla import MAGIC as GGLA_MAGIC
 from llamakit.formats.gguf_reader import MAGIC as GGUF_MAGIC
 from llamakit.formats.gguf_split import PART_NAME, open_gguf
@@ -178,6 +179,12 @@ def open_model(path: str | os.PathLike[str], *, n_ctx: int | None = None, rope_t
         in_folder = path.name.startswith("pytorch_model") and os.path.exists(path.parent / "config.json")
         return _folder_of(path) if in_folder else Llama2cCheckpoint(path)
     raise _refusal(path, kind)
+
+
+def open_stated(path: str | os.PathLike[str], *, n_ctx: int | None, rope_theta: float | None) -> ModelFile:
+    """`open_model`, and a rope_theta that is given counts for every format. Raises as `open_model`."""
+    file = open_model(path, n_ctx=n_ctx, rope_theta=rope_theta)
+    return with_metadata(file, stated_metadata(None, rope_theta))
 
 
 def check_is_model(file: ModelFile) -> None:

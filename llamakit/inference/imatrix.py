@@ -18,10 +18,9 @@ from torch.nn import Module
 
 from llamakit.errors import FormatError, MismatchError, UsageError
 from llamakit.files import check_writable, escape_control, is_same_file
-from llamakit.formats.borrowed import stated_metadata, with_metadata
 from llamakit.formats.imatrix import Entry, Imatrix, read_imatrix
 from llamakit.formats.imatrix_writer import write_imatrix, write_imatrix_dat
-from llamakit.formats.open import check_is_model, model_files, open_model
+from llamakit.formats.open import check_is_model, model_files, open_stated
 from llamakit.inference.chunks import cut, read_tokens, with_bos
 from llamakit.inference.config import PerplexityConfig
 from llamakit.inference.imatrix_config import ImatrixConfig
@@ -144,8 +143,7 @@ def imatrix(
     warnings, last = [], None
     if config.file is not None and config.model is not None:
         collector.datasets.append(str(config.file))
-        with open_model(config.model, n_ctx=config.ctx, rope_theta=config.rope_freq_base) as file:
-            source = with_metadata(file, stated_metadata(None, config.rope_freq_base))
+        with open_stated(config.model, n_ctx=config.ctx, rope_theta=config.rope_freq_base) as source:
             check_is_model(source)
             load_config(source)
             tokenizer = load_tokenizer(source)

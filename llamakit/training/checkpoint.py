@@ -32,7 +32,7 @@ from llamakit.training.checkpoint_folder import FolderArrays, folder_files, is_c
 from llamakit.training.config import LoopOptions
 from llamakit.training.optim import own_rows, row_range
 from llamakit.training.report import Saving
-from llamakit.training.state import Progress, TrainState
+from llamakit.training.state import Progress, StoredArrays, TrainState
 
 VERSION_KEY = "llamakit.checkpoint.version"
 _VERSION = 1
@@ -147,13 +147,13 @@ def checkpoint_bytes(path: str | os.PathLike[str]) -> int:
     return sum(os.path.getsize(Path(path, name)) for name in folder_files(path)) or os.path.getsize(path)
 
 
-def open_arrays(path: Path) -> FolderArrays | FileArrays:
+def open_arrays(path: Path) -> StoredArrays:
     """The arrays of a checkpoint of our own, which `read_checkpoint` has verified. Raises FormatError."""
     return FolderArrays(path) if is_checkpoint_folder(path) else FileArrays(path)
 
 
-class FileArrays(Mapping[str, np.ndarray]):
-    """The tensors of a checkpoint file, float32, by name; each is read anew when it is asked for."""
+class FileArrays(StoredArrays):
+    """The tensors of a checkpoint file."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -163,15 +163,6 @@ class FileArrays(Mapping[str, np.ndarray]):
     def __getitem__(self, name: str) -> np.ndarray:
         with GGUFFile(self._path) as file:
             return file.read(name).view(np.float32).reshape(self.shapes[name])
-
-    def __contains__(self, name: object) -> bool:
-        return name in self.shapes
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.shapes)
-
-    def __len__(self) -> int:
-        return len(self.shapes)
 
     def fill(self, tensors: Mapping[str, Tensor], *, together: bool) -> None:
         """Read tensors in place, of DTensors the rows that this rank has. Raises FormatError."""

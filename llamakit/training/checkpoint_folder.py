@@ -27,7 +27,7 @@ from torch import Tensor
 from llamakit.errors import FormatError, LlamakitError, SaveError
 from llamakit.files import atomic_directory
 from llamakit.training.distributed import Dist
-from llamakit.training.state import Progress, TrainState
+from llamakit.training.state import Progress, StoredArrays, TrainState
 
 if TYPE_CHECKING:
     from torch.distributed.checkpoint.metadata import Metadata
@@ -202,30 +202,17 @@ def _is_covered(tensor: Mapping[str, Any], files: Mapping[str, int]) -> bool:
     return n_numbers == math.prod(shape)
 
 
-class FolderArrays(Mapping[str, np.ndarray]):
-    """The tensors of a checkpoint folder, float32, by name; each is read anew when it is asked for."""
+class FolderArrays(StoredArrays):
+    """The tensors of a checkpoint folder."""
 
     def __init__(self, path: Path) -> None:
         self._path, self._tensors = path, _check_index(path)["tensors"]
-
-    @property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Of all of them, of which none is read for it."""
-        return {name: tuple(tensor["shape"]) for name, tensor in self._tensors.items()}
+        self.shapes = {name: tuple(tensor["shape"]) for name, tensor in self._tensors.items()}
 
     def __getitem__(self, name: str) -> np.ndarray:
         tensor = torch.empty(self.shapes[name])
         self.fill({name: tensor}, together=False)
         return tensor.numpy()
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._tensors
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._tensors)
-
-    def __len__(self) -> int:
-        return len(self._tensors)
 
     def fill(self, tensors: Mapping[str, Tensor], *, together: bool) -> None:
         """Read tensors in place, of DTensors this rank's rows. together: all ranks do this. Raises FormatError."""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,17 +37,22 @@ class Progress:
     saved: list[int] = field(default_factory=list)
 
 
-@runtime_checkable
-class StoredArrays(Protocol):
-    """Arrays on the disk, by name, which are read when they are asked for."""
+class StoredArrays(Mapping[str, np.ndarray]):
+    """Arrays on the disk, float32, by name; each is read anew when it is asked for. shapes: of all of them, of which
+    none is read for it."""
 
-    @property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Of all of them."""
-        ...
+    shapes: Mapping[str, tuple[int, ...]]
 
-    def __contains__(self, name: object, /) -> bool: ...
+    def __contains__(self, name: object) -> bool:
+        return name in self.shapes
 
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.shapes)
+
+    def __len__(self) -> int:
+        return len(self.shapes)
+
+    @abstractmethod
     def fill(self, tensors: Mapping[str, Tensor], *, together: bool) -> None:
         """Read tensors in place, of DTensors this rank's rows. together: all ranks do this."""
         ...
