@@ -224,7 +224,6 @@ _REFUSED: dict[str, dict[str, str]] = {
              "--multiple-choice-tasks", "-bf", "--binary-file"),
             "llamakit perplexity measures perplexity and divergence; llama-perplexity scores these tasks",
         ),
-        "--ppl-stride": "chunks are always measured side by side; -c sets their length",
     },
     "bench": compat_bench.REFUSED,
     "train": compat_train.REFUSED,

@@ -67,6 +67,15 @@ def perplexity(
     chunks: Annotated[
         int, typer.Option("--chunks", help="Chunks at most; -1: the whole text.", rich_help_panel=DATA)
     ] = PerplexityConfig.chunks,
+    ppl_stride: Annotated[
+        int,
+        typer.Option(
+            "--ppl-stride",
+            metavar="N",
+            help="Chunks overlap: each begins N tokens after the one before, and its last N are scored.",
+            rich_help_panel=DATA,
+        ),
+    ] = PerplexityConfig.ppl_stride,
     kl_divergence_base: Annotated[
         Path | None,
         typer.Option(
@@ -129,6 +138,7 @@ def perplexity(
         batch=batch,
         chunks=chunks,
         ppl_output_type=ppl_output_type,
+        ppl_stride=ppl_stride,
         max_ppl=max_ppl,
         max_rise=max_rise,
         rope_freq_base=rope_freq_base,
@@ -136,6 +146,8 @@ def perplexity(
     named = named_adapters(lora, lora_scaled)
     n_results = len(models) * (1 + len(named))
     _check_base(kl_divergence_base, kl_divergence, file, n_results)
+    if ppl_stride and kl_divergence_base is not None:
+        raise UsageError("--ppl-stride does not go with --kl-divergence-base: its chunks stand side by side")
     if max_rise is not None and n_results == 1:
         raise UsageError(
             "--max-rise compares with the first result, and there is one", hint="give the base as first -m"
@@ -242,7 +254,7 @@ def _open(job: _Job, path: Path, adapters: Sequence[tuple[Path, float]], stack: 
     from llamakit.formats.open import check_is_model, open_stated
     from llamakit.model import load_config
 
-    stated = {"n_ctx": job.config.ctx, "rope_theta": job.config.rope_freq_base}
+    stated = {"n_ctx": job.config.n_window, "rope_theta": job.config.rope_freq_base}
     file = stack.enter_context(open_stated(path, **stated))
     check_is_model(file)
     load_config(file)
@@ -275,7 +287,7 @@ def _measure_model(job: _Job, opened: _Opened, base: KLBaseFile | None, several:
 
 def _chunks(job: _Job, file: ModelFile, base: KLBaseFile | None) -> tuple[np.ndarray, np.ndarray]:
     """(tokens as they stand in the text, tokens as the model sees them), both (B, T)."""
-    from llamakit.inference.chunks import cut, read_tokens, with_bos
+    from llamakit.inference.chunks import cut, overlapping, read_tokens, with_bos
     from llamakit.inference.divergence import check_same_text
     from llamakit.tokenizer import load_tokenizer
 
@@ -284,7 +296,11 @@ def _chunks(job: _Job, file: ModelFile, base: KLBaseFile | None) -> tuple[np.nda
         render.note(f"{file.path}: {warning}")
     if base is None:
         assert job.text is not None
-        tokens = cut(read_tokens(job.text, tokenizer), job.config.ctx, chunks=job.config.chunks, source=job.text)
+        ids, config = read_tokens(job.text, tokenizer), job.config
+        if config.ppl_stride:
+            tokens = overlapping(ids, config.n_window, config.ppl_stride, chunks=config.chunks, source=job.text)
+            return tokens, tokens
+        tokens = cut(ids, config.ctx, chunks=config.chunks, source=job.text)
         return tokens, with_bos(tokens, tokenizer)
     if base.n_ctx > job.config.ctx:
         reason = f"was made with a context of {base.n_ctx} tokens (--ctx is {job.config.ctx})"
@@ -322,7 +338,7 @@ def _measure(
     n_ctx = tokens.shape[1]
     result, table = None, None
     n_seq = max(1, job.config.batch // n_ctx)
-    with Watch(len(tokens), n_ctx, n_seq, job.config.ppl_output_type, json=job.json) as watch:
+    with Watch(len(tokens), n_ctx, n_seq, job.config, json=job.json) as watch:
         reports = (
             divergence(model, base, seen, job.config) if base is not None else _estimates(job, model, tokens, seen)
         )

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from llamakit.cli import render
 
 if TYPE_CHECKING:
+    from llamakit.inference.config import PerplexityConfig
     from llamakit.inference.divergence import Divergence, DivergenceTable, Uncertain
     from llamakit.inference.perplexity import Estimate
 
@@ -58,9 +59,9 @@ class Row:
 class Watch:
     """Shows one measurement as it runs: its lines on stdout, rate and time that is left on stderr."""
 
-    def __init__(self, n_chunk: int, n_ctx: int, n_seq: int, output_type: int, *, json: bool) -> None:
+    def __init__(self, n_chunk: int, n_ctx: int, n_seq: int, config: PerplexityConfig, *, json: bool) -> None:
         self._n_chunk, self._n_ctx, self._n_seq = n_chunk, n_ctx, n_seq
-        self._output_type, self._json = output_type, json
+        self._config, self._json = config, json
         self._started = time.perf_counter()
         self._bar = render.Progress("measuring", total=n_chunk, fields=("tok/s",), beside_output=not json)
 
@@ -94,8 +95,10 @@ class Watch:
             if report.chunk == 1:
                 render.say(_HEADING)
             render.say(_divergence_line(report))
-        elif self._output_type == 0:
+        elif self._config.ppl_output_type == 0:
             render.stream(f"[{report.chunk}]{report.ppl:.4f},")
+        elif self._config.ppl_stride:
+            render.say(f"{(report.chunk - 1) * self._config.ppl_stride:8d}  {report.ppl:.4f}")
         else:
             at = (report.chunk - 1) // self._n_seq * self._n_seq * self._n_ctx
             render.say(f"{at:8d}  {report.ppl:.4f}  {report.nll:4f}  {report.nll_error:4f}")

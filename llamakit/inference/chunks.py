@@ -44,6 +44,26 @@ def cut(
     return tokens[: n_chunk * n_ctx].reshape(n_chunk, n_ctx)
 
 
+def overlapping(
+    tokens: np.ndarray, n_ctx: int, stride: int, *, chunks: int = -1, source: str | os.PathLike[str] | None = None
+) -> np.ndarray:
+    """The first `chunks` (-1: all) windows of some ids (n_chunk, n_ctx), each `stride` after the one before: a view.
+
+    As llama-perplexity cuts with --ppl-stride; no token gives way to BOS there. Raises UsageError for a text that is
+    not longer than a window.
+    """
+    if len(tokens) <= n_ctx:
+        raise UsageError(
+            f"the text has {len(tokens)} tokens (expected more than a window of {n_ctx})",
+            path=source,
+            hint="give a longer text, or a smaller context",
+        )
+    n_chunk = -(-(len(tokens) - n_ctx) // stride)
+    if chunks >= 0:
+        n_chunk = min(chunks, n_chunk)
+    return np.lib.stride_tricks.sliding_window_view(tokens, n_ctx)[::stride][:n_chunk]
+
+
 def with_bos(chunks: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
     """The chunks as the model sees them: BOS in the place of each first token where the vocabulary adds one."""
     if not tokenizer.add_bos or tokenizer.bos_id is None:

@@ -152,6 +152,8 @@ class PerplexityConfig:
     """Chunks to measure at most; -1 takes the whole text."""
     ppl_output_type: int = 0
     """0 prints the running perplexity, 1 a table with the mean negative log-likelihood and its error."""
+    ppl_stride: int = 0
+    """Tokens from the start of one chunk to the next's, of which so many are scored at its end; 0: side by side."""
     max_ppl: float | None = None
     """A result with a larger perplexity fails; None: any passes."""
     max_rise: float | None = None
@@ -164,8 +166,19 @@ class PerplexityConfig:
         _require(self.batch >= 1, "--batch", self.batch, "1 or more")
         _require(self.chunks == -1 or self.chunks >= 1, "--chunks", self.chunks, "-1, or 1 or more")
         _require(self.ppl_output_type in (0, 1), "--ppl-output-type", self.ppl_output_type, "0 or 1")
+        fits = 0 <= self.ppl_stride < self.n_window
+        _require(fits, "--ppl-stride", self.ppl_stride, f"0, or less than a chunk, {self.n_window} tokens with --ctx")
         _require(self.max_ppl is None or self.max_ppl >= 1, "--max-ppl", self.max_ppl, "1 or more")
         _require(self.max_rise is None or self.max_rise >= 0, "--max-rise", self.max_rise, "0 or more, in percent")
+
+    @property
+    def n_window(self) -> int:
+        """Tokens that the model sees at a time: a chunk, which llama-perplexity makes longer by half a stride."""
+        return self.ctx + self.ppl_stride // 2
+
+    def first_scored(self, n_ctx: int) -> int:
+        """The first position of a chunk whose prediction counts: those up to the last but one do."""
+        return n_ctx - 1 - self.ppl_stride if self.ppl_stride else n_ctx // 2
 
 
 _FINITE = (

@@ -42,7 +42,7 @@ def scored_logits(model: Llama, seen: np.ndarray, config: PerplexityConfig) -> I
     """(chunk, first of its scored positions, logits (n, V) float32) for chunks (B, T), in order, bounded in memory."""
     device = next(model.output_norm.parameters()).device
     n_ctx = seen.shape[1]
-    n_seq, first = max(1, config.batch // n_ctx), n_ctx // 2
+    n_seq, first = max(1, config.batch // n_ctx), config.first_scored(n_ctx)
     step = max(1, _LOGIT_BYTES // (4 * model.config.n_vocab))
     for start in range(0, len(seen), n_seq):
         tokens = torch.from_numpy(seen[start : start + n_seq].astype(np.int64)).to(device)
@@ -66,7 +66,8 @@ def perplexity(
     log-probabilities as rows of upstream's 16-bit format. Raises FormatError for logits that are no numbers.
     """
     n_ctx = tokens.shape[1]
-    first, n_rows = n_ctx // 2, n_ctx - 1 - n_ctx // 2
+    first = config.first_scored(n_ctx)
+    n_rows = n_ctx - 1 - first
     total = total2 = 0.0
     count = 0
     for chunk, at, logits in scored_logits(model, seen, config):

@@ -57,6 +57,13 @@ def test_a_line_for_each_chunk(here: Command) -> None:
     assert [line[0] for line in lines[:3]] == ["0", "0", "64"] and all(len(line) == 4 for line in lines[:3])
 
 
+def test_chunks_that_overlap(here: Command) -> None:
+    result = here(*LINE, "--chunks", "3", "--ppl-stride", "8")
+    assert result.returncode == 0 and result.stdout.splitlines()[0].count("[") == 3, result.stderr
+    result = here(*LINE, "--chunks", "3", "--ppl-stride", "8", "--ppl-output-type", "1")
+    assert [line.split()[0] for line in result.stdout.splitlines()[:3]] == ["0", "8", "16"]
+
+
 def test_the_spellings_of_llama_perplexity(here: Command) -> None:
     ours = here(*LINE, "--threads", "1").stdout
     words = "--model model.gguf --file text.txt --ctx-size 32 -t 1 --batch-size 2048 -ngl 0 -fa off -ctk f32 --no-mmap"
@@ -176,7 +183,8 @@ def test_mistakes(here: Command, tmp_path: Path) -> None:
     assert_error(here(*LINE, "--kl-divergence-base", "text.txt"), 2, "text.txt: input and output files are the same")
     assert_error(here(*LINE, "-c", "3"), 2, "--ctx is 3")
     assert_error(here(*LINE, "--hellaswag"), 2, "--hellaswag is not supported", "hint: llamakit perplexity measures")
-    assert_error(here(*LINE, "--ppl-stride", "8"), 2, "--ppl-stride is not supported")
+    assert_error(here(*LINE, "--ppl-stride", "80"), 2, "--ppl-stride is 80 (expected 0, or less than a chunk, 72 tok")
+    assert_error(here(*LINE, "--ppl-stride", "8", "--kl-divergence-base", "b"), 2, "--ppl-stride does not go with")
     read = ("--kl-divergence-base", "base.kl", "--kl-divergence")
     assert_error(here("-m", "model.gguf", *read, "-c", "16"), 2, "made with a context of 32 tokens (--ctx is 16)")
     assert_error(here("-m", "model.gguf", *read, "-f", "short.txt"), 2, "short.txt: is not the text")

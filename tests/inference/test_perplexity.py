@@ -9,7 +9,7 @@ import torch
 from llamakit.errors import FormatError, UsageError
 from llamakit.formats.kl_base import row_words
 from llamakit.formats.open import open_model
-from llamakit.inference.chunks import cut, read_tokens, with_bos
+from llamakit.inference.chunks import cut, overlapping, read_tokens, with_bos
 from llamakit.inference.config import PerplexityConfig
 from llamakit.inference.perplexity import estimate, negative_log_likelihood, pack_log_probs, perplexity
 from llamakit.model import load_model
@@ -50,6 +50,23 @@ def test_against_the_formula(model, tokenizer, n_ctx, batch):
             assert report.nll_error == pytest.approx(values.std() / math.sqrt(len(values) - 1), rel=1e-4)
             assert report.error == pytest.approx(report.ppl * report.nll_error)
     assert len(reports) == 3
+
+
+def test_windows_that_overlap(model, tokenizer):
+    """llama-perplexity --ppl-stride S: a window is half a stride longer, and its last S predictions count."""
+    config = PerplexityConfig(ctx=8, ppl_stride=4)
+    ids = np.random.default_rng(0).integers(3, model.config.n_vocab, 22).astype(np.int32)
+    windows = overlapping(ids, config.n_window, config.ppl_stride)
+    assert windows.tolist() == [ids[i : i + 10].tolist() for i in (0, 4, 8)]  # one more would end with the text
+    assert len(overlapping(ids[:21], 10, 4)) == len(overlapping(ids, 10, 4, chunks=9)) == 3
+    assert len(overlapping(ids[:11], 10, 4)) == len(overlapping(ids, 10, 4, chunks=1)) == 1
+    with pytest.raises(UsageError, match=r"the text has 10 tokens \(expected more than a window of 10\)"):
+        overlapping(ids[:10], 10, 4)
+    *_, last = perplexity(model, windows, windows, config)
+    with torch.inference_mode():
+        log_p = model.logits(model(torch.from_numpy(windows.astype(np.int64)))).double().log_softmax(dim=-1).numpy()
+    nll = [-log_p[w, t, windows[w, t + 1]] for w in range(3) for t in range(5, 9)]
+    assert (last.chunk, last.count) == (3, 12) and last.nll == pytest.approx(np.mean(nll), rel=1e-6)
 
 
 def test_estimates_at_the_edge():
