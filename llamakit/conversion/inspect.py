@@ -5,6 +5,7 @@ The metadata and type lines have the form in which llama.cpp's loader dumps them
 
 from __future__ import annotations
 
+import math
 import os
 from collections import Counter
 from collections.abc import Mapping
@@ -19,7 +20,8 @@ from llamakit.formats.base import ModelFile, TensorInfo
 from llamakit.formats.ggla import read_ggla
 from llamakit.formats.gguf import GGUFFile, SplitGGUF, Typed, open_gguf
 from llamakit.formats.imatrix import SUMS, read_imatrix
-from llamakit.formats.open import open_model, size_on_disk, sniff
+from llamakit.formats.open import CHECKPOINT_INDEX, open_model, size_on_disk, sniff
+from llamakit.formats.strict_json import read_object
 from llamakit.ggml import FILE_TYPES, GGMLType
 
 #: llama.cpp cuts values off after this many bytes
@@ -48,6 +50,7 @@ _OTHERS = {
     "text": "text",
     "directory": "folder",
     "tokens": "folder of tokens to train on",
+    "checkpoint": "folder with a llamakit training checkpoint, the shares of several ranks",
 }
 
 #: kinds that hold a model which is read in GGUF's words
@@ -137,6 +140,8 @@ def inspect(path: str | os.PathLike[str]) -> FileReport:
         return _inspect_ggla(path)
     if kind == "imatrix":
         return _inspect_dat(path)
+    if kind == "checkpoint":
+        return _inspect_shares(path)
     return _inspect_source(path, kind) if kind in _SOURCES else _inspect_other(path, kind)
 
 
@@ -268,6 +273,22 @@ def _inspect_dat(path: Path) -> FileReport:
     report = replace(_inspect_other(path, "imatrix"), format="dat", facts={k: v for k, v in facts.items() if v})
     rows = [TensorRow(name, entry.sums.shape[1:], "F32", entry.sums.nbytes) for name, entry in found.entries.items()]
     return replace(report, tensors=tuple(rows))
+
+
+def _inspect_shares(path: Path) -> FileReport:
+    """A checkpoint folder by its index. Raises FormatError for a broken one."""
+    index = read_object(path / CHECKPOINT_INDEX)
+    try:
+        facts = {"iterations": index["state"]["progress"]["iterations"], "files": len(index["files"])}
+        rows = [
+            TensorRow(name, tuple(t["shape"]), "F32", 4 * math.prod(t["shape"])) for name, t in index["tensors"].items()
+        ]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise FormatError(f"the checkpoint is damaged: its index says {error!r}", path=path) from error
+    return replace(
+        _inspect_other(path, "checkpoint"), format="torch.distributed.checkpoint", facts=facts, tensors=tuple(rows),
+        next_commands=(),
+    )  # fmt: skip
 
 
 def _inspect_source(path: Path, kind: str) -> FileReport:

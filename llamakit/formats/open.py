@@ -26,6 +26,8 @@ _OLD_GGML = {b"lmgg": "ggml", b"fmgg": "ggmf", b"tjgg": "ggjt"}
 _MODEL_WEIGHTS = (
     "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json",
 )  # fmt: skip
+#: what a folder with a checkpoint of sharded training has at its root
+CHECKPOINT_INDEX = "llamakit.json"
 _TEXT_CONTROLS = frozenset(range(32)) - {*b"\t\n\r\f\x1b"}
 
 #: kind -> (what it is, what to do); the kinds that no model can be opened from
@@ -44,6 +46,10 @@ _UNSUPPORTED: dict[str, tuple[str, str | None]] = {
         "give its folder, with config.json and the tokenizer beside the weights",
     ),
     "peft": ("is a folder with a LoRA adapter (PEFT), not a model", "give it with --lora, and the model with -m"),
+    "checkpoint": (
+        "is a folder with a training checkpoint, not a model",
+        "--checkpoint-in goes on with it; the model is in the file that --model-out names",
+    ),
     "sentencepiece": ("is a SentencePiece vocabulary, not a model", None),
     "llama2c-tokenizer": ("is a llama2.c vocabulary, not a model", "give it with -z, and the model with -m"),
     "imatrix": ("is an importance matrix, not a model", "llamakit quantize takes it with --imatrix"),
@@ -56,8 +62,10 @@ def sniff(path: str | os.PathLike[str]) -> str:
     """The kind of a file or directory, from its first bytes.
 
     One of: gguf, llama2c, llama2c-tokenizer, ggla, ggml, zip (PyTorch's), pickle, safetensors, sentencepiece, gzip,
-    imatrix (the .dat form), huggingface, meta, peft, tokens, directory, empty, text, unknown. Nothing is promised
-    about the rest of the file, but for a .dat, which has no magic. Raises UsageError when it cannot be read.
+    imatrix (the .dat form), empty, text, unknown; of folders huggingface, meta, peft, tokens, checkpoint, directory.
+    Nothing is promised about the rest of the file, but for a .dat, which has no magic.
+
+    Raises UsageError when it cannot be read.
     """
     if os.path.isdir(path):
         return _folder_kind(Path(path))
@@ -72,6 +80,8 @@ def _folder_kind(folder: Path) -> str:
     adapter, weights = (folder / "adapter_config.json").is_file(), any((folder / n).exists() for n in _MODEL_WEIGHTS)
     if adapter and not weights:
         return "peft"
+    if (folder / CHECKPOINT_INDEX).is_file():
+        return "checkpoint"
     if not weights and (folder / PARAMS).is_file() and any(SHARD.fullmatch(name) for name in os.listdir(folder)):
         return "meta"
     if (folder / "config.json").is_file():

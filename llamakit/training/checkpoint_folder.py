@@ -26,6 +26,7 @@ from torch import Tensor
 
 from llamakit.errors import FormatError, LlamakitError, SaveError
 from llamakit.files import atomic_directory
+from llamakit.formats.open import CHECKPOINT_INDEX
 from llamakit.training.distributed import Dist
 from llamakit.training.state import Progress, StoredArrays, TrainState
 
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     from torch.distributed.checkpoint.metadata import Metadata
     from torch.distributed.checkpoint.planner import WriteItem
 
-_INDEX, _VERSION = "llamakit.json", 1
+_INDEX, _VERSION = CHECKPOINT_INDEX, 1
 _DATA = re.compile(r"__\d+_\d+\.distcp")
 _KEYS = {"version", "type", "state", "tensors", "files", "sha256"}
 _PIECE = {"offsets": list, "sizes": list, "file": str, "at": int, "bytes": int}
