@@ -15,7 +15,7 @@ from llamakit.training.config import FinetuneConfig
 from llamakit.training.lora import trained_tensors
 from llamakit.training.loss import CHUNK_TOKENS
 from llamakit.training.memory import BYTES_PER_TRAINED, gradient_bytes, kept_numbers
-from llamakit.training.plan import step_operations
+from llamakit.training.plan import anchor_operations, step_operations
 
 What = Literal["full", "lora"]
 Shard = Literal["none", "full"]
@@ -53,7 +53,8 @@ class Job:
     """shape: of the model; base_bytes: of its packed tensors; table_bytes: of those with the vocabulary, embeddings and
     output; adapter: numbers in the adapter.
 
-    rows: sequences of ctx tokens that a rank computes at a time, grad_acc times before an update.
+    rows: sequences of ctx tokens that a rank computes at a time, grad_acc times before an update. anchored: rows of
+    --anchor-data that a rank compares with the base in a step, one at a time.
     """
 
     shape: ModelConfig
@@ -63,6 +64,7 @@ class Job:
     rows: int
     ctx: int
     grad_acc: int = 1
+    anchored: int = 0
     checkpointing: bool = True
 
     @property
@@ -154,6 +156,8 @@ def scaled(job: Job, cluster: Cluster, what: What, shard: Shard) -> Scaled:
     traffic = traffic_bytes(job, cluster.ranks, what, shard)
     full = what == "full"
     operations = step_operations(job.shape, job.tokens, job.ctx, checkpointing=job.checkpointing, full=full)
+    if job.anchored and not full:
+        operations += anchor_operations(job.shape, job.anchored * job.ctx, job.ctx, checkpointing=job.checkpointing)
     per_token = operations / job.tokens
     return Scaled(
         what=what,
@@ -179,7 +183,8 @@ def traffic_bytes(job: Job, ranks: int, what: What, shard: Shard) -> int:
     Replicated: the float32 gradients of what is trained are reduced to all, once. Sharded: each micro-step gathers the
     blocks twice, forward and backward, and the tables of the vocabulary once for each use, one that is embeddings and
     output twice. All weights are gathered in bf16, and their float32 gradients scattered; a frozen base is gathered
-    packed as in the file, and the adapter, which every rank has whole, reduces its gradients.
+    packed as in the file, and the adapter, which every rank has whole, reduces its gradients. A row of an anchor goes
+    through the base once more, forward.
     """
     trained = job.parameters if what == "full" else job.adapter
     reduced = 2 * _F32 * trained
@@ -191,6 +196,7 @@ def traffic_bytes(job: Job, ranks: int, what: What, shard: Shard) -> int:
     else:
         blocks, uses = job.base_bytes - job.table_bytes, 2 if job.shape.tied_output else 1
         moved = job.grad_acc * (2 * blocks + uses * job.table_bytes) + reduced
+        moved += job.anchored * (3 * blocks + 2 * uses * job.table_bytes)
     return moved * (ranks - 1) // ranks
 
 
@@ -277,5 +283,6 @@ def job_of(config: FinetuneConfig, cluster: Cluster, *, shape: str = "", bits_pe
         rows=rows,
         ctx=config.ctx,
         grad_acc=config.grad_acc * -(-each // rows),
+        anchored=-(-config.anchor_batch // cluster.ranks) if config.anchor_data else 0,
         checkpointing=config.use_checkpointing,
     )

@@ -60,6 +60,12 @@ def step_operations(shape: ModelConfig, n_tokens: int, ctx: int, *, checkpointin
     return float(n_tokens * passes * (shape.n_matmul + attention))
 
 
+def anchor_operations(shape: ModelConfig, n_tokens: int, ctx: int, *, checkpointing: bool) -> float:
+    """Floating-point operations for n_tokens of an anchor: those of a step, and forward once more, without adapters."""
+    forward = step_operations(shape, n_tokens, ctx, checkpointing=False, full=False) / 2
+    return forward + step_operations(shape, n_tokens, ctx, checkpointing=checkpointing, full=False)
+
+
 def _probed(base: ModelFile, device: torch.device) -> QuantizedLinear:
     """Zeros instead of some rows of a matrix of the base, in its type: their time is the same, and nothing is read."""
     info = base.tensors[_PROBED]
@@ -80,9 +86,9 @@ def step_seconds(
     (layer.prepack if run.kept == "twice" else layer.keep_dense)(dtype)
     rate = 2 * len(x) * n_weights / max(measured_s(3, lambda: layer.product(x)), 1e-9)
     operations = step_operations(run.shape, n_tokens, run.ctx, checkpointing=run.checkpointing, full=run.full)
-    if run.anchored:  # forward once more, without adapters
+    if run.anchored:
         n_tokens = config.anchor_batch * config.ctx
-        operations += step_operations(run.shape, n_tokens, run.ctx, checkpointing=True, full=run.full)
+        operations += anchor_operations(run.shape, n_tokens, run.ctx, checkpointing=run.checkpointing)
     seconds = operations / (rate * efficiency(run.shape))
     if run.kept == "none" and not run.full:
         passes = (3 if run.checkpointing else 2) * math.ceil(config.batch / run.rows) * config.grad_acc

@@ -64,6 +64,10 @@ def test_traffic_of_each_way() -> None:
     assert traffic_bytes(one, 4, "full", "full") == 3 * (2 * gathered + 4 * parameters) * 3 // 4
     assert traffic_bytes(one, 4, "lora", "none") == 2 * 4 * 7 * 3 // 4
     assert traffic_bytes(one, 4, "lora", "full") == (3 * (2 * 70 + 30) + 2 * 4 * 7) * 3 // 4
+    held = job(grad_acc=3, anchored=2)  # through the base and with the adapter, forward, and back
+    more = 2 * (3 * 70 + 2 * 30)
+    assert traffic_bytes(held, 4, "lora", "full") == (3 * (2 * 70 + 30) + more + 2 * 4 * 7) * 3 // 4
+    assert traffic_bytes(held, 4, "lora", "none") == traffic_bytes(one, 4, "lora", "none")
     tied = job(grad_acc=3, shape=dataclasses.replace(TINY, tied_output=True))
     assert traffic_bytes(tied, 4, "lora", "full") == (3 * (2 * 70 + 2 * 30) + 2 * 4 * 7) * 3 // 4
     assert {traffic_bytes(one, 1, what, shard) for what in ("full", "lora") for shard in ("none", "full")} == {0}

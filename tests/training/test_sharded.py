@@ -18,7 +18,8 @@ import torch
 import torch.distributed as torch_dist
 
 from llamakit.cli.options import give_back_freed_memory
-from llamakit.errors import FormatError, SaveError
+from llamakit.conversion.inspect import inspect
+from llamakit.errors import FormatError, SaveError, UnsupportedError
 from llamakit.formats.gguf import GGUFFile
 from llamakit.formats.open import open_model
 from llamakit.model import load_config
@@ -193,10 +194,12 @@ def test_training_moves_what_plan_says(tmp_path: Path, tied: bool, checkpointing
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("checkpointing", [True, False], ids=["recomputed", "kept"])
-def test_an_adapter_on_a_sharded_base_moves_what_plan_says(tmp_path: Path, checkpointing: bool) -> None:
+@pytest.mark.parametrize(("checkpointing", "anchored"), [(True, False), (False, True), (True, True)])
+def test_an_adapter_on_a_sharded_base_moves_what_plan_says(tmp_path: Path, checkpointing: bool, anchored: bool) -> None:
     options: dict[str, Any] = {"val_split": 0.0, "save_every": 0, "adam_iter": 4, "use_checkpointing": checkpointing}
-    config = chat_config(tmp_path, shard="full", lora_dropout=0.0, anchor_data="", **options)
+    config = chat_config(
+        tmp_path, shard="full", lora_dropout=0.0, **({} if anchored else {"anchor_data": ""}), **options
+    )
     counted = run_ranks(2, received, finetune, config)
     assert all(isinstance(steps, list) for steps in counted), counted
     ranks = Cluster(nodes=1, gpus_per_node=2, gpu_bytes=10**9, bandwidth=1e9, flop_per_s=1e9)
@@ -326,6 +329,21 @@ def test_a_folder_reads_back_and_is_replaced(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["chk-3"]
     with pytest.raises(FormatError, match="is no checkpoint of this kind of training"):
         read_checkpoint(path, "finetune_full")
+
+
+def test_inspect_says_what_a_folder_is(tmp_path: Path) -> None:
+    path = tmp_path / "chk-3"
+    tensors = written(path)
+    report = inspect(path)
+    assert (report.kind, report.format) == ("checkpoint", "torch.distributed.checkpoint")
+    assert report.facts == {"iterations": 3, "files": 1}
+    assert {row.name: row.shape for row in report.tensors} == {name: t.shape for name, t in tensors.items()}
+    with pytest.raises(UnsupportedError, match="is a folder with a training checkpoint, not a model"):
+        open_model(path)
+    for broken in ("{}", '{"state": {"progress": {"iterations": 1}}, "files": {}, "tensors": {"w": 1}}', "["):
+        (path / "llamakit.json").write_text(broken)
+        with pytest.raises(FormatError, match="chk-3"):
+            inspect(path)
 
 
 def test_torch_reads_a_folder_too(tmp_path: Path) -> None:
