@@ -2,6 +2,7 @@
 
 import functools
 import os
+import shutil
 from collections.abc import Iterator
 
 import pytest
@@ -18,6 +19,13 @@ def _speed_of_the_machine() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "gemm_peak", functools.cache(train.gemm_peak))
         yield
+
+
+def pytest_sessionfinish() -> None:
+    """A worker of pytest-xdist leaves without what `atexit` would do."""
+    from tests.tiny import session_directory
+
+    shutil.rmtree(session_directory(), ignore_errors=True)
 
 
 @pytest.fixture(autouse=True)

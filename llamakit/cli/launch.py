@@ -10,6 +10,7 @@ import ctypes
 import os
 import signal
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -234,7 +235,8 @@ def launch(n_ranks: int, batch: int) -> int:
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // n_ranks)))
     os.environ[_OURS] = "1"
     options = ["--standalone", f"--nproc-per-node={n_ranks}", "--max-restarts=0", "--signals-to-handle=SIGHUP,SIGQUIT"]
-    with _passing_signals_on():
+    with _passing_signals_on(), tempfile.TemporaryDirectory(prefix="llamakit-ranks-") as logs:
+        options.append(f"--log-dir={logs}")  # torch's own would stay behind
         try:
             run.run(run.parse_args([*options, "-m", "llamakit", *_State.argv]))
         except ChildFailedError as error:

@@ -31,7 +31,7 @@ from llamakit.training.report import Begin, Evaluation, Loading, Remark, StepRep
 from llamakit.training.state import Progress, TrainState, place, resume_remarks
 from llamakit.training.train import train
 from tests.helpers import ROOT
-from tests.tiny import cached_tiny_gguf, tiny_text
+from tests.tiny import cached_tiny_gguf, session_directory, tiny_text
 from tests.training.ranks import run_ranks
 from tests.training.runs import run_config
 from tests.training.train_runs import train_config
@@ -232,8 +232,10 @@ def as_arguments(config: Any) -> list[str]:
     return [part for name, value in changed.items() for part in ("--" + name.replace("_", "-"), str(value))]
 
 
-def start(command: list[str], **kwargs: Any) -> subprocess.Popen[str]:
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+def start(command: list[str], *, temporary: Path | None = None, **kwargs: Any) -> subprocess.Popen[str]:
+    """A process; what it leaves behind it leaves in `temporary`, or where it is removed after the tests."""
+    folder = str(temporary or session_directory())
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "TMPDIR": folder}
     return subprocess.Popen(
         [sys.executable, "-m", *command], text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment,
         **kwargs,
@@ -256,8 +258,11 @@ def test_devices_starts_the_ranks_and_one_speaks(tmp_path: Path) -> None:
     (alone,) = run_ranks(
         1, tune, run_config(tmp_path / "..", adam_iter=4, checkpoint_out="", lora_out=str(tmp_path / "x.bin"))
     )
-    done = start(["llamakit", *command, "--devices", "2"])
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    done = start(["llamakit", *command, "--devices", "2"], temporary=temporary)
     out, err = done.communicate(timeout=240)
+    assert not list(temporary.iterdir())
     assert done.returncode == 0, err
     assert out.count("iter=     4") == 1 and out.count("main: verified") == 1
     assert "Traceback" not in err and "WARNING" not in err and err.count("loading text") <= 1
