@@ -3,42 +3,63 @@
 
 static const int8_t iq4_nl[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
 
-INLINE void row_of_8(int grid, uint32_t index, int8_t *level) {
-    memcpy(level, (const uint8_t *)llamakit_grids[grid] + 8 * index, 8);
+INLINE uint64_t row_of_8(int grid, uint32_t index) {
+    uint64_t levels;
+    memcpy(&levels, (const uint8_t *)llamakit_grids[grid] + 8 * index, 8);
+    return levels;
 }
 
-INLINE void row_of_4(int grid, uint32_t index, int8_t *level) {
-    memcpy(level, (const uint8_t *)llamakit_grids[grid] + 4 * index, 4);
+INLINE uint64_t rows_of_4(int grid, uint32_t first, uint32_t second) {
+    uint32_t low, high;
+    memcpy(&low, (const uint8_t *)llamakit_grids[grid] + 4 * first, 4);
+    memcpy(&high, (const uint8_t *)llamakit_grids[grid] + 4 * second, 4);
+    return low | (uint64_t)high << 32;
 }
 
-/* Turns levels over where a bit of `signs` is set. */
-INLINE void apply_signs(const uint8_t *signs, int8_t *level) {
-    for (int i = 0; i < 32; i += 2, level += 16) {
-        const bytes16 negative = (bytes16)(words_16(spread_bits(signs[i]), spread_bits(signs[i + 1])) != 0);
-        store_16(level, (load_16(level) ^ negative) - negative);
-    }
+/* 16 levels, turned over where a bit of `signs` is set. They come in registers: a load of what two stores have just
+   written would wait for both. */
+INLINE void store_signed(uint64_t low, uint64_t high, uint32_t signs, int8_t *level) {
+    const bytes16 x = words_16(low, high);
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+    const __m128i turned = _mm_mask_sub_epi8((__m128i)x, (__mmask16)signs, _mm_setzero_si128(), (__m128i)x);
+    _mm_storeu_si128((__m128i *)(void *)level, turned);
+#else
+    const bytes16 set = words_16(spread_bits((uint8_t)signs), spread_bits((uint8_t)(signs >> 8)));
+    const bytes16 negative = (bytes16)(set != 0);
+    store_16(level, (x ^ negative) - negative);
+#endif
 }
 
-/* Seven sign bits; the eighth makes their number even. */
-INLINE uint8_t even_signs(uint32_t seven) { return (uint8_t)(seven | (uint32_t)__builtin_parity(seven) << 7); }
+/* Seven sign bits in the lower part of each byte; the eighth makes their number even. */
+INLINE uint32_t even_signs(uint32_t sevens) {
+    uint32_t parity = sevens ^ sevens >> 4;
+    parity ^= parity >> 2;
+    parity ^= parity >> 1;
+    return sevens | (parity & 0x01010101) << 7;
+}
+
+/* Four sevens side by side in 28 bits: the signs of 32 weights. */
+INLINE uint32_t signs_of_28(uint32_t word) {
+    const uint32_t pairs = (word & 0x3FFF) | (word << 2 & 0x3FFF0000); /* two sevens in each half */
+    return even_signs((pairs & 0x007F007F) | (pairs << 1 & 0x7F007F00));
+}
 
 INLINE int nibble(const uint8_t *packed, int i) { return packed[i / 2] >> 4 * (i % 2) & 15; }
 
-/* 32 bits of four sevens and a scale, for 32 weights. */
-INLINE float sevens_and_scale(uint32_t word, uint8_t *signs) {
-    for (int k = 0; k < 4; k++) signs[k] = even_signs(word >> 7 * k & 127);
-    return 0.5f + (float)(word >> 28);
-}
+/* The upper four bits of a word of signs: a scale. */
+INLINE float scale_above(uint32_t word) { return 0.5f + (float)(word >> 28); }
 
 INLINE void unpack_iq2_xxs(const uint8_t *packed, block *b) {
     const float d = get_half(packed);
-    uint8_t signs[32];
     for (int g = 0; g < 8; g++) {
         const uint8_t *index = packed + 2 + 8 * g;
-        for (int k = 0; k < 4; k++) row_of_8(GRID_IQ2_XXS, index[k], b->level + 32 * g + 8 * k);
-        b->scale[g] = d * sevens_and_scale(get_u32(index + 4), signs + 4 * g) * 0.25f;
+        const uint32_t word = get_u32(index + 4), signs = signs_of_28(word);
+        for (int k = 0; k < 4; k += 2) {
+            const uint64_t low = row_of_8(GRID_IQ2_XXS, index[k]), high = row_of_8(GRID_IQ2_XXS, index[k + 1]);
+            store_signed(low, high, signs >> 8 * k, b->level + 32 * g + 8 * k);
+        }
+        b->scale[g] = d * scale_above(word) * 0.25f;
     }
-    apply_signs(signs, b->level);
 }
 DECODER(iq2_xxs, 256, 66, 32, 0)
 
@@ -47,44 +68,55 @@ INLINE void quarter_scales(float d, const uint8_t *packed, block *b) {
 }
 
 INLINE void unpack_iq2_xs(const uint8_t *packed, block *b) {
-    uint8_t signs[32];
-    for (int k = 0; k < 32; k++) {
-        const uint32_t word = get_u16(packed + 2 + 2 * k);
-        row_of_8(GRID_IQ2_XS, word & 511, b->level + 8 * k);
-        signs[k] = even_signs(word >> 9);
+    for (int k = 0; k < 32; k += 2) {
+        const uint32_t words = get_u32(packed + 2 + 2 * k), signs = even_signs(words >> 9 & 0x007F007F);
+        const uint64_t low = row_of_8(GRID_IQ2_XS, words & 511), high = row_of_8(GRID_IQ2_XS, words >> 16 & 511);
+        store_signed(low, high, (signs & 255) | signs >> 8, b->level + 8 * k);
     }
-    apply_signs(signs, b->level);
     quarter_scales(get_half(packed), packed + 66, b);
 }
 DECODER(iq2_xs, 256, 74, 16, 0)
 
 INLINE void unpack_iq2_s(const uint8_t *packed, block *b) {
-    for (int k = 0; k < 32; k++) {
-        const uint32_t high = packed[66 + k / 4] >> 2 * (k % 4) & 3;
-        row_of_8(GRID_IQ2_S, packed[2 + k] | high << 8, b->level + 8 * k);
+    const uint8_t *index = packed + 2, *signs = packed + 34;
+    for (int k = 0; k < 32; k += 2) {
+        const uint32_t high = (uint32_t)packed[66 + k / 4] >> 2 * (k % 4);
+        const uint64_t first = row_of_8(GRID_IQ2_S, index[k] | (high & 3) << 8);
+        const uint64_t second = row_of_8(GRID_IQ2_S, index[k + 1] | (high & 12) << 6);
+        store_signed(first, second, get_u16(signs + k), b->level + 8 * k);
     }
-    apply_signs(packed + 34, b->level);
     quarter_scales(get_half(packed), packed + 74, b);
 }
 DECODER(iq2_s, 256, 82, 16, 0)
 
 INLINE void unpack_iq3_xxs(const uint8_t *packed, block *b) {
     const float d = get_half(packed);
-    uint8_t signs[32];
-    for (int k = 0; k < 64; k++) row_of_4(GRID_IQ3_XXS, packed[2 + k], b->level + 4 * k);
-    for (int g = 0; g < 8; g++) b->scale[g] = d * sevens_and_scale(get_u32(packed + 66 + 4 * g), signs + 4 * g) * 0.5f;
-    apply_signs(signs, b->level);
+    for (int g = 0; g < 8; g++) {
+        const uint8_t *index = packed + 2 + 8 * g;
+        const uint32_t word = get_u32(packed + 66 + 4 * g), signs = signs_of_28(word);
+        for (int k = 0; k < 8; k += 4) {
+            const uint64_t low = rows_of_4(GRID_IQ3_XXS, index[k], index[k + 1]);
+            const uint64_t high = rows_of_4(GRID_IQ3_XXS, index[k + 2], index[k + 3]);
+            store_signed(low, high, signs >> 4 * k, b->level + 32 * g + 4 * k);
+        }
+        b->scale[g] = d * scale_above(word) * 0.5f;
+    }
 }
 DECODER(iq3_xxs, 256, 98, 32, 0)
 
 INLINE void unpack_iq3_s(const uint8_t *packed, block *b) {
     const float d = get_half(packed);
-    for (int k = 0; k < 64; k++) {
-        const uint32_t high = packed[66 + k / 8] >> k % 8 & 1;
-        row_of_4(GRID_IQ3_S, packed[2 + k] | high << 8, b->level + 4 * k);
+    for (int g = 0; g < 8; g++) {
+        const uint8_t *index = packed + 2 + 8 * g;
+        const uint32_t high = (uint32_t)packed[66 + g] << 8, signs = get_u32(packed + 74 + 4 * g);
+        for (int k = 0; k < 8; k += 4) {
+            uint32_t row[4];
+            for (int i = 0; i < 4; i++) row[i] = index[k + i] | (high >> (k + i) & 256);
+            store_signed(rows_of_4(GRID_IQ3_S, row[0], row[1]), rows_of_4(GRID_IQ3_S, row[2], row[3]), signs >> 4 * k,
+                         b->level + 32 * g + 4 * k);
+        }
+        b->scale[g] = d * (float)(1 + 2 * nibble(packed + 106, g));
     }
-    apply_signs(packed + 74, b->level);
-    for (int g = 0; g < 8; g++) b->scale[g] = d * (float)(1 + 2 * nibble(packed + 106, g));
 }
 DECODER(iq3_s, 256, 110, 32, 0)
 
