@@ -7,7 +7,7 @@
 
 #include "vector.h"
 
-enum { MAX_QUERIES = 8 };
+enum { MAX_QUERIES = 8, AHEAD = 2 };
 
 /* head_dim, and that rounded up to whole vectors, which is the stride of values; wide: float32, not float16. */
 typedef struct {
@@ -32,8 +32,14 @@ INLINE void score(int n, int wide, const head *h, const float *const *q, const i
                   float *scores, int64_t stride) {
     for (int first = 16 * first_tile; first < 16 * last_tile; first += WIDTH) {
         const int64_t keys = (int64_t)(first / 16) * h->head_dim * 16 + first % 16;
+        const int64_t bytes = wide ? 4 : 2, ahead = (keys + AHEAD * 16 * h->head_dim) * bytes;
+        const int64_t values = (int64_t)first * h->value_stride * bytes;
         vf sums[MAX_QUERIES] = {{0}};
         for (int d = 0; d < h->head_dim; d++) {
+            if (d % 2 == 0) { /* caches do not foresee where the next page begins, nor the values */
+                __builtin_prefetch(h->keys + ahead + 16 * bytes * d);
+                __builtin_prefetch(h->values + values + 16 * bytes * d);
+            }
             const vf key = load_number(wide, h->keys, keys + 16 * d);
             for (int i = 0; i < n; i++) sums[i] += key * q[i][d];
         }

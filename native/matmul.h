@@ -141,8 +141,9 @@ INLINE void multiply_quants(int type, int m, const uint8_t *tile, const panel *p
     const int shift = zero == 8 ? 4 : zero == 16 ? 3 : zero == 32 ? 2 : 0; /* zero = 128 >> shift */
     const int32_t *zeros = n_groups == 1 ? a->zeros32 : a->zeros16;
     const int64_t step = tile_bytes(type, 256) / 8;
+    vf totals[PARTS * GROUP]; /* and not `out`, which the compiler would read and write each time */
 #pragma GCC unroll 16
-    for (int i = 0; i < PARTS * m; i++) out[i] = (vf){0};
+    for (int i = 0; i < PARTS * m; i++) totals[i] = (vf){0};
     for (int i = 0; i < n_blocks; i++) {
         for (int64_t line = 0; !p && line < step; line += 64) fetch(ahead + i * step + line);
         for (int part = 0; part < PARTS; part++) {
@@ -153,13 +154,14 @@ INLINE void multiply_quants(int type, int m, const uint8_t *tile, const panel *p
                     sums[t] = zero ? splat_int(zeros[(i * n_groups + g) * m + t]) >> shift : (vi){0};
                 add_products(most_of_type(type), per, m, b.w + g * per, a->q + 4 * m * (8 * i + g * per), sums);
                 for (int t = 0; t < m; t++) {
-                    vf total = out[part * m + t] + to_float(sums[t]) * (b.scale[g] * a->d[i * m + t]);
+                    vf total = totals[part * m + t] + to_float(sums[t]) * (b.scale[g] * a->d[i * m + t]);
                     if (!zero) total += b.min * a->sums[i * m + t];
-                    out[part * m + t] = total;
+                    totals[part * m + t] = total;
                 }
             }
         }
     }
+    for (int i = 0; i < PARTS * m; i++) out[i] = totals[i];
 }
 
 /* A part of a vector of a tile of floats times n tokens: a column, or two of bfloat16. */

@@ -14,7 +14,7 @@ _NAMES = {
     "interpreter": "Python, torch, data",
     "base": "base, packed",
     "cache": "decoded weights",
-    "trained": "adapter, optimizer",
+    "trained": "what is trained",
     "activations": "activations",
     "logits": "logits of a chunk",
 }

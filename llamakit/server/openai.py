@@ -16,7 +16,7 @@ from llamakit.inference.config import GenerateConfig
 from llamakit.inference.continuation import Done, Token
 from llamakit.server.config import LIMITS
 from llamakit.server.fields import ApiError, Body, api_error
-from llamakit.server.http import Answer, Stream, error_value, record_of, server_sent
+from llamakit.server.http import Answer, Stream, dumped, error_value, record_of, server_sent
 from llamakit.server.sampling import sampling_of, with_format
 from llamakit.server.service import (
     Running,
@@ -29,6 +29,8 @@ from llamakit.server.service import (
 )
 
 _UNSUPPORTED = {"tools": "tools", "functions": "functions", "audio": "audio answers", "suffix": "suffixes"}
+#: stands for a text in an event; no model's name holds it
+_HOLE = "\0text\0"
 _FINISH = {"end": "stop", "stop": "stop", "length": "length", "context": "length"}
 
 
@@ -173,6 +175,7 @@ class _Answer:
         self._offsets = [len(text) for text in self._echo]  # where the next token's text begins
         kind = ("chat.completion", "chat.completion.chunk") if is_chat else ("text_completion", "text_completion")
         self._kinds = kind
+        self._frames: dict[int, tuple[bytes, bytes]] = {}
         self._head = {
             "id": ("chatcmpl-" if is_chat else "cmpl-") + secrets.token_hex(12),
             "created": int(time.time()),
@@ -214,13 +217,23 @@ class _Answer:
                     if report.text:
                         yield self._event(index, self._delta(report.text), [])
                     yield self._event(index, {} if self._is_chat else "", [], _FINISH[report.reason])
-                elif report.text or self._logprobs:
+                elif self._logprobs:
                     yield self._event(index, self._delta(report.text), [report])
+                elif report.text:
+                    yield self._framed(index, report.text)
             if usage:
                 yield server_sent(self._value(1, [], usage=self._usage(), timings=self._timings()))
             yield b"data: [DONE]\n\n"
         except (ApiError, LlamakitError) as error:
             yield server_sent(error_value(path, error if isinstance(error, ApiError) else api_error(error)))
+
+    def _framed(self, index: int, text: str) -> bytes:
+        """The event of a piece of text: all of them are alike but for that."""
+        if index not in self._frames:
+            before, _, after = self._event(index, self._delta(_HOLE), []).partition(dumped(_HOLE))
+            self._frames[index] = before, after
+        before, after = self._frames[index]
+        return before + dumped(text) + after
 
     def _delta(self, text: str) -> Any:
         return {"content": text} if self._is_chat else text
