@@ -19,7 +19,7 @@ from pathlib import Path
 
 from llamakit.errors import UsageError
 
-_ABI = 5
+_ABI = 6
 _VARIABLE = "LLAMAKIT_NATIVE"
 _PACKAGE = Path(__file__).resolve().parent
 #: sources beside the package: this is a checkout, and the library must be made of them

@@ -6,7 +6,7 @@
 
 #define EXPORT __attribute__((visibility("default")))
 /* Raised whenever a signature below changes; native.py has the same number. */
-#define ABI 5
+#define ABI 6
 
 #define ISA baseline
 #include "codec.h"

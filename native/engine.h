@@ -7,17 +7,20 @@
 #include "team.h"
 
 /* A matrix (n_out, n_in) in tiles (tiles.h), with what is added to its product x W^T: bias (n_out, padded to 16) or NULL,
-   and a LoRA of rank > 0: lora_a (rank, n_in), lora_b in tiles [n_out / 16][rank][16], scales multiplied in. */
+   and a LoRA of rank > 0: lora_b in tiles [n_out / 16][rank][16], scales multiplied in, float32 where the matrix has
+   floats, else bfloat16. Its A stands with those of the matrices that have the same input in one of their own. */
 typedef struct {
     const uint8_t *tiles;
-    const float *bias, *lora_a, *lora_b;
+    const float *bias;
+    const void *lora_b;
     int64_t tile_bytes;
     int32_t type, n_out, n_in, rank;
 } matrix;
 
+/* low_NAME: A of what has the same input, one below the other; n_out = 0 without LoRAs. */
 typedef struct {
     const float *attn_norm, *ffn_norm;
-    matrix q, k, v, attn_output, gate, up, down;
+    matrix q, k, v, attn_output, gate, up, down, low_qkv, low_output, low_hidden, low_down;
 } layer;
 
 /* embedding: packed rows as in the file, decode: of its type to float32 (codec.h); its LoRA as above, with B by rows.
@@ -30,7 +33,7 @@ typedef struct {
     void (*embedding_decode)(const uint8_t *packed, void *out, int64_t n_blocks);
     const float *embedding_lora_a, *embedding_lora_b, *output_norm, *rotations;
     const layer *layers;
-    matrix output;
+    matrix output, low;
 } llama;
 
 /* Keys and values of one sequence, float32 where `wide`, else float16; n_ctx a multiple of 16. Keys in tiles of 16 positions,

@@ -37,26 +37,18 @@ static void embed(const job *j, int token, float *x) {
 }
 
 /* Products that share their input: out = x W^T, or what it adds to where `accumulate` is set. With `gated`, the first is
-   silu(first) * second (Shazeer 2020, arXiv 2002.05202). */
+   silu(first) * second (Shazeer 2020, arXiv 2002.05202). low: of their LoRAs. */
 typedef struct {
-    const matrix *w[3];
+    const matrix *w[3], *low;
     float *out[3];
     int64_t ld[3];
     int n, accumulate, gated;
 } products;
 
 static int need_of_all(const products *p) {
-    int need = 0;
+    int need = p->low->n_out ? need_of(p->low->type) : 0;
     for (int i = 0; i < p->n; i++) need |= need_of(p->w[i]->type);
     return need;
-}
-
-/* The share number `share` of n of the low products. */
-static void lower_all(const products *p, const float *x, int share, int n, float *low) {
-    for (int i = 0; i < p->n; i++) {
-        lower(p->w[i], x, share, n, low);
-        low += p->w[i]->rank;
-    }
 }
 
 INLINE vf gate(vf g, vf up) { return g / (1.0f + exponential(-g)) * up; }
@@ -95,11 +87,20 @@ static const uint8_t *first_of(const job *j, const products *p, int thread) {
     return start < all_tiles(p) ? tile_at(p, start) : NULL;
 }
 
+/* The low products of one token: every thread makes all of them for itself, which is less than to wait for the others. */
+static void lower_token(const matrix *low, const activations *a, float *out) {
+    for (int64_t tile = 0; tile < tiles_of(low); tile++) {
+        vf y[PARTS];
+        multiply_tile(low, tile, a, low->tiles + (tile + 1) * low->tile_bytes, y);
+        for (int part = 0; part < PARTS; part++) store(out + TILE * tile + WIDTH * part, y[part]);
+    }
+}
+
 /* next: where this thread goes on after these products. */
 static void multiply_token(const job *j, const products *p, const float *x, const desk *d, const uint8_t *next) {
     const int64_t start = share(j, p, d->thread), stop = share(j, p, d->thread + 1);
     put_activations(x, 0, p->w[0]->n_in, need_of_all(p), &d->one, 0, 1);
-    lower_all(p, x, 0, 1, d->low);
+    lower_token(p->low, &d->one, d->low);
     for (int64_t t = start; t < stop; t++) {
         int64_t tile = t;
         int low;
@@ -120,14 +121,17 @@ static void multiply_token(const job *j, const products *p, const float *x, cons
 
 /* The product y [PARTS][GROUP] of a tile of matrix number i with a group, to where it goes. */
 static void finish_group(const job *j, const products *p, int i, int64_t tile, int low, int group, const vf *y) {
-    const int first = group * GROUP, side = p->gated && i;
-    for (int t = 0; t < GROUP && first + t < j->tokens->n_tokens; t++)
-        for (int part = 0; part < PARTS; part++) {
+    const int first = group * GROUP, side = p->gated && i, left = j->tokens->n_tokens - first, n = left < GROUP ? left : GROUP;
+    for (int part = 0; part < PARTS; part++) {
+        vf more[GROUP];
+        added_to_group(p->w[i], tile, part, j->low + first * j->ld_low + low, j->ld_low, n, more);
+        for (int t = 0; t < n; t++) {
             float *out = p->out[i] + (first + t) * p->ld[i] + TILE * tile + WIDTH * part;
-            vf x = y[part * GROUP + t] + added(p->w[i], tile, part, j->low + (first + t) * j->ld_low + low);
+            vf x = y[part * GROUP + t] + more[t];
             if (side) x = gate(load(out), x);
             store(out, p->accumulate ? load(out) + x : x);
         }
+    }
 }
 
 /* A tile of some products, by its number among all of them, with all groups. */
@@ -174,18 +178,40 @@ static void prepare_groups(const job *j, const products *p, const float *x, int6
         const int first = 64 * (n_64 * share / n_shares), end = 64 * (n_64 * (share + 1) / n_shares);
         const int last = share + 1 < n_shares ? end : n_in;
         const activations a = activations_at(j->shared + group * j->group_bytes, longest_input(j->model), GROUP);
-        for (int t = 0; t < GROUP; t++) {
-            const int64_t token = group * GROUP + t;
-            const int64_t row = token < j->tokens->n_tokens ? token : j->tokens->n_tokens - 1;
-            const float *from = x + row * ld;
+        for (int t = 0; t < GROUP; t++) { /* where there are fewer, the last one stands for those that are missing */
+            const int64_t token = group * GROUP + t, end = j->tokens->n_tokens - 1;
+            const float *from = x + (token < end ? token : end) * ld;
             if (norm) {
                 normalize(from, norm, n_in, j->model->rms_eps, d->normed);
                 from = d->normed;
             }
             put_activations(from, first, last, need, &a, t, GROUP);
-            if (token == row) lower_all(p, from, share, n_shares, j->low + token * j->ld_low);
         }
     }
+}
+
+/* The low products of all groups. */
+static void lower_groups(const job *j, const matrix *low, int64_t *counter) {
+    const int64_t n = tiles_of(low);
+    for (int64_t start, stop; take(counter, n * j->n_groups, 1, &start, &stop);) {
+        const int64_t group = start / n, tile = start % n;
+        const activations a = activations_at(j->shared + group * j->group_bytes, longest_input(j->model), GROUP);
+        vf y[PARTS * GROUP];
+        multiply_tile_by_group(low, tile, &a, low->tiles + tile * low->tile_bytes, y);
+        for (int t = 0; t < GROUP && group * GROUP + t < j->tokens->n_tokens; t++)
+            for (int part = 0; part < PARTS; part++)
+                store(j->low + (group * GROUP + t) * j->ld_low + TILE * tile + WIDTH * part, y[part * GROUP + t]);
+    }
+}
+
+/* All products of groups whose input has been prepared, once all threads are done with that. */
+static void multiply_prepared(const job *j, team *all, const products *p, const desk *d, int64_t *counters) {
+    wait_for_all(all, NULL);
+    if (p->low->n_out) {
+        lower_groups(j, p->low, counters + 1);
+        wait_for_all(all, NULL);
+    }
+    multiply_groups(j, p, d, counters);
 }
 
 static head head_of(const job *j, const kv_cache *cache, int layer, int kv) {
@@ -314,25 +340,27 @@ static void attend_groups(const job *j, int layer, const desk *d, int64_t *count
 }
 
 static products of_qkv(const job *j, const layer *l) {
-    return (products){{&l->q, &l->k, &l->v}, {j->q, j->k, j->v}, {j->ld_q, j->ld_kv, j->ld_kv}, 3, 0, 0};
+    return (products){{&l->q, &l->k, &l->v}, &l->low_qkv, {j->q, j->k, j->v}, {j->ld_q, j->ld_kv, j->ld_kv}, 3, 0, 0};
 }
 
 static products of_hidden(const job *j, const layer *l) {
-    return (products){{&l->gate, &l->up}, {j->hidden, j->hidden}, {j->ld_ff, j->ld_ff}, 2, 0, 1};
+    return (products){{&l->gate, &l->up}, &l->low_hidden, {j->hidden, j->hidden}, {j->ld_ff, j->ld_ff}, 2, 0, 1};
 }
 
-static products onto_x(const job *j, const matrix *w) { return (products){{w}, {j->x}, {j->ld_embd}, 1, 1, 0}; }
+static products onto_x(const job *j, const matrix *w, const matrix *low) {
+    return (products){{w}, low, {j->x}, {j->ld_embd}, 1, 1, 0};
+}
 
 static products of_logits(const job *j, int output) {
     const matrix *w = &j->model->output;
-    return (products){{w}, {j->tokens->logits + output * tiles_of(w) * TILE}, {0}, 1, 0, 0};
+    return (products){{w}, &j->model->low, {j->tokens->logits + output * tiles_of(w) * TILE}, {0}, 1, 0, 0};
 }
 
 static void token_layer(job *j, int index, const desk *d, int64_t *counters) {
     const llama *m = j->model;
     const layer *l = m->layers + index;
-    const products qkv = of_qkv(j, l), attention = onto_x(j, &l->attn_output);
-    const products hidden = of_hidden(j, l), down = onto_x(j, &l->down);
+    const products qkv = of_qkv(j, l), attention = onto_x(j, &l->attn_output, &l->low_output);
+    const products hidden = of_hidden(j, l), down = onto_x(j, &l->down, &l->low_down);
     const products after = index + 1 < m->n_layer ? of_qkv(j, l + 1) : of_logits(j, 0);
     const uint8_t *next[] = {first_of(j, &attention, d->thread), first_of(j, &hidden, d->thread),
                              first_of(j, &down, d->thread), first_of(j, &after, d->thread)};
@@ -354,23 +382,22 @@ static void token_layer(job *j, int index, const desk *d, int64_t *counters) {
 static void group_products(job *j, const products *p, const float *x, int64_t ld, const float *norm, const desk *d,
                            int64_t *counters) {
     prepare_groups(j, p, x, ld, norm, d, counters);
-    wait_for_all(&j->team, NULL);
-    multiply_groups(j, p, d, counters + 1);
+    multiply_prepared(j, &j->team, p, d, counters + 1);
     wait_for_all(&j->team, NULL);
 }
 
 static void group_layer(job *j, int index, const desk *d, int64_t *counters) {
     const layer *l = j->model->layers + index;
-    const products qkv = of_qkv(j, l), attention = onto_x(j, &l->attn_output);
-    const products hidden = of_hidden(j, l), down = onto_x(j, &l->down);
+    const products qkv = of_qkv(j, l), attention = onto_x(j, &l->attn_output, &l->low_output);
+    const products hidden = of_hidden(j, l), down = onto_x(j, &l->down, &l->low_down);
     group_products(j, &qkv, j->x, j->ld_embd, l->attn_norm, d, counters);
-    turn_tokens(j, index, counters + 2);
+    turn_tokens(j, index, counters + 3);
     wait_for_all(&j->team, NULL);
-    attend_groups(j, index, d, counters + 3);
+    attend_groups(j, index, d, counters + 4);
     wait_for_all(&j->team, NULL);
-    group_products(j, &attention, j->mixed, j->ld_q, NULL, d, counters + 4);
-    group_products(j, &hidden, j->x, j->ld_embd, l->ffn_norm, d, counters + 6);
-    group_products(j, &down, j->hidden, j->ld_ff, NULL, d, counters + 8);
+    group_products(j, &attention, j->mixed, j->ld_q, NULL, d, counters + 5);
+    group_products(j, &hidden, j->x, j->ld_embd, l->ffn_norm, d, counters + 8);
+    group_products(j, &down, j->hidden, j->ld_ff, NULL, d, counters + 11);
 }
 
 /* Logits of several tokens, in groups: what they are computed from moves to the front. */
@@ -387,8 +414,7 @@ static void finish_groups(job *j, const desk *d, int64_t *counters) {
             memmove(j->x + o * j->ld_embd, j->x + tokens.outputs[o] * j->ld_embd, sizeof(float) * (size_t)j->ld_embd);
     wait_for_all(&j->team, NULL);
     prepare_groups(&own, &logits, j->x, j->ld_embd, j->model->output_norm, d, counters);
-    wait_for_all(&j->team, NULL);
-    multiply_groups(&own, &logits, d, counters + 1);
+    multiply_prepared(&own, &j->team, &logits, d, counters + 1);
 }
 
 /* Logits, token by token where few of a batch have them. */
@@ -415,6 +441,8 @@ static void work(void *data) {
     for (int64_t t = thread; t < n; t += j->team.n_threads) {
         embed(j, j->tokens->tokens[t], j->x + t * j->ld_embd);
         memset(j->mixed + t * j->ld_q, 0, sizeof(float) * (size_t)j->ld_q);
+        const int64_t n_ff = j->model->n_ff; /* what lies behind a row is read, too, times zero: it must be a number */
+        memset(j->hidden + t * j->ld_ff + n_ff, 0, sizeof(float) * (size_t)(j->ld_ff - n_ff));
     }
     wait_for_all(&j->team, NULL);
     for (int i = 0; i < j->model->n_layer; i++)

@@ -10,7 +10,7 @@
 
 /* Keys of one chunk of attention, a whole number of tiles. The chunks of a query are always the same, whatever the threads
    and whatever is computed beside it, so that its result is, too. */
-enum { CHUNK = 128, PHASES = 10, MAX_HEAD_DIM = 512 };
+enum { CHUNK = 128, PHASES = 14, MAX_HEAD_DIM = 512 };
 
 typedef struct {
     const llama *model;
@@ -43,11 +43,10 @@ static int64_t longest_input(const llama *m) {
 }
 
 static int64_t most_rank(const llama *m) {
-    int64_t most = m->output.rank;
+    int64_t most = m->low.n_out;
     for (int i = 0; i < m->n_layer; i++) {
         const layer *l = m->layers + i;
-        const int64_t inputs[] = {l->q.rank + l->k.rank + l->v.rank, l->attn_output.rank, l->gate.rank + l->up.rank,
-                                  l->down.rank};
+        const int64_t inputs[] = {l->low_qkv.n_out, l->low_output.n_out, l->low_hidden.n_out, l->low_down.n_out};
         for (int j = 0; j < 4; j++) most = inputs[j] > most ? inputs[j] : most;
     }
     return padded(most);

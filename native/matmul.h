@@ -259,24 +259,41 @@ static void multiply_panel(const matrix *w, const panel *p, const activations *a
     }
 }
 
-/* What a matrix adds to a part of its product with one token: low (rank) is x A^T. */
-INLINE vf added(const matrix *w, int64_t tile, int part, const float *low) {
-    const int64_t at = WIDTH * part;
-    vf total = w->bias ? load(w->bias + 16 * tile + at) : (vf){0};
-    for (int r = 0; r < w->rank; r++) total += load(w->lora_b + (tile * w->rank + r) * 16 + at) * low[r];
-    return total;
+INLINE vf load_lora(int is_float, const void *of, int64_t at) {
+    return is_float ? load((const float *)of + at) : load_bf16((const uint16_t *)of + at);
 }
 
-/* low = x A^T, x (n_in, zero up to a multiple of 64, as A's rows are): every `step`-th of its numbers, from `first` on. */
-static void lower(const matrix *w, const float *x, int first, int step, float *low) {
-    enum { N = 4 }; /* sums at once: one alone would wait for itself */
-    for (int r = first; r < w->rank; r += step) {
-        const float *a = w->lora_a + r * padded(w->n_in);
-        vf totals[N] = {{0}};
-        for (int64_t i = 0; i < w->n_in; i += N * WIDTH)
-            for (int k = 0; k < N; k++) totals[k] += load(a + i + k * WIDTH) * load(x + i + k * WIDTH);
-        low[r] = sum(totals[0] + totals[1] + (totals[2] + totals[3]));
+/* What a matrix adds to a part of its products with n tokens, out [n]: low (n rows of ld, `rank` numbers of each) is
+   x A^T. Each number is two sums: one alone would wait for itself. */
+INLINE void add_up(int is_float, int n, const matrix *w, int64_t tile, int part, const float *low, int64_t ld, vf *out) {
+    const int64_t at = WIDTH * part;
+    const vf bias = w->bias ? load(w->bias + 16 * tile + at) : (vf){0};
+    vf odd[GROUP] = {{0}};
+    for (int t = 0; t < n; t++) out[t] = bias;
+    for (int r = 0; r < w->rank; r += 2) {
+        const vf b = load_lora(is_float, w->lora_b, (tile * w->rank + r) * 16 + at);
+        for (int t = 0; t < n; t++) out[t] += b * low[t * ld + r];
+        if (r + 1 == w->rank) break;
+        const vf c = load_lora(is_float, w->lora_b, (tile * w->rank + r + 1) * 16 + at);
+        for (int t = 0; t < n; t++) odd[t] += c * low[t * ld + r + 1];
     }
+    for (int t = 0; t < n; t++) out[t] += odd[t];
+}
+
+INLINE vf added(const matrix *w, int64_t tile, int part, const float *low) {
+    vf out;
+    add_up(is_float_type(w->type), 1, w, tile, part, low, 0, &out);
+    return out;
+}
+
+/* As `added` for a group; only the first n tokens have a row of `low`. */
+static void added_to_group(const matrix *w, int64_t tile, int part, const float *low, int64_t ld, int n, vf *out) {
+    if (n < GROUP)
+        for (int t = 0; t < n; t++) out[t] = added(w, tile, part, low + t * ld);
+    else if (is_float_type(w->type))
+        add_up(1, GROUP, w, tile, part, low, ld, out);
+    else
+        add_up(0, GROUP, w, tile, part, low, ld, out);
 }
 
 #endif

@@ -32,7 +32,6 @@ INLINE vi first_lanes(int64_t n) { return lane_numbers() < (int32_t)n; }
 
 #define NUMBER uint16_t
 #define NAME(kernel) JOIN(JOIN(kernel, bf16), ISA)
-INLINE vf load_bf16(const uint16_t *at) { vn x; memcpy(&x, at, sizeof x); return widen(x); }
 INLINE void store_bf16(uint16_t *at, vf x) { const vn y = narrow(x); memcpy(at, &y, sizeof y); }
 INLINE vf load_part_bf16(const uint16_t *at, int64_t n) { vn x = {0}; memcpy(&x, at, 2 * (size_t)n); return widen(x); }
 INLINE void store_part_bf16(uint16_t *at, vf x, int64_t n) { const vn y = narrow(x); memcpy(at, &y, 2 * (size_t)n); }

@@ -111,6 +111,14 @@ INLINE vf load_half(const void *at) {
 #endif
 }
 
+/* WIDTH bfloat16 at any address. */
+INLINE vf load_bf16(const void *at) {
+    typedef uint16_t halves __attribute__((vector_size(2 * WIDTH)));
+    halves x;
+    memcpy(&x, at, sizeof x);
+    return (vf)(__builtin_convertvector(x, vi) << 16);
+}
+
 /* WIDTH bytes as numbers. */
 INLINE vi load_u8(const void *at) {
     typedef uint8_t bytes __attribute__((vector_size(WIDTH)));

@@ -17,6 +17,7 @@ from torch.nn import functional
 
 from llamakit.ggml import BLOCK_SIZES, GGMLType
 from llamakit.native import Library
+from llamakit.quant import quantize
 
 _i32, _i64, _float, _pointer = ctypes.c_int32, ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
 _TILE, _PAD = 16, 64
@@ -26,17 +27,23 @@ MAX_HEAD_DIM = 512
 
 class _Matrix(ctypes.Structure):
     _fields_ = [
-        ("tiles", _pointer), ("bias", _pointer), ("lora_a", _pointer), ("lora_b", _pointer),
+        ("tiles", _pointer), ("bias", _pointer), ("lora_b", _pointer),
         ("tile_bytes", _i64), ("type", _i32), ("n_out", _i32), ("n_in", _i32), ("rank", _i32),
     ]  # fmt: skip
 
 
+_FLOAT_TYPES = (GGMLType.F32, GGMLType.F16, GGMLType.BF16)
 _NORMS = ("attn_norm", "ffn_norm")
 _MATRICES = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
+#: where A of the matrices that have the same input stands
+_LOWS = {
+    "low_qkv": ("attn_q", "attn_k", "attn_v"), "low_output": ("attn_output",), "low_hidden": ("ffn_gate", "ffn_up"),
+    "low_down": ("ffn_down",),
+}  # fmt: skip
 
 
 class _Layer(ctypes.Structure):
-    _fields_ = [(name, _pointer) for name in _NORMS] + [(name, _Matrix) for name in _MATRICES]
+    _fields_ = [(name, _pointer) for name in _NORMS] + [(name, _Matrix) for name in (*_MATRICES, *_LOWS)]
 
 
 class _Llama(ctypes.Structure):
@@ -45,7 +52,7 @@ class _Llama(ctypes.Structure):
         ("embedding_rank", _i32), ("rms_eps", _float), ("attention_scale", _float), ("embedding", _pointer),
         ("embedding_row_bytes", _i64), ("embedding_row_blocks", _i64), ("embedding_decode", _pointer),
         ("embedding_lora_a", _pointer), ("embedding_lora_b", _pointer), ("output_norm", _pointer),
-        ("rotations", _pointer), ("layers", _pointer), ("output", _Matrix),
+        ("rotations", _pointer), ("layers", _pointer), ("output", _Matrix), ("low", _Matrix),
     ]  # fmt: skip
 
 
@@ -188,16 +195,21 @@ class PackedLlama:
         self.set_loras({})
 
     def _pack(self, name: str, rows: PackedRows) -> _Matrix:
-        n_out, n_in = rows.shape
-        tile_bytes = self._library.tile_bytes(rows.type, n_in)
-        tiles = self._tiles.take(_rounded(n_out, _TILE) // _TILE * tile_bytes)
-        data = np.ascontiguousarray(rows.data)
-        self._library.pack(rows.type, data.ctypes.data, data.strides[0], rows.shape, tiles, self.n_threads)
+        matrix = self._in_tiles(rows, self._tiles.take)
         bias = self._vectors.get(f"{name}.bias")
         if bias is not None:
             self._biases.append(bias := _padded(bias, _TILE))
-        address = None if bias is None else bias.data_ptr()
-        return _Matrix(tiles, address, None, None, tile_bytes, rows.type, n_out, n_in, 0)
+            matrix.bias = bias.data_ptr()
+        return matrix
+
+    def _in_tiles(self, rows: PackedRows, take: Callable[[int], int]) -> _Matrix:
+        """The matrix alone. take: gives the address of so many bytes."""
+        n_out, n_in = rows.shape
+        tile_bytes = self._library.tile_bytes(rows.type, n_in)
+        tiles = take(_rounded(n_out, _TILE) // _TILE * tile_bytes)
+        data = np.ascontiguousarray(rows.data)
+        self._library.pack(rows.type, data.ctypes.data, data.strides[0], rows.shape, tiles, self.n_threads)
+        return _Matrix(tiles, None, None, tile_bytes, rows.type, n_out, n_in, 0)
 
     @property
     def n_bytes(self) -> int:
@@ -208,10 +220,11 @@ class PackedLlama:
         """Put on A (R, n_in) and B (n_out, R), scales multiplied in, by tensor name without `.weight`, instead of what
         there was; a norm's delta is a matrix of one row."""
         self._loras = []
-        for name, pair in {"output": None, **dict.fromkeys(self._matrix_names()), **loras}.items():
-            if not name.endswith("norm") and name != "token_embd":
-                self._set_lora(self._matrix(name), pair)
+        self._model.low = self._set_pairs([self._model.output], [loras.get("output")])
         for i, layer in enumerate(self._layers):
+            for low, names in _LOWS.items():
+                pairs = [loras.get(f"blk.{i}.{name}") for name in names]
+                setattr(layer, low, self._set_pairs([getattr(layer, name) for name in names], pairs))
             for name in _NORMS:
                 setattr(layer, name, self._norm(f"blk.{i}.{name}", loras))
         self._model.output_norm = self._norm("output_norm", loras)
@@ -232,28 +245,34 @@ class PackedLlama:
         ctypes.memmove(ctypes.addressof(self._model), loras.model, len(loras.model))
         self._loras, self._model.rotations = loras.tensors, rotations
 
-    def _matrix_names(self) -> list[str]:
-        return [f"blk.{i}.{name}" for i in range(self.shape.n_layer) for name in _MATRICES]
+    def _set_pairs(self, matrices: Sequence[_Matrix], pairs: Sequence[tuple[Tensor, Tensor] | None]) -> _Matrix:
+        """Put B on matrices that have the same input; A of all of them, one below the other.
 
-    def _matrix(self, name: str) -> _Matrix:
-        if name == "output":
-            return self._model.output
-        _, index, short = name.split(".")
-        return getattr(self._layers[int(index)], short)
+        A is rounded as its input is where that goes to quantized matrices alone: to eight bits in blocks of 32.
+        """
+        rows = []
+        for matrix, pair in zip(matrices, pairs, strict=True):
+            matrix.rank = 0 if pair is None else len(pair[0])
+            if not matrix.rank or pair is None:
+                continue
+            a, b = pair[0].float(), pair[1].float().T
+            size = a.abs().amax(1, keepdim=True).clamp_min(1e-30).log2().round().exp2()  # exact, and A has a scale of 1
+            rows.append(a / size)
+            b = _padded(b * size, _TILE).unflatten(1, (-1, _TILE)).transpose(0, 1)
+            b = b.to(torch.float32 if matrix.type in _FLOAT_TYPES else torch.bfloat16).contiguous()
+            self._loras.append(b)
+            matrix.lora_b = b.data_ptr()
+        if not rows:
+            return _Matrix()
+        a, n_in = torch.cat(rows), matrices[0].n_in
+        is_float = n_in % BLOCK_SIZES[GGMLType.Q8_0][0] or any(matrix.type in _FLOAT_TYPES for matrix in matrices)
+        data = a.view(torch.uint8) if is_float else quantize(a, GGMLType.Q8_0)
+        packed = PackedRows(data.numpy(), GGMLType.F32 if is_float else GGMLType.Q8_0, (len(a), n_in))
+        return self._in_tiles(packed, self._take_for_loras)
 
-    def _set_lora(self, matrix: _Matrix, pair: tuple[Tensor, Tensor] | None) -> None:
-        matrix.rank = 0
-        if pair is None:
-            return
-        a, b = _padded(pair[0].float(), _PAD), pair[1].float()
-        b = (
-            torch.nn.functional.pad(b, (0, 0, 0, -len(b) % _TILE))
-            .view(-1, _TILE, b.shape[1])
-            .transpose(1, 2)
-            .contiguous()
-        )
-        self._loras += [a, b]
-        matrix.lora_a, matrix.lora_b, matrix.rank = a.data_ptr(), b.data_ptr(), len(a)
+    def _take_for_loras(self, n_bytes: int) -> int:
+        self._loras.append(room := torch.empty(n_bytes, dtype=torch.uint8))
+        return room.data_ptr()
 
     def _norm(self, name: str, loras: Mapping[str, tuple[Tensor, Tensor]]) -> int:
         weight = self._vectors[f"{name}.weight"].float()

@@ -152,6 +152,25 @@ def test_adapters_change_what_they_change_in_torch(biases, isa):
     assert error(last_logits(runner, [IDS]), plain) == 0
 
 
+@pytest.mark.parametrize("type", ["F32", "Q4_1"])
+@pytest.mark.parametrize("ranks", [(1,), (8,), (5, 2)], ids=str)
+def test_adapters_on_several_threads(ranks, type, isa):
+    path = cached_tiny_gguf(type=type, n_embd=96, n_head=3, n_head_kv=1, n_ff=160)
+    adapters = [(random_adapter(path, rank, rank), 0.5) for rank in ranks]
+    torch_engine, runner = reference(path), engine(path)
+    torch_engine.set_adapters(adapters)
+    expected = last_logits(torch_engine, [IDS])
+    runner.set_adapters(adapters)
+    logits = last_logits(runner, [IDS])
+    assert error(logits, expected) < (EXACT if type == "F32" else ROUNDED)
+    runner._llama._scratch.fill_(255)  # what memory held before: no numbers
+    for n_threads in (1, 2):
+        runner._llama.n_threads = n_threads
+        parts = one_by_one(IDS) if n_threads == 1 else [IDS[:-9], *one_by_one(IDS[-9:])]
+        assert (last_logits(runner, parts) == logits).all()
+        assert (last_logits(runner, [IDS[:3], IDS[3:14], IDS[14:]]) == logits).all()
+
+
 def test_an_adapter_of_another_model_is_refused_and_leaves_none_on():
     path = cached_tiny_gguf()
     runner, good = engine(path), random_adapter(path, 2, 1)
