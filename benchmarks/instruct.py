@@ -4,7 +4,8 @@
 
 Both train a LoRA (rank 8, alpha 8, on the seven matrices of each block) on data/llamakit-instruct.jsonl, rendered by
 the model's own chat template, with the loss on all tokens, AdamW, clipping at 1, as many threads, the same precision,
-and without checkpointing unless --use-checkpointing. Ours packs samples into rows on the GGUF; TRL gets what
+and without checkpointing unless --use-checkpointing. Ours packs samples into rows on the GGUF, and computes all rows
+of a step at once, or as many as --micro-batch says: the same losses and steps, and less memory; TRL gets what
 `llamakit convert` makes of it, and trains in three ways: packed into as many rows of the same length, padded with as
 many samples, and padded with as many samples as our rows hold. One round finds the fastest, and that one alternates
 with ours. Tokens are those that go through the model, padding not counted; peak memory is that of the whole process,
@@ -65,6 +66,7 @@ class Job:
     threads: int
     dtype: str
     use_checkpointing: bool
+    micro_batch: int
     packing: bool = True
 
 
@@ -101,6 +103,7 @@ def our_steps(job: Job) -> Iterator[Step]:
         warmup=0,
         cos_decay_min=1.0,
         batch=job.batch,
+        micro_batch=job.micro_batch,
         ctx=job.ctx,
         seed=SEED,
         lora_r=job.rank,
@@ -242,7 +245,7 @@ def measure(name: str, case: Case, directory: Path, arguments: argparse.Namespac
     hf = convert(model, directory, arguments.threads)
     job = Job(
         str(model), str(hf), case.batch, case.ctx, case.rank, arguments.threads, arguments.dtype,
-        arguments.use_checkpointing,
+        arguments.use_checkpointing, arguments.micro_batch,
     )  # fmt: skip
     ours = start("ours", job)
     warm = ours.ask({"n": 3})
@@ -331,6 +334,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=4, help="rounds of both sides (default: 4)")
     parser.add_argument("--dtype", choices=("auto", "bf16", "f32"), default="auto",
                         help="of both sides; auto: bf16 where the processor multiplies it (default: auto)")  # fmt: skip
+    parser.add_argument("--micro-batch", type=int, default=0, help="rows that ours computes at a time (default: all)")
     parser.add_argument("--use-checkpointing", action="store_true", help="both compute activations twice")
     add_place_options(parser)
     add_common_options(parser)
