@@ -48,7 +48,7 @@ def rank_main(arguments: argparse.Namespace) -> None:
         model_base=arguments.model, train_data=str(folder / "text.txt"), checkpoint_in="",
         checkpoint_out=str(folder / "chk.gguf"), lora_out="", adam_iter=arguments.steps + arguments.warm, save_every=0,
         batch=arguments.batch, ctx=arguments.ctx, seed=7, warmup=2, val_split=0.0, shard=arguments.shard,
-        use_checkpointing=arguments.checkpointing, weight_cache=arguments.weight_cache,
+        use_checkpointing=arguments.checkpointing, weight_cache=arguments.weight_cache, dtype=arguments.dtype,
     )  # fmt: skip
     steps = [report for report in finetune(config, dist=dist) if isinstance(report, StepReport)]
     measured = {
@@ -66,7 +66,7 @@ def measure(arguments: argparse.Namespace, ranks: int, threads: int, **options: 
         (Path(folder) / "text.txt").write_text(_WORDS * 2000)
         mine = vars(arguments) | options
         command = [str(Path(__file__).resolve()), "--rank-of", folder]
-        for name in ("model", "steps", "warm", "batch", "ctx", "shard", "weight_cache"):
+        for name in ("model", "steps", "warm", "batch", "ctx", "shard", "weight_cache", "dtype"):
             command += ["--" + name.replace("_", "-"), str(mine[name])]
         command += ["--checkpointing"] if mine["checkpointing"] else []
         start = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
@@ -110,6 +110,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--ctx", type=int, default=256)
     parser.add_argument("--shard", default="none")
+    parser.add_argument("--dtype", default="auto", help="auto, bf16 or f32: of every run (default: auto)")
     parser.add_argument("--weight-cache", default="auto")
     parser.add_argument("--checkpointing", action="store_true")
     parser.add_argument("--memory", type=int, nargs="*", default=[2, 4], metavar="RANKS", help="ranks to measure it on")

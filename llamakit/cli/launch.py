@@ -87,6 +87,7 @@ class _State:
     argv: Sequence[str] = ()
     place: Place | None = None
     dist: Dist | None = None
+    was_joined = False
 
 
 # ---- being a rank ----------------------------------------------------------------------------------------------------
@@ -95,7 +96,7 @@ class _State:
 def prepare(argv: list[str]) -> None:
     """Before anything is said: ranks but 0 say nothing on stdout, and errors alone on stderr. A rank whose launcher is
     killed gets SIGTERM: it saves and ends."""
-    _State.argv, _State.place, _State.dist = argv, place(), None
+    _State.argv, _State.place, _State.dist, _State.was_joined = argv, place(), None, False
     if _State.place is None:
         return
     if _State.place.rank:
@@ -134,6 +135,7 @@ def joined(device: str) -> Iterator[Dist]:
         device=device,
         version=llamakit.__version__,
     )
+    _State.was_joined = True
     yield dist
     dist.leave()
     _State.dist = None
@@ -182,8 +184,12 @@ def told() -> None:
 
 
 def end(code: int) -> None:
-    """Leave at once with an exit code after an error: threads of a broken process group could keep the process."""
-    if _State.dist is not None and code != EXIT_OK:
+    """Leave a run of several ranks at once with its exit code.
+
+    gloo's threads outlive their group where anything else holds it, such as a sharded model. After an error they could
+    keep the process; at the end of Python they would abort it, if they then let go of a tensor.
+    """
+    if _State.was_joined:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

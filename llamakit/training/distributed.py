@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import datetime
 import re
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import islice
@@ -26,6 +27,8 @@ _JOIN_S = 600.0
 # connection to it is closed.
 _WAIT = datetime.timedelta(days=1)
 _SPOKE_S = 5.0
+#: gloo's threads let go of their last tensors meanwhile, for which they need Python, and it must not end before
+_LET_GO_S = 0.05
 
 T = TypeVar("T")
 
@@ -196,6 +199,7 @@ class Dist:
         if self.joined:
             self.barrier()
             torch_dist.destroy_process_group()
+            time.sleep(_LET_GO_S)
 
 
 @contextmanager
