@@ -45,9 +45,14 @@ def agree(dist: Dist, given: Control, agreed: Control) -> None:
     """What any rank was asked for becomes what all do: they stop, or save, after the same step."""
     if given is agreed:
         return
-    number, save = dist.most([given.signal, given.save])
-    given.signal = agreed.signal = int(number)
-    given.save, agreed.save = False, agreed.save or bool(save)
+    asked = given.save
+    number, save = dist.most([given.signal, asked])
+    agreed.signal, agreed.save = int(number), agreed.save or bool(save)
+    # What came while the ranks agreed is for the next step: it may not be written over.
+    if agreed.signal:
+        given.signal = agreed.signal
+    if asked:
+        given.save = False
 
 
 class Batches(Protocol):

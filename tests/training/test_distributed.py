@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -279,6 +280,23 @@ def test_a_batch_that_does_not_divide_is_one_line(tmp_path: Path) -> None:
         "error: --batch 3 does not divide by 2 ranks: it counts the sequences of all of them",
         "hint: give --batch 4, or another number of ranks",
     ]
+
+
+def test_what_is_asked_for_while_the_ranks_agree_is_not_lost() -> None:
+    given, agreed = Control(), Control()
+
+    class Slow(Dist):
+        """A signal comes while this rank waits for the others."""
+
+        def most(self, values: Sequence[float]) -> list[float]:
+            given.signal, given.save = signal.SIGTERM, True
+            return list(values)
+
+    agree(Slow(), given, agreed)
+    assert (agreed.signal, agreed.save) == (0, False)
+    agree(Dist(), given, agreed)
+    assert (agreed.signal, agreed.save) == (signal.SIGTERM, True)
+    assert (given.signal, given.save) == (signal.SIGTERM, False)
 
 
 def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
