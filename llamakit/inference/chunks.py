@@ -33,11 +33,7 @@ def cut(
     source: the text's file, named in errors. Raises UsageError for less than two chunks.
     """
     if len(tokens) < 2 * n_ctx:
-        raise UsageError(
-            f"the text has {len(tokens)} tokens (expected at least {2 * n_ctx}, two contexts of {n_ctx})",
-            path=source,
-            hint="give a longer text, or a smaller context",
-        )
+        raise _too_short(tokens, f"at least {2 * n_ctx}, two contexts of {n_ctx}", source)
     n_chunk = len(tokens) // n_ctx
     if chunks >= 0:
         n_chunk = min(chunks, n_chunk)
@@ -53,15 +49,16 @@ def overlapping(
     not longer than a window.
     """
     if len(tokens) <= n_ctx:
-        raise UsageError(
-            f"the text has {len(tokens)} tokens (expected more than a window of {n_ctx})",
-            path=source,
-            hint="give a longer text, or a smaller context",
-        )
+        raise _too_short(tokens, f"more than a window of {n_ctx}", source)
     n_chunk = -(-(len(tokens) - n_ctx) // stride)
     if chunks >= 0:
         n_chunk = min(chunks, n_chunk)
     return np.lib.stride_tricks.sliding_window_view(tokens, n_ctx)[::stride][:n_chunk]
+
+
+def _too_short(tokens: np.ndarray, expected: str, source: str | os.PathLike[str] | None) -> UsageError:
+    reason = f"the text has {len(tokens)} tokens (expected {expected})"
+    return UsageError(reason, path=source, hint="give a longer text, or a smaller context")
 
 
 def with_bos(chunks: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from llamakit.ggml import BLOCK_SIZES, GGMLType
+from llamakit.ggml import BLOCK_SIZES, FLOAT_TYPES, GGMLType
 from llamakit.native import Library
 from llamakit.quant import quantize
 
@@ -32,7 +32,6 @@ class _Matrix(ctypes.Structure):
     ]  # fmt: skip
 
 
-_FLOAT_TYPES = (GGMLType.F32, GGMLType.F16, GGMLType.BF16)
 _NORMS = ("attn_norm", "ffn_norm")
 _MATRICES = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
 #: where A of the matrices that have the same input stands
@@ -259,13 +258,13 @@ class PackedLlama:
             size = a.abs().amax(1, keepdim=True).clamp_min(1e-30).log2().round().exp2()  # exact, and A has a scale of 1
             rows.append(a / size)
             b = _padded(b * size, _TILE).unflatten(1, (-1, _TILE)).transpose(0, 1)
-            b = b.to(torch.float32 if matrix.type in _FLOAT_TYPES else torch.bfloat16).contiguous()
+            b = b.to(torch.float32 if matrix.type in FLOAT_TYPES else torch.bfloat16).contiguous()
             self._loras.append(b)
             matrix.lora_b = b.data_ptr()
         if not rows:
             return _Matrix()
         a, n_in = torch.cat(rows), matrices[0].n_in
-        is_float = n_in % BLOCK_SIZES[GGMLType.Q8_0][0] or any(matrix.type in _FLOAT_TYPES for matrix in matrices)
+        is_float = n_in % BLOCK_SIZES[GGMLType.Q8_0][0] or any(matrix.type in FLOAT_TYPES for matrix in matrices)
         data = a.view(torch.uint8) if is_float else quantize(a, GGMLType.Q8_0)
         packed = PackedRows(data.numpy(), GGMLType.F32 if is_float else GGMLType.Q8_0, (len(a), n_in))
         return self._in_tiles(packed, self._take_for_loras)
