@@ -20,19 +20,14 @@ from llamakit.server.config import LIMITS
 from llamakit.server.fields import ApiError, Body, api_error
 from llamakit.server.http import Answer, Stream, error_value, record_of, server_sent
 from llamakit.server.openai import prompts_of, user_of
-from llamakit.server.sampling import sampling_of
+from llamakit.server.sampling import sampling_of, settings_of
 from llamakit.server.service import Running, Service, entry, refuse_unsupported, timings_of
 
 _UNSUPPORTED = {
     "image_data": "images", "post_sampling_probs": "probabilities after sampling", "n_indent": "indents",
-    "t_max_predict_ms": "time limits of a request", "response_fields": "chosen fields",
+    "t_max_predict_ms": "time limits of a request",
 }  # fmt: skip
 _STOP_TYPES = {"end": "eos", "stop": "word", "length": "limit", "context": "limit"}
-#: fields of a GenerateConfig that /completion and /props show
-SHOWN = (
-    "temperature", "top_k", "top_p", "min_p", "repeat_penalty", "repeat_last_n", "presence_penalty",
-    "frequency_penalty", "mirostat", "seed", "n_predict",
-)  # fmt: skip
 
 
 class Completion:
@@ -54,6 +49,7 @@ class Completion:
             n_predict = body.integer("max_tokens", -1, service.slots.n_ctx, default=-1)
         n_probs = body.integer("n_probs", 0, LIMITS.logprobs)
         config = replace(config, n_predict=n_predict, logprobs=n_probs or None)
+        fields = body.texts("response_fields", LIMITS.fields, LIMITS.stop_characters)
 
         def make() -> list[tuple[str | Sequence[int], GenerateConfig]]:
             return [(prompt, config) for prompt in prompts]
@@ -63,11 +59,12 @@ class Completion:
         texts = [_Text(service, index, task.ids, config, record.model) for index, task in enumerate(running.tasks)]
         try:
             if body.flag("stream"):
-                pieces = _pieces(running, texts, request.url.path)
+                pieces = _pieces(running, texts, fields, request.url.path)
                 return Stream(pieces, "text/event-stream", running.cancel)
             async for index, report in running.texts():
                 texts[index].add(report)
-            values = [text.end(with_tokens=body.flag("return_tokens")) for text in texts]
+            with_tokens = body.flag("return_tokens")
+            values = [chosen(text.end(with_tokens=with_tokens), fields) for text in texts]
             return JSONResponse(values if isinstance(body.get("prompt"), list) and len(values) > 1 else values[0])
         except BaseException:
             running.cancel()
@@ -103,7 +100,6 @@ class _Text:
         """The last word on a text. content: another one than the whole, where pieces were sent."""
         done, tokenizer = self._done, self._service.tokenizer
         assert done is not None, "it has ended"
-        settings = {name: getattr(self._config, name) for name in SHOWN}
         value = {
             "index": self._index,
             "content": self._content if content is None else content,
@@ -113,14 +109,14 @@ class _Text:
             "model": self._model,
             "tokens_predicted": done.n_generated,
             "tokens_evaluated": len(self._ids),
-            "generation_settings": settings | {"seed": done.seed, "stop": list(self._config.stop)},
+            "generation_settings": settings_of(self._config) | {"seed": done.seed},
             "prompt": tokenizer.decode(self._ids, special=True),
             "has_new_line": "\n" in self._content,
             "truncated": False,
             "stop_type": _STOP_TYPES[done.reason],
             "stopping_word": done.stop or "",
             "tokens_cached": len(self._ids) + max(0, done.n_generated - 1),
-            "timings": timings_of(done),
+            "timings": timings_of(done, len(self._ids)),
         }
         return value | (self._probabilities(self._tokens) if content is None else {})
 
@@ -138,13 +134,31 @@ class _Text:
         return {"id": id} | entry(self._service.tokenizer, id, logprob)
 
 
-async def _pieces(running: Running, texts: Sequence[_Text], path: str) -> AsyncGenerator[bytes, None]:
+def chosen(value: dict[str, Any], fields: Sequence[str]) -> dict[str, Any]:
+    """`response_fields`: of a last word the fields named, `generation_settings/seed` one within another; all for none.
+
+    As in llama-server each stands under the whole of its name, and one that there is not is left out.
+    """
+    found: dict[str, Any] = {}
+    for name in fields:
+        *outer, last = name.split("/")
+        inner: Any = value
+        for key in outer:
+            inner = inner.get(key) if isinstance(inner, dict) else None
+        if isinstance(inner, dict) and last in inner:
+            found[name] = inner[last]
+    return found if fields else value
+
+
+async def _pieces(
+    running: Running, texts: Sequence[_Text], fields: Sequence[str], path: str
+) -> AsyncGenerator[bytes, None]:
     """Server-sent events, one for each token, and one for each end. An error in between is the last of them."""
     try:
         async for index, report in running.texts():
             text = texts[index]
             text.add(report)
-            value = text.end(content=report.text) if isinstance(report, Done) else text.piece(report)
-            yield server_sent(value)
+            is_last = isinstance(report, Done)
+            yield server_sent(chosen(text.end(content=report.text), fields) if is_last else text.piece(report))
     except (ApiError, LlamakitError) as error:
         yield server_sent(error_value(path, error if isinstance(error, ApiError) else api_error(error)))

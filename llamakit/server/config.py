@@ -58,6 +58,7 @@ class Limits:
     logprobs: int = 20
     messages: int = 4096
     biases: int = 4096
+    fields: int = 64
     scale: float = 1000.0
 
 

@@ -7,10 +7,10 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 
-from llamakit.server.completion import SHOWN
 from llamakit.server.config import LIMITS
 from llamakit.server.fields import ApiError, Body
 from llamakit.server.http import Answer
+from llamakit.server.sampling import settings_of
 from llamakit.server.service import Service, messages_of
 
 
@@ -27,15 +27,15 @@ class LlamaCpp:
     async def props(self, request: Request, body: Body) -> Answer:
         """GET /props."""
         service, tokenizer = self._service, self._service.tokenizer
-        config = service.sampling
         return JSONResponse(
             {
                 "default_generation_settings": {
                     "n_ctx": service.slots.n_ctx,
-                    "params": {name: getattr(config, name) for name in SHOWN},
+                    "params": settings_of(service.sampling),
                 },
                 "total_slots": service.slots.n_slots,
                 "model_alias": service.names[0],
+                "model_ftype": service.file_type,
                 "model_path": service.file.path.name,
                 "chat_template": tokenizer.chat_template or "",
                 "bos_token": self._token(tokenizer.bos_id),

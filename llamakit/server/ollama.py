@@ -14,7 +14,6 @@ from starlette.responses import JSONResponse
 from llamakit.errors import LlamakitError
 from llamakit.formats.open import size_on_disk
 from llamakit.formats.stamps import base_stamps
-from llamakit.ggml import FILE_TYPES
 from llamakit.inference.config import GenerateConfig
 from llamakit.inference.continuation import Done, Token
 from llamakit.server.config import LIMITS
@@ -82,17 +81,15 @@ class Ollama:
         }
 
     def _details(self) -> dict[str, Any]:
-        file = self._service.file
-        family = str(file.metadata.get("general.architecture", ""))
-        n_weights = sum(info.n_elements for info in file.tensors.values())
-        number = file.metadata.get("general.file_type")
+        family = str(self._service.file.metadata.get("general.architecture", ""))
+        n_weights = self._service.n_weights
         return {
             "parent_model": "",
             "format": "gguf",
             "family": family,
             "families": [family],
             "parameter_size": f"{n_weights / 1e9:.1f}B" if n_weights >= 1e9 else f"{n_weights / 1e6:.2f}M",
-            "quantization_level": FILE_TYPES.get(number, "") if isinstance(number, int) else "",
+            "quantization_level": self._service.file_type,
         }
 
     async def chat(self, request: Request, body: Body) -> Answer:

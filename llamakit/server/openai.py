@@ -58,7 +58,18 @@ class OpenAI:
         return JSONResponse(self._model(name))
 
     def _model(self, name: str) -> dict[str, Any]:
-        return {"id": name, "object": "model", "created": int(self._service.started), "owned_by": "llamakit"}
+        service = self._service
+        meta = {
+            "n_vocab": service.tokenizer.n_vocab,
+            "n_ctx": service.slots.n_ctx,
+            "n_ctx_train": service.file.metadata.get("llama.context_length"),
+            "n_embd": service.file.metadata.get("llama.embedding_length"),
+            "n_params": service.n_weights,
+            "ftype": service.file_type,
+        }
+        return {
+            "id": name, "object": "model", "created": int(service.started), "owned_by": "llamakit", "meta": meta,
+        }  # fmt: skip
 
     async def chat(self, request: Request, body: Body) -> Answer:
         """POST /v1/chat/completions."""
@@ -280,7 +291,7 @@ class _Answer:
         """llama-server's, of the first text."""
         done = self._dones[0]
         assert done is not None, "it has ended"
-        return timings_of(done)
+        return timings_of(done, len(self.running.tasks[0].ids))
 
 
 def _key(entry: Mapping[str, Any]) -> str:

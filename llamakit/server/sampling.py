@@ -10,6 +10,7 @@ from typing import Any
 
 from llamakit.errors import UsageError
 from llamakit.inference.config import GenerateConfig
+from llamakit.inference.sampler_names import parse_names
 from llamakit.server.config import LIMITS
 from llamakit.server.fields import ApiError, Body
 from llamakit.tokenizer import Tokenizer
@@ -86,6 +87,25 @@ def configured(base: GenerateConfig, found: Mapping[str, Any]) -> GenerateConfig
         return replace(base, **found)
     except UsageError as error:
         raise ApiError(400, error.reason) from error
+
+
+def settings_of(config: GenerateConfig) -> dict[str, Any]:
+    """llama-server's `generation_settings`: the fields above, under the names that a request has for them."""
+    named = {**_NUMBERS, **_INTEGERS}
+    settings: dict[str, Any] = {name: getattr(config, field) for name, (field, _, _) in named.items()}
+    return settings | {
+        "seed": config.seed,
+        "n_predict": config.n_predict,
+        "max_tokens": config.n_predict,
+        "n_keep": config.keep,
+        "n_probs": config.logprobs or 0,
+        "ignore_eos": config.ignore_eos,
+        "stop": list(config.stop),
+        "samplers": list(parse_names(config.samplers)),
+        "dry_sequence_breakers": list(config.dry_sequence_breaker),
+        "logit_bias": [{"token": id, "bias": bias if math.isfinite(bias) else None} for id, bias in config.logit_bias],
+        "grammar": config.grammar,
+    }
 
 
 def with_format(config: GenerateConfig, schema: Mapping[str, Any] | None) -> GenerateConfig:

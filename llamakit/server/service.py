@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 from llamakit.errors import FormatError
 from llamakit.formats.base import ModelFile
+from llamakit.ggml import FILE_TYPES
 from llamakit.inference.config import GenerateConfig
 from llamakit.inference.continuation import Done, Token
 from llamakit.inference.conversation import Message, fold_system
@@ -67,6 +68,17 @@ class Service:
             self._driver.join(timeout=30)
         self._pool.shutdown(cancel_futures=True)
         self._renderer.close()
+
+    @property
+    def n_weights(self) -> int:
+        """Of the model, those of its tables included."""
+        return sum(info.n_elements for info in self.file.tensors.values())
+
+    @property
+    def file_type(self) -> str:
+        """llama.cpp's name for the types of the file, empty where it does not say."""
+        number = self.file.metadata.get("general.file_type")
+        return FILE_TYPES.get(number, "") if isinstance(number, int) else ""
 
     @property
     def model_names(self) -> list[str]:
@@ -290,14 +302,18 @@ def seeded(config: GenerateConfig, number: int) -> GenerateConfig:
     return config if config.seed < 0 else replace(config, seed=(config.seed + number) % 2**32)
 
 
-def timings_of(done: Done) -> dict[str, Any]:
-    """What llama-server says of a text's time, in milliseconds and tokens per second."""
+def timings_of(done: Done, n_prompt: int) -> dict[str, Any]:
+    """What llama-server says of a text's time, in milliseconds and tokens per second. n_prompt: with those in cache."""
+    prompt_ms, predicted_ms = 1000 * done.prefill_s, 1000 * done.decode_s
     return {
+        "cache_n": n_prompt - done.n_prompt,
         "prompt_n": done.n_prompt,
-        "prompt_ms": round(1000 * done.prefill_s, 3),
+        "prompt_ms": round(prompt_ms, 3),
+        "prompt_per_token_ms": round(prompt_ms / max(1, done.n_prompt), 3),
         "prompt_per_second": round(done.prefill_tok_per_s, 3),
         "predicted_n": done.n_generated,
-        "predicted_ms": round(1000 * done.decode_s, 3),
+        "predicted_ms": round(predicted_ms, 3),
+        "predicted_per_token_ms": round(predicted_ms / max(1, done.n_decoded), 3),
         "predicted_per_second": round(done.decode_tok_per_s, 3),
         "seed": done.seed,
     }

@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 import numpy as np
+import pytest
 
 from llamakit.formats.adapter import Adapter
 from tests.server.serving import Served, serving
@@ -90,6 +91,46 @@ def test_completions_of_several_prompts_and_of_ids(served: Served) -> None:
         assert served.post("/completion", wrong).status_code == 400
     refused = served.post("/completion", {"prompt": "a", "t_max_predict_ms": 5})
     assert refused.status_code == 400 and "time limits" in refused.json()["error"]["message"]
+
+
+def test_a_completion_says_how_it_was_made(served: Served) -> None:
+    """All that llama-server's README has in generation_settings and timings, and that a text model has."""
+    asked = {
+        "temperature": 0.5, "typical_p": 0.9, "dynatemp_exponent": 2.0, "mirostat_tau": 4.0, "xtc_probability": 0.1,
+        "dry_sequence_breakers": [","], "logit_bias": [[5, False]], "samplers": ["top_k", "temperature"],
+        "n_predict": 3, "stop": ["zzz"], "seed": 7, "ignore_eos": True,
+    }  # fmt: skip
+    value = served.post("/completion", {"prompt": "The old sailor", **asked, "n_probs": 1}).json()
+    settings = value["generation_settings"]
+    assert settings["logit_bias"] == [{"token": 5, "bias": None}]
+    assert {name: settings[name] for name in asked} == asked | {"logit_bias": settings["logit_bias"]}
+    assert (settings["max_tokens"], settings["n_probs"], settings["n_keep"], settings["grammar"]) == (3, 1, 0, "")
+    assert settings["top_n_sigma"] == -1 and settings["dry_allowed_length"] == 2
+    timings = value["timings"]
+    assert timings["cache_n"] + timings["prompt_n"] == value["tokens_evaluated"]
+    assert timings["prompt_per_token_ms"] * timings["prompt_n"] == pytest.approx(timings["prompt_ms"], rel=0.01)
+    params = served.get("/props").json()["default_generation_settings"]["params"]
+    assert params.keys() == settings.keys() and params["temperature"] == 0.8
+
+
+def test_chosen_fields_of_a_completion(served: Served) -> None:
+    """Each under its whole name, as llama-server gives them; pieces of a stream stay whole."""
+    body = {
+        "prompt": "The old", "n_predict": 3, "temperature": 0,
+        "response_fields": ["content", "generation_settings/n_predict", "no/such", "timings"],
+    }  # fmt: skip
+    value = served.post("/completion", body).json()
+    assert list(value) == ["content", "generation_settings/n_predict", "timings"]
+    assert value["generation_settings/n_predict"] == 3
+    first, *_, last = events(served, body)
+    assert "index" in first and list(last) == list(value)
+    assert served.post("/completion", {**body, "response_fields": 5}).status_code == 400
+
+
+def test_models_say_what_they_are(served: Served) -> None:
+    (model,) = served.get("/v1/models").json()["data"]
+    assert model["meta"]["n_ctx"] == 256 and model["meta"]["n_embd"] == 64 and model["meta"]["n_params"] > 1000
+    assert served.get("/props").json()["model_ftype"] == model["meta"]["ftype"]
 
 
 def test_slots_say_who_is_busy(served: Served) -> None:
