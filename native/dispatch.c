@@ -179,12 +179,13 @@ DECLARE_ENGINE(avx512bf16)
 static const engine avx2_engine = ENGINE(avx2), vnni_engine = ENGINE(avx512vnni), bf16_engine = ENGINE(avx512bf16);
 #endif
 
-/* The best for an instruction set of the codecs: AVX-512 serves with VNNI, better still with BF16. */
+/* The best for an instruction set of the codecs: AVX-512 serves with VNNI. The BF16 instructions are twice as fast as
+   float32 on AMD's processors, and half as fast on Intel's, where AMX is meant for that. */
 static const engine *engine_of(int isa) {
 #ifdef X86
     __builtin_cpu_init();
     if (isa == 2 && __builtin_cpu_supports("avx512vnni"))
-        return __builtin_cpu_supports("avx512bf16") ? &bf16_engine : &vnni_engine;
+        return __builtin_cpu_supports("avx512bf16") && !__builtin_cpu_is("intel") ? &bf16_engine : &vnni_engine;
     if (isa > 0) return &avx2_engine;
 #endif
     (void)isa;

@@ -134,36 +134,74 @@ static void finish_group(const job *j, const products *p, int i, int64_t tile, i
     }
 }
 
-/* A tile of some products, by its number among all of them, with all groups. */
-static void multiply_tile_of(const job *j, const products *p, const desk *d, int64_t tile, int64_t next) {
-    const int64_t n_in = longest_input(j->model);
+/* A tile of some products, and where the low products of its LoRA begin. */
+typedef struct {
+    int which;
+    int64_t number;
     int low;
-    const int i = find_tile(p, &tile, &low);
+} tile_of;
+
+INLINE tile_of tile_number(const products *p, int64_t number, int side) {
+    tile_of t;
+    t.which = find_tile(p, &number, &t.low) + side;
+    t.number = number;
+    if (side) t.low += p->w[0]->rank;
+    return t;
+}
+
+/* One group with a tile as it is packed; next: how many tiles on this thread's next one is. */
+static void multiply_tile_of(const job *j, const products *p, int64_t number, int64_t next) {
+    const activations a = activations_at(j->shared, longest_input(j->model), GROUP);
     for (int side = 0; side <= p->gated; side++) {
-        const matrix *w = p->w[i + side];
-        const uint8_t *ahead = w->tiles + (tile + next) * w->tile_bytes;
-        const panel packed = j->n_groups > 1 ? unpack(w, tile, d->panel) : (panel){0};
-        if (side) low += p->w[0]->rank;
-        for (int group = 0; group < j->n_groups; group++) {
-            const activations a = activations_at(j->shared + group * j->group_bytes, n_in, GROUP);
-            vf y[PARTS * GROUP];
-            if (j->n_groups > 1)
-                multiply_panel(w, &packed, &a, y);
-            else
-                multiply_tile_by_group(w, tile, &a, ahead, y);
-            finish_group(j, p, i + side, tile, low, group, y);
-        }
+        const tile_of t = tile_number(p, number, side);
+        const matrix *w = p->w[t.which];
+        vf y[PARTS * GROUP];
+        multiply_tile_by_group(w, t.number, &a, w->tiles + (t.number + next) * w->tile_bytes, y);
+        finish_group(j, p, t.which, t.number, t.low, 0, y);
     }
 }
 
-/* A piece is a tile or, where there is one group, a few of them, so that a thread can fetch its own next one. */
-static void multiply_groups(const job *j, const products *p, const desk *d, int64_t *counter) {
+/* One tile, or two that are read together, unpacked and multiplied with all groups. */
+static void multiply_unpacked(const job *j, const products *p, const desk *d, const tile_of *tiles, int n) {
+    const int64_t longest = longest_input(j->model);
+    panel panels[2];
+    for (int i = 0; i < n; i++) panels[i] = unpack(p->w[tiles[i].which], tiles[i].number, d->panels[i]);
+    const int together = n == 2 && panels[0].type == TYPE_F32 && panels[1].type == TYPE_F32 ? 2 : 1;
+    for (int i = 0; i < n; i += together)
+        for (int group = 0; group < j->n_groups; group++) {
+            const activations a = activations_at(j->shared + group * j->group_bytes, longest, GROUP);
+            vf y[2 * PARTS * GROUP];
+            if (together == 2)
+                multiply_two_panels(panels, p->w[tiles[0].which]->n_in, &a, y);
+            else
+                multiply_panel(p->w[tiles[i].which], panels + i, &a, y);
+            for (int k = 0; k < together; k++) {
+                const tile_of *t = tiles + i + k;
+                finish_group(j, p, t->which, t->number, t->low, group, y + k * PARTS * GROUP);
+            }
+        }
+}
+
+/* One group: a piece is a few tiles, so that a thread can fetch its own next one. */
+static void multiply_group(const job *j, const products *p, int64_t *counter) {
     enum { PIECES = 8, MOST = 8 }; /* of each thread; tiles */
     const int64_t n = all_tiles(p), n_threads = j->team.n_threads, few = n / (PIECES * n_threads);
-    const int64_t step = j->n_groups > 1 || few < 1 ? 1 : few < MOST ? few : MOST;
+    const int64_t step = few < 1 ? 1 : few < MOST ? few : MOST;
     for (int64_t start, stop; take(counter, n, step, &start, &stop);)
         for (int64_t t = start; t < stop; t++)
-            multiply_tile_of(j, p, d, t, t + 1 < stop ? 1 : 1 + (n_threads - 1) * step);
+            multiply_tile_of(j, p, t, t + 1 < stop ? 1 : 1 + (n_threads - 1) * step);
+}
+
+/* Several groups: a piece is two tiles, those of a gate and what it opens or else two neighbours. */
+static void multiply_groups(const job *j, const products *p, const desk *d, int64_t *counter) {
+    const int64_t n = all_tiles(p), n_pairs = p->gated ? n : (n + 1) / 2;
+    for (int64_t pair, stop; take(counter, n_pairs, 1, &pair, &stop);) {
+        const int64_t number = p->gated ? pair : 2 * pair;
+        const int is_alone = !p->gated && number + 1 == n;
+        tile_of tiles[2] = {tile_number(p, number, 0)};
+        if (!is_alone) tiles[1] = p->gated ? tile_number(p, number, 1) : tile_number(p, number + 1, 0);
+        multiply_unpacked(j, p, d, tiles, is_alone ? 1 : 2);
+    }
 }
 
 /* The input of some products, for all tokens: x (rows of ld) as it is, or normalized. A piece is a group or, where there
@@ -211,7 +249,10 @@ static void multiply_prepared(const job *j, team *all, const products *p, const 
         lower_groups(j, p->low, counters + 1);
         wait_for_all(all, NULL);
     }
-    multiply_groups(j, p, d, counters);
+    if (j->n_groups > 1)
+        multiply_groups(j, p, d, counters);
+    else
+        multiply_group(j, p, counters);
 }
 
 static head head_of(const job *j, const kv_cache *cache, int layer, int kv) {

@@ -30,7 +30,7 @@ typedef struct {
 typedef struct {
     activations one;
     float *normed, *low, *scores, *parts;
-    uint8_t *panel;
+    uint8_t *panels[2];
     int thread;
 } desk;
 
@@ -88,7 +88,7 @@ static int64_t lay_out(job *j, uint8_t *base, int n_threads) {
     j->shared = place(&at, n > 1 ? j->n_groups * j->group_bytes : 0);
     j->own_bytes = padded(activation_bytes(n_in, 1)) + padded(4 * n_in) + padded(4 * j->ld_low) +
                    padded(4 * MAX_QUERIES * CHUNK) +
-                   (n > 1 ? padded(4 * MAX_QUERIES * j->n_chunks * part_numbers(j)) + padded(panel_bytes(n_in)) : 0);
+                   (n > 1 ? padded(4 * MAX_QUERIES * j->n_chunks * part_numbers(j)) + 2 * padded(panel_bytes(n_in)) : 0);
     j->own = place(&at, n_threads * j->own_bytes);
     return at - base;
 }
@@ -102,10 +102,11 @@ static desk desk_of(const job *j, int thread) {
     d.low = (float *)place(&at, 4 * j->ld_low);
     d.scores = (float *)place(&at, 4 * MAX_QUERIES * CHUNK);
     d.parts = NULL;
-    d.panel = NULL;
+    d.panels[0] = d.panels[1] = NULL;
     if (j->tokens->n_tokens > 1) {
         d.parts = (float *)place(&at, 4 * MAX_QUERIES * j->n_chunks * part_numbers(j));
-        d.panel = at;
+        d.panels[0] = place(&at, panel_bytes(n_in));
+        d.panels[1] = at;
     }
     d.thread = thread;
     return d;

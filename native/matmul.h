@@ -98,11 +98,12 @@ INLINE void put_activations(const float *x, int64_t first, int64_t last, int nee
         for (int64_t i = first; i < last; i++) to->x[i * m + token] = x[i];
 }
 
-/* Every tile is read once: while one is multiplied, the lines of the next (`ahead`) are on their way to the L2 cache. */
+/* Every tile is read once: while one is multiplied, the lines of the next (`ahead`) are on their way to the L2 cache, one
+   for each that is multiplied. All of them at once would wait for each other: a core has a dozen on their way at most. */
 INLINE void fetch(const uint8_t *at) { __builtin_prefetch(at, 0, 2); }
 
 /* A tile unpacked: w [n_in / 4][16][4] with scales and mins [groups][16]; or floats [n_in][16], or pairs of bfloat16 as
-   they are. type: of the matrix, or float32 where that is what it was unpacked to. */
+   they are where there are instructions for them. type: of the matrix, or float32 where that is what it was unpacked to. */
 typedef struct {
     const uint8_t *w;
     const float *scale, *min;
@@ -181,21 +182,29 @@ INLINE void add_two_columns(int n, int m, int64_t n_in, const uint8_t *at, int p
     for (int t = 0; i + 1 < n_in && t < n; t++) odd[t] += (vf)(both & (int32_t)0xFFFF0000) * a->x[(i + 1) * m + first + t];
 }
 
+/* The lines of the next tile that belong to two columns, or two pairs of bfloat16. */
+INLINE void fetch_two(const uint8_t *ahead, int64_t i, int64_t step) {
+    for (int64_t line = 0; line < 2 * step; line += 64) fetch(ahead + i * step + line);
+}
+
 /* m tokens times a tile of floats; out [PARTS][m]. */
 INLINE void multiply_floats(int type, int m, const uint8_t *tile, int64_t n_in, const activations *a, const uint8_t *ahead,
                             vf *out) {
     enum { MOST = WIDTH == 16 ? 8 : 4 }; /* tokens whose sums the registers hold */
     const int in_two = type == TYPE_BF16 && need_of(type) == NEED_F32;
     const int64_t n = type == TYPE_BF16 ? (n_in + 1) / 2 : n_in, step = type == TYPE_F16 ? 32 : 64;
-    for (int64_t i = 0; i < n; i += type == TYPE_F16 ? 2 : 1) fetch(ahead + i * step);
     for (int part = 0; part < PARTS; part++)
         for (int first = 0; first < m; first += MOST) {
             const int tokens = m < MOST ? m : MOST;
             vf even[MOST] = {{0}}, odd[MOST] = {{0}};
-            for (int64_t i = 0; in_two && i < n; i++)
+            const int is_first = part == 0 && first == 0;
+            for (int64_t i = 0; in_two && i < n; i++) {
+                if (is_first && ahead && i % 2 == 0) fetch_two(ahead, i, step);
                 add_two_columns(tokens, m, n_in, tile + 64 * i, part, a, 2 * i, first, even, odd);
+            }
             int64_t i = 0;
             for (; !in_two && i + 2 <= n; i += 2) {
+                if (is_first && ahead) fetch_two(ahead, i, step);
                 add_column(type, tokens, m, tile + i * step, part, a, i, first, even);
                 add_column(type, tokens, m, tile + (i + 1) * step, part, a, i + 1, first, odd);
             }
@@ -244,8 +253,69 @@ static panel unpack(const matrix *w, int64_t tile, uint8_t *room) {
             p.type = TYPE_F32;
             for (int64_t i = 0; i < 16 * n_in; i += WIDTH) store(room + 4 * i, load_half(at + 2 * i));
             return p;
-        default: p.w = at; return p;
+        case TYPE_BF16:
+            if (need_of(TYPE_BF16) == NEED_BF16) break;
+            p.type = TYPE_F32;
+            for (int64_t i = 0; i < 8 * (n_in + 1); i += WIDTH) {
+                const vi both = (vi)load(at + 4 * i);
+                uint8_t *even = room + 128 * (i / 16) + 4 * (i % 16);
+                store(even, (vf)(both << 16));
+                store(even + 64, (vf)(both & (int32_t)0xFFFF0000));
+            }
+            return p;
+        default: break;
     }
+    p.w = at;
+    return p;
+}
+
+/* Two vectors of rows times `tokens` tokens, every second column of a stretch: a broadcast activation feeds both. */
+INLINE void add_every_second(int tokens, const float *w, const float *v, const float *x, int64_t from, int64_t to,
+                             vf *of_w, vf *of_v) {
+    vf a[GROUP], b[GROUP];
+    for (int t = 0; t < tokens; t++) {
+        a[t] = of_w[t];
+        b[t] = of_v[t];
+    }
+    for (int64_t i = from; i < to; i += 2) {
+        const vf c = load(w + 16 * i), d = load(v + 16 * i);
+        for (int t = 0; t < tokens; t++) {
+            const vf y = splat(x[i * GROUP + t]);
+            a[t] += c * y;
+            b[t] += d * y;
+        }
+    }
+    for (int t = 0; t < tokens; t++) {
+        of_w[t] = a[t];
+        of_v[t] = b[t];
+    }
+}
+
+/* Two vectors of rows of float32 panels times a group, out [GROUP] each: the sums of multiply_floats, the even and then
+   the odd columns, in stretches that stay in the L1 cache for both. Its sums and its two columns fill the registers, which
+   wait less for memory than those of one vector with all columns. */
+INLINE void multiply_two(const float *w, const float *v, int64_t n_in, const float *x, vf *of_w, vf *of_v) {
+    enum { STRETCH = 128, TOKENS = WIDTH == 16 ? 8 : 4 };
+    for (int first = 0; first < GROUP; first += TOKENS) {
+        vf sums[2][2][TOKENS] = {{{{0}}}};
+        for (int64_t from = 0; from < n_in; from += STRETCH) {
+            const int64_t to = from + STRETCH < n_in ? from + STRETCH : n_in;
+            add_every_second(TOKENS, w, v, x + first, from, to, sums[0][0], sums[0][1]);
+            add_every_second(TOKENS, w, v, x + first, from + 1, to, sums[1][0], sums[1][1]);
+        }
+        for (int t = 0; t < TOKENS; t++) {
+            of_w[first + t] = sums[0][0][t] + sums[1][0][t];
+            of_v[first + t] = sums[0][1][t] + sums[1][1][t];
+        }
+    }
+}
+
+/* GROUP tokens times two tiles of float32, out [2][PARTS][GROUP]. */
+static void multiply_two_panels(const panel *p, int64_t n_in, const activations *a, vf *out) {
+    const float *rows[2 * PARTS];
+    for (int i = 0; i < 2 * PARTS; i++) rows[i] = (const float *)p[i / PARTS].w + WIDTH * (i % PARTS);
+    for (int i = 0; i < 2 * PARTS; i += 2)
+        multiply_two(rows[i], rows[i + 1], n_in, a->x, out + i * GROUP, out + (i + 1) * GROUP);
 }
 
 /* GROUP tokens times a tile that has been unpacked, out [PARTS][GROUP]. */
@@ -254,8 +324,8 @@ static void multiply_panel(const matrix *w, const panel *p, const activations *a
 #define CASE(type) case type: multiply_quants(type, GROUP, NULL, p, w->n_in, a, NULL, out); return;
         EACH_TILE_TYPE(CASE)
 #undef CASE
-        case TYPE_F32: multiply_floats(TYPE_F32, GROUP, p->w, w->n_in, a, p->w, out); return;
-        default: multiply_floats(TYPE_BF16, GROUP, p->w, w->n_in, a, p->w, out);
+        case TYPE_F32: multiply_floats(TYPE_F32, GROUP, p->w, w->n_in, a, NULL, out); return;
+        default: multiply_floats(TYPE_BF16, GROUP, p->w, w->n_in, a, NULL, out);
     }
 }
 

@@ -194,6 +194,8 @@ def test_what_has_no_tiles_is_left_to_torch():
         {"type": "F32"},
         {"type": "Q4_1"},
         {"n_embd": 96, "n_head": 12, "n_head_kv": 1, "biases": True},  # heads that share their keys
+        {"type": "F16", "n_embd": 72, "n_head": 3, "n_head_kv": 1, "n_ff": 200},  # tiles that have no neighbour
+        {"type": "BF16", "n_embd": 72, "n_head": 3, "n_head_kv": 1, "n_ff": 200},
     ],
     ids=str,
 )
