@@ -142,9 +142,11 @@ def cached_attention(q: Tensor, k: Tensor, v: Tensor, cache: KVCache | JoinedCac
         return torch.cat([cached_attention(q, k, v, part, layer) for q, k, v, (part, _) in each], dim=1)
     b, t, h, d = q.shape
     keys, values = cache.extend(layer, k, v)
-    mask = None
-    if t > 1:
+    mask, is_first = None, cache.n_past == 0  # then nothing is multiplied that a mask would take away
+    if t > 1 and not is_first:
         positions = torch.arange(cache.n_past, cache.n_past + t, device=q.device)
         mask = torch.arange(cache.n_past + t, device=q.device) <= positions[:, None]
-    out = F.scaled_dot_product_attention(q.transpose(1, 2), keys, values, attn_mask=mask, enable_gqa=True)
+    out = F.scaled_dot_product_attention(
+        q.transpose(1, 2), keys, values, attn_mask=mask, is_causal=is_first, enable_gqa=True
+    )
     return out.transpose(1, 2).reshape(b, t, h * d)

@@ -80,7 +80,9 @@ class Lazy(NamedTuple):
     tensors: tuple[Tensor, ...]
 
     def compute(self) -> Tensor:
-        """The result, with a gradient; only the tensors are kept for it."""
+        """The result, with a gradient where one is recorded; only the tensors are kept for it."""
+        if not torch.is_grad_enabled():  # a node of the graph costs a token as much as the function itself
+            return self.function(*self.tensors)[0]
         return _Computed.apply(self.function, *self.tensors)
 
 

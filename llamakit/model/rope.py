@@ -109,4 +109,4 @@ class _ApplyRope(torch.autograd.Function):
 def apply_rope(x: Tensor, rotations: Tensor) -> Tensor:
     """Turn the pairs of x (B, T, H, D) by rotations (T, D/2) or (B, T, D/2) complex64; computed in float32."""
     rotations = rotations.unsqueeze(-2)
-    return _ApplyRope.apply(x, rotations)
+    return _ApplyRope.apply(x, rotations) if torch.is_grad_enabled() else rotate(x, rotations)
