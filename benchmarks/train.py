@@ -3,7 +3,7 @@
     python benchmarks/train.py --llama2c CHECKOUT --case 288x32000 --json result.json
 
 Both train the same model from the same initial weights on the same batches, with AdamW, clipping at 1 and the same
-learning rate, in bf16, with the same threads. Theirs is model.py of a checkout of llama2.c, under autocast, compiled by
+learning rate, in bf16 or --dtype, with the same threads. Theirs is model.py of a checkout of llama2.c, under autocast, compiled by
 torch.compile unless --eager; what its compiler takes before the first step is printed, and counts in no ratio. Ours is
 the loop of `llamakit train`. Each is a child process that works only when asked; the order changes from round to round.
 The text is a random walk over the vocabulary: every token has eight successors, so there is something to learn.
@@ -60,6 +60,7 @@ class Job:
     threads: int
     llama2c: str
     compile: bool
+    dtype: str
 
 
 def batches(case: Case) -> Callable[[int], Any]:
@@ -106,7 +107,8 @@ def our_step(job: Job) -> Callable[[int], float]:
     libc.mallopt(-1, 2**31 - 1)
     libc.mallopt(-3, 2**30)
     case = CASES[job.case]
-    model, named = build(blueprint(case), torch.device("cpu"), torch.bfloat16)
+    dtype = torch.bfloat16 if job.dtype == "bf16" else torch.float32
+    model, named = build(blueprint(case), torch.device("cpu"), dtype)
     config = LoopOptions(adam_beta1=BETAS[0], adam_beta2=BETAS[1], adam_decay=DECAY)
     optimizer, batch = Parameters(named, config).optimizer, batches(case)
     model.train()
@@ -144,7 +146,7 @@ def their_step(job: Job) -> Callable[[int], float]:
 
     def step(number: int) -> float:
         inputs, targets = (torch.from_numpy(x) for x in batch(number))
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=job.dtype == "bf16"):
             model(inputs, targets)
             loss = plain.last_loss
         loss.backward()
@@ -223,6 +225,7 @@ def compare(job: Job, rounds: int, curve: int) -> dict[str, Any]:
     return {
         "case": job.case,
         "compiled": job.compile,
+        "dtype": job.dtype,
         "tok_per_s": medians,
         "ratio": statistics.median(a / b for a, b in zip(rates["ours"], rates["theirs"], strict=True)),
         "share_of_gemm": medians["ours"] * flop_per_token(case) / gemm,
@@ -241,7 +244,7 @@ def show(found: dict[str, Any]) -> None:
     rates, first = found["tok_per_s"], found["first_step_s"]
     how = "compiled" if found["compiled"] else "eager"
     share = 100 * found["share_of_gemm"]
-    print(f"{found['case']}: ours {rates['ours']:.0f} tok/s, llama2.c ({how}) {rates['theirs']:.0f}")
+    print(f"{found['case']}, {found['dtype']}: ours {rates['ours']:.0f} tok/s, llama2.c ({how}) {rates['theirs']:.0f}")
     print(f"  {found['ratio']:.2f} times; {share:.0f} % of the rate of a product; load {found['load']}")
     print(f"  from start to the end of the first step: ours {first['ours']:.1f} s, llama2.c {first['theirs']:.1f} s")
     print(f"  peak memory: ours {found['peak_mb']['ours']:.0f} MB, llama2.c {found['peak_mb']['theirs']:.0f} MB")
@@ -259,6 +262,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--curve", type=int, default=0, metavar="N", help="compare the losses of N steps")
     parser.add_argument("--eager", action="store_true", help="llama2.c without torch.compile")
+    parser.add_argument("--dtype", choices=("bf16", "f32"), default="bf16", help="of both sides; default: bf16")
     parser.add_argument("--child", choices=("ours", "theirs"), help=argparse.SUPPRESS)
     parser.add_argument("--job", help=argparse.SUPPRESS)
     add_common_options(parser)
@@ -270,7 +274,7 @@ def main() -> None:
         parser.error("--llama2c PATH: a checkout of llama2.c is needed, the folder with model.py in it")
     results = []
     for case in options.case or ("288x32000", "288x512"):
-        job = Job(case, options.threads, options.llama2c, not options.eager)
+        job = Job(case, options.threads, options.llama2c, not options.eager, options.dtype)
         results.append(compare(job, options.rounds, options.curve))
         show(results[-1])
     write_json(options.json, results)
