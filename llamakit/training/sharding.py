@@ -75,6 +75,8 @@ def load_sharded(
     model.recompute = recomputed_once
     model.output.set_reshard_after_backward(False)  # pyright: ignore[reportCallIssue]
     fully_shard(model, mesh=mesh, ignored_params=everywhere)  # without a root each part would keep its last gather
+    if device.type == "cpu":
+        gather_one_at_a_time(model)
     for name, module in matrices.items():
         if name == "output" and config.tied_output:
             module.weight = nn.Parameter(model.token_embd.weight.data, requires_grad=False)  # pyright: ignore
@@ -82,6 +84,17 @@ def load_sharded(
             packed = torch.from_numpy(file.read(f"{name}.weight", *row_range(module.weight))).to(device)
             module.weight = nn.Parameter(like_rows(module.weight, packed), requires_grad=False)
     return model
+
+
+def gather_one_at_a_time(model: nn.Module) -> None:
+    """Gather a part for the backward pass when it is needed, not while the one before it computes: on a CPU the cores that
+    compute do that, and nothing is won for the memory. torch has a list of what a part gathers ahead, which means all if
+    it is empty: here a part has itself in it, which is there already."""
+    from torch.distributed.fsdp import FSDPModule
+
+    for part in model.modules():
+        if isinstance(part, FSDPModule):
+            part.set_modules_to_backward_prefetch([part])
 
 
 def recomputed_once(module: nn.Module, x: Tensor, *arguments: Tensor | None) -> Tensor:
