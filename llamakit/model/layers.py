@@ -20,7 +20,7 @@ from llamakit.quant import QTensor, dequantize
 
 _VIEWS = {GGMLType.F32: torch.float32, GGMLType.F16: torch.float16, GGMLType.BF16: torch.bfloat16}
 # Weights that are decoded at a time for a product: else a vocabulary's matrix would be the largest thing in memory.
-SLAB_WEIGHTS = 12 << 20
+SLAB_WEIGHTS = 4 << 20
 
 
 class Scratch:

@@ -23,6 +23,7 @@ from llamakit.errors import FormatError, SaveError, UnsupportedError
 from llamakit.formats.gguf import GGUFFile
 from llamakit.formats.open import open_model
 from llamakit.model import load_config
+from llamakit.native import using
 from llamakit.training.checkpoint import file_name, open_arrays, read_checkpoint
 from llamakit.training.checkpoint_folder import FolderArrays, folder_files, read_folder, save_shares, write_folder
 from llamakit.training.cluster import Cluster, Job, job_of, traffic_bytes
@@ -90,6 +91,21 @@ def test_sharded_training_gives_the_same(tmp_path: Path, options: dict[str, Any]
     for told in run_ranks(2, teach, taught(tmp_path / "two", shard="full", **options)):
         assert_alike(told, alone, 1e-5)
     assert_same_model(tmp_path / "two/out/model-LATEST.gguf", tmp_path / "one/out/model-LATEST.gguf")
+
+
+def teach_without_native_code(dist: Dist, config: TrainConfig) -> Any:
+    """With native code --compile has no effect on a CPU."""
+    with using(None):
+        return teach(dist, config)
+
+
+@pytest.mark.prove
+@pytest.mark.timeout(1200)
+@pytest.mark.filterwarnings("ignore")  # of torch's compiler, about itself
+def test_compiled_blocks_are_sharded_too(tmp_path: Path) -> None:
+    (alone,) = run_ranks(1, teach_without_native_code, taught(tmp_path / "one"))
+    for told in run_ranks(2, teach_without_native_code, taught(tmp_path / "two", shard="full", compile=True)):
+        assert_alike(told, alone, 1e-5)
 
 
 @pytest.mark.slow
