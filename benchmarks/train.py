@@ -3,9 +3,10 @@
     python benchmarks/train.py --llama2c CHECKOUT --case 288x32000 --json result.json
 
 Both train the same model from the same initial weights on the same batches, with AdamW, clipping at 1 and the same
-learning rate, in bf16 or --dtype, with the same threads. Theirs is model.py of a checkout of llama2.c, under autocast, compiled by
-torch.compile unless --eager; what its compiler takes before the first step is printed, and counts in no ratio. Ours is
-the loop of `llamakit train`. Each is a child process that works only when asked; the order changes from round to round.
+learning rate, in bf16 or --dtype, with the same threads. Theirs is model.py of a checkout of llama2.c, under autocast,
+compiled by torch.compile unless --eager; what its compiler takes before the first step is printed, and counts in no
+ratio. Ours is the loop of `llamakit train`. Each is a child process that works only when asked; the order changes from
+round to round.
 The text is a random walk over the vocabulary: every token has eight successors, so there is something to learn.
 """
 

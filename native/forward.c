@@ -1,7 +1,7 @@
 /* A batch of tokens through a whole Llama in one call: embedding, layers, the logits that are asked for.
 
    One token takes the short way: every thread normalizes and quantizes it for itself, and the threads meet four times a
-   layer. More tokens are shared out in groups of 8; a single group is multiplied with the tiles as they are packed, more
+   layer. More tokens are shared out in groups of 8, a few in one of 2 or 4; a single group is multiplied with the tiles as they are packed, more
    of them with tiles that are unpacked once. Shapes: see engine.h; M tokens, rows padded to 64 numbers that are
    zero. */
 #include <stddef.h>
@@ -119,15 +119,16 @@ static void multiply_token(const job *j, const products *p, const float *x, cons
     }
 }
 
-/* The product y [PARTS][GROUP] of a tile of matrix number i with a group, to where it goes. */
+/* The product y [PARTS][width] of a tile of matrix number i with a group, to where it goes. */
 static void finish_group(const job *j, const products *p, int i, int64_t tile, int low, int group, const vf *y) {
-    const int first = group * GROUP, side = p->gated && i, left = j->tokens->n_tokens - first, n = left < GROUP ? left : GROUP;
+    const int first = group * GROUP, side = p->gated && i, left = j->tokens->n_tokens - first;
+    const int n = left < j->width ? left : j->width;
     for (int part = 0; part < PARTS; part++) {
         vf more[GROUP];
         added_to_group(p->w[i], tile, part, j->low + first * j->ld_low + low, j->ld_low, n, more);
         for (int t = 0; t < n; t++) {
             float *out = p->out[i] + (first + t) * p->ld[i] + TILE * tile + WIDTH * part;
-            vf x = y[part * GROUP + t] + more[t];
+            vf x = y[part * j->width + t] + more[t];
             if (side) x = gate(load(out), x);
             store(out, p->accumulate ? load(out) + x : x);
         }
@@ -151,12 +152,12 @@ INLINE tile_of tile_number(const products *p, int64_t number, int side) {
 
 /* One group with a tile as it is packed; next: how many tiles on this thread's next one is. */
 static void multiply_tile_of(const job *j, const products *p, int64_t number, int64_t next) {
-    const activations a = activations_at(j->shared, longest_input(j->model), GROUP);
+    const activations a = activations_at(j->shared, longest_input(j->model), j->width);
     for (int side = 0; side <= p->gated; side++) {
         const tile_of t = tile_number(p, number, side);
         const matrix *w = p->w[t.which];
         vf y[PARTS * GROUP];
-        multiply_tile_by_group(w, t.number, &a, w->tiles + (t.number + next) * w->tile_bytes, y);
+        multiply_tile_by_group(j->width, w, t.number, &a, w->tiles + (t.number + next) * w->tile_bytes, y);
         finish_group(j, p, t.which, t.number, t.low, 0, y);
     }
 }
@@ -215,15 +216,15 @@ static void prepare_groups(const job *j, const products *p, const float *x, int6
         const int share = (int)(start % n_shares);
         const int first = 64 * (n_64 * share / n_shares), end = 64 * (n_64 * (share + 1) / n_shares);
         const int last = share + 1 < n_shares ? end : n_in;
-        const activations a = activations_at(j->shared + group * j->group_bytes, longest_input(j->model), GROUP);
-        for (int t = 0; t < GROUP; t++) { /* where there are fewer, the last one stands for those that are missing */
+        const activations a = activations_at(j->shared + group * j->group_bytes, longest_input(j->model), j->width);
+        for (int t = 0; t < j->width; t++) { /* where there are fewer, the last one stands for those that are missing */
             const int64_t token = group * GROUP + t, end = j->tokens->n_tokens - 1;
             const float *from = x + (token < end ? token : end) * ld;
             if (norm) {
                 normalize(from, norm, n_in, j->model->rms_eps, d->normed);
                 from = d->normed;
             }
-            put_activations(from, first, last, need, &a, t, GROUP);
+            put_activations(from, first, last, need, &a, t, j->width);
         }
     }
 }
@@ -233,12 +234,12 @@ static void lower_groups(const job *j, const matrix *low, int64_t *counter) {
     const int64_t n = tiles_of(low);
     for (int64_t start, stop; take(counter, n * j->n_groups, 1, &start, &stop);) {
         const int64_t group = start / n, tile = start % n;
-        const activations a = activations_at(j->shared + group * j->group_bytes, longest_input(j->model), GROUP);
+        const activations a = activations_at(j->shared + group * j->group_bytes, longest_input(j->model), j->width);
         vf y[PARTS * GROUP];
-        multiply_tile_by_group(low, tile, &a, low->tiles + tile * low->tile_bytes, y);
-        for (int t = 0; t < GROUP && group * GROUP + t < j->tokens->n_tokens; t++)
+        multiply_tile_by_group(j->width, low, tile, &a, low->tiles + tile * low->tile_bytes, y);
+        for (int t = 0; t < j->width && group * GROUP + t < j->tokens->n_tokens; t++)
             for (int part = 0; part < PARTS; part++)
-                store(j->low + (group * GROUP + t) * j->ld_low + TILE * tile + WIDTH * part, y[part * GROUP + t]);
+                store(j->low + (group * GROUP + t) * j->ld_low + TILE * tile + WIDTH * part, y[part * j->width + t]);
     }
 }
 
@@ -392,9 +393,9 @@ static products onto_x(const job *j, const matrix *w, const matrix *low) {
     return (products){{w}, low, {j->x}, {j->ld_embd}, 1, 1, 0};
 }
 
-static products of_logits(const job *j, int output) {
+static products of_logits(const job *j) {
     const matrix *w = &j->model->output;
-    return (products){{w}, &j->model->low, {j->tokens->logits + output * tiles_of(w) * TILE}, {0}, 1, 0, 0};
+    return (products){{w}, &j->model->low, {j->tokens->logits}, {0}, 1, 0, 0};
 }
 
 static void token_layer(job *j, int index, const desk *d, int64_t *counters) {
@@ -402,7 +403,7 @@ static void token_layer(job *j, int index, const desk *d, int64_t *counters) {
     const layer *l = m->layers + index;
     const products qkv = of_qkv(j, l), attention = onto_x(j, &l->attn_output, &l->low_output);
     const products hidden = of_hidden(j, l), down = onto_x(j, &l->down, &l->low_down);
-    const products after = index + 1 < m->n_layer ? of_qkv(j, l + 1) : of_logits(j, 0);
+    const products after = index + 1 < m->n_layer ? of_qkv(j, l + 1) : of_logits(j);
     const uint8_t *next[] = {first_of(j, &attention, d->thread), first_of(j, &hidden, d->thread),
                              first_of(j, &down, d->thread), first_of(j, &after, d->thread)};
     normalize(j->x, l->attn_norm, m->n_embd, m->rms_eps, d->normed);
@@ -448,7 +449,8 @@ static void finish_groups(job *j, const desk *d, int64_t *counters) {
     job own = *j;
     own.tokens = &tokens;
     own.n_groups = (tokens.n_outputs + GROUP - 1) / GROUP;
-    products logits = of_logits(j, 0);
+    own.width = group_width(tokens.n_outputs);
+    products logits = of_logits(j);
     logits.ld[0] = tiles_of(logits.w[0]) * TILE;
     if (d->thread == 0) /* outputs rise: none is overwritten before it is moved */
         for (int o = 0; o < tokens.n_outputs; o++)
@@ -458,20 +460,17 @@ static void finish_groups(job *j, const desk *d, int64_t *counters) {
     multiply_prepared(&own, &j->team, &logits, d, counters + 1);
 }
 
-/* Logits, token by token where few of a batch have them. */
+/* Logits, of a lone token by the short way. */
 static void finish(job *j, const desk *d) {
     const llama *m = j->model;
-    if (j->tokens->n_outputs > 2) {
+    if (j->tokens->n_outputs > 1) {
         finish_groups(j, d, j->counters + (int64_t)PHASES * m->n_layer);
         return;
     }
-    for (int o = 0; o < j->tokens->n_outputs; o++) {
-        const float *x = j->x + j->tokens->outputs[o] * j->ld_embd;
-        const products logits = of_logits(j, o), first = of_qkv(j, m->layers);
-        const uint8_t *next = first_of(j, o + 1 < j->tokens->n_outputs ? &logits : &first, d->thread);
-        normalize(x, m->output_norm, m->n_embd, m->rms_eps, d->normed);
-        multiply_token(j, &logits, d->normed, d, next);
-    }
+    if (j->tokens->n_outputs == 0) return;
+    const products logits = of_logits(j), first = of_qkv(j, m->layers);
+    normalize(j->x + j->tokens->outputs[0] * j->ld_embd, m->output_norm, m->n_embd, m->rms_eps, d->normed);
+    multiply_token(j, &logits, d->normed, d, first_of(j, &first, d->thread));
 }
 
 static void work(void *data) {

@@ -23,7 +23,7 @@ typedef struct {
     uint8_t *shared, *own; /* activations of all groups; what each thread has for itself */
     int32_t *runs; /* where runs of tokens of one cache begin, [n_runs + 1] */
     int64_t own_bytes, ld_embd, ld_q, ld_kv, ld_ff, ld_low, group_bytes, n_chunks;
-    int32_t n_groups, n_runs, value_stride;
+    int32_t n_groups, width, n_runs, value_stride; /* width: tokens of a group */
 } job;
 
 /* What a thread has for itself. */
@@ -68,6 +68,7 @@ static int64_t lay_out(job *j, uint8_t *base, int n_threads) {
     j->ld_ff = padded(m->n_ff);
     j->ld_low = most_rank(m);
     j->n_groups = (int32_t)((n + GROUP - 1) / GROUP);
+    j->width = group_width(n);
     j->value_stride = (m->head_dim + 15) / 16 * 16;
     int longest = 0;
     for (int i = 0; i < n; i++)

@@ -14,7 +14,10 @@
 
 enum { GROUP = 8 }; /* tokens of a panel product */
 
-/* Activations of m tokens, m = 1 or GROUP, as the products read them: four (two, one) columns of each token side by side.
+/* Tokens of a group where there are n in all: those that are missing up to 2, 4 or 8 are computed for nothing. */
+static inline int group_width(int64_t n) { return n <= 2 ? 2 : n <= 4 ? 4 : GROUP; }
+
+/* Activations of m tokens, m = 1 or a group's, as the products read them: four (two, one) columns of each token side by side.
    q [n_in / 4][m][4]; d, sums (d times the sum of 32) [n_in / 32][m]; zeros32 and zeros16 (-128 times the sum of 32, 16);
    halves [n_in / 2][m][2] bfloat16; x [n_in][m]. */
 typedef struct {
@@ -234,9 +237,22 @@ static void multiply_tile(const matrix *w, int64_t tile, const activations *a, c
     multiply_m(1, w, tile, a, ahead, out);
 }
 
-/* GROUP tokens times a tile, out [PARTS][GROUP]. */
-static void multiply_tile_by_group(const matrix *w, int64_t tile, const activations *a, const uint8_t *ahead, vf *out) {
+static void multiply_tile_by_two(const matrix *w, int64_t tile, const activations *a, const uint8_t *ahead, vf *out) {
+    multiply_m(2, w, tile, a, ahead, out);
+}
+
+static void multiply_tile_by_four(const matrix *w, int64_t tile, const activations *a, const uint8_t *ahead, vf *out) {
+    multiply_m(4, w, tile, a, ahead, out);
+}
+
+static void multiply_tile_by_eight(const matrix *w, int64_t tile, const activations *a, const uint8_t *ahead, vf *out) {
     multiply_m(GROUP, w, tile, a, ahead, out);
+}
+
+/* A group of `width` tokens times a tile, out [PARTS][width]. */
+static void multiply_tile_by_group(int width, const matrix *w, int64_t tile, const activations *a, const uint8_t *ahead,
+                                   vf *out) {
+    (width == 2 ? multiply_tile_by_two : width == 4 ? multiply_tile_by_four : multiply_tile_by_eight)(w, tile, a, ahead, out);
 }
 
 /* Uses `room` (panel_bytes) where the tile cannot be read as it is. */

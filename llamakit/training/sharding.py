@@ -87,9 +87,9 @@ def load_sharded(
 
 
 def gather_one_at_a_time(model: nn.Module) -> None:
-    """Gather a part for the backward pass when it is needed, not while the one before it computes: on a CPU the cores that
-    compute do that, and nothing is won for the memory. torch has a list of what a part gathers ahead, which means all if
-    it is empty: here a part has itself in it, which is there already."""
+    """Gather a part for the backward pass when it is needed, not while the one before it computes: on a CPU the cores
+    that compute do that, and nothing is won for the memory. torch has a list of what a part gathers ahead, where none
+    means the next: here a part has itself in it, which is there already."""
     from torch.distributed.fsdp import FSDPModule
 
     for part in model.modules():
