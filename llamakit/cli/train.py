@@ -134,7 +134,7 @@ def train(
         float,
         typer.Option(
             "--dropout",
-            help="Share of embeddings and of each unit's outputs dropped at random in training.",
+            help="Share of embeddings, attention weights and each unit's outputs dropped at random, as in llama2.c.",
             rich_help_panel=options.MODEL,
         ),
     ] = _D.dropout,

@@ -6,6 +6,7 @@ Shapes: B batch, T tokens, K key/value heads, G query heads per key/value head (
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import cache
 
 import torch
@@ -21,11 +22,15 @@ _TILE = 128
 _KEEP_SOFTMAX_CTX = 1024
 
 
+Mask = Callable[[Tensor, int], Tensor]
+"""(attention weights of a tile, number of the tile) -> 0 or 1 / (1 - rate) in their shape, the same in every call."""
+
+
 @cache
-def _future(n: int) -> Tensor:
-    """True where a key stands after its query, (n, n), on the CPU."""
+def _future(n: int, device: torch.device) -> Tensor:
+    """True where a key stands after its query, (n, n)."""
     with torch.inference_mode(False):
-        return torch.ones(n, n, dtype=torch.bool).triu_(1)
+        return torch.ones(n, n, dtype=torch.bool, device=device).triu_(1)
 
 
 def segment_starts(segments: Tensor) -> Tensor:
@@ -53,7 +58,7 @@ def _tile_softmax(q: Tensor, k: Tensor, start: int, stop: int, scale: float, sta
     if train.usable(scores):
         return train.causal_softmax_(scores, start, stop - start, scale, starts)
     scores.mul_(scale)
-    scores.view(n, g, stop - start, stop)[..., start:].masked_fill_(_future(stop - start), -math.inf)
+    scores.view(n, g, stop - start, stop)[..., start:].masked_fill_(_future(stop - start, q.device), -math.inf)
     if starts is not None:
         scores.view(len(starts), -1, stop - start, stop).masked_fill_(_before(starts, start, stop), -math.inf)
     return torch.softmax(scores, dim=-1)
@@ -62,11 +67,12 @@ def _tile_softmax(q: Tensor, k: Tensor, start: int, stop: int, scale: float, sta
 class _CausalAttention(torch.autograd.Function):
     """softmax(q k^T / sqrt(D)) v in query tiles; only keys that a tile may see are multiplied.
 
-    torch's flash kernel spends on CPU, at (4, 9, 3, 512, 64) bf16, three times as long (docs/benchmarks.md).
+    torch's flash kernel spends on CPU, at (4, 9, 3, 512, 64) bf16, three times as long (docs/benchmarks.md). A mask is
+    drawn again for the backward pass, not kept.
     """
 
     @staticmethod
-    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, starts: Tensor | None) -> Tensor:
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, starts: Tensor | None, mask: Mask | None) -> Tensor:
         n, g, t, d = q.shape
         scale = 1 / math.sqrt(d)
         out = torch.empty_like(q)
@@ -74,10 +80,11 @@ class _CausalAttention(torch.autograd.Function):
         for start in range(0, t, _TILE):
             stop = min(start + _TILE, t)
             weights = _tile_softmax(q, k, start, stop, scale, starts)
-            out[:, :, start:stop] = torch.bmm(weights, v[:, :stop]).view(n, g, stop - start, d)
+            seen = weights if mask is None else weights * mask(weights, start // _TILE)
+            out[:, :, start:stop] = torch.bmm(seen, v[:, :stop]).view(n, g, stop - start, d)
             if keep is not None:
                 keep.append(weights)
-        ctx.starts = starts
+        ctx.starts, ctx.mask = starts, mask
         ctx.save_for_backward(q, k, v, *(keep or ()))
         return out
 
@@ -92,8 +99,12 @@ class _CausalAttention(torch.autograd.Function):
             weights = kept[i] if kept else _tile_softmax(q, k, start, stop, scale, ctx.starts)
             grad_tile = grad[:, :, start:stop].reshape(n, g * (stop - start), d)
             q_tile = q[:, :, start:stop].reshape(n, g * (stop - start), d)
-            dv[:, :stop].baddbmm_(weights.transpose(1, 2), grad_tile)
+            drawn = None if ctx.mask is None else ctx.mask(weights, i)
+            seen = weights if drawn is None else weights * drawn
+            dv[:, :stop].baddbmm_(seen.transpose(1, 2), grad_tile)
             d_weights = torch.bmm(grad_tile, v[:, :stop].transpose(1, 2))
+            if drawn is not None:
+                d_weights *= drawn
             # The tiles' mask needs no care here: a masked weight is 0, and so is its gradient.
             if train.usable(weights, d_weights):
                 d_scores = train.softmax_back_(weights, d_weights, start, stop - start, scale, ctx.starts)
@@ -101,20 +112,23 @@ class _CausalAttention(torch.autograd.Function):
                 d_scores = torch.ops.aten._softmax_backward_data(d_weights, weights, -1, weights.dtype).mul_(scale)
             dq[:, :, start:stop] = torch.bmm(d_scores, k[:, :stop]).view(n, g, stop - start, d)
             dk[:, :stop].baddbmm_(d_scores.transpose(1, 2), q_tile)
-        return dq, dk, dv, None
+        return dq, dk, dv, None, None
 
 
-def causal_attention(q: Tensor, k: Tensor, v: Tensor, starts: Tensor | None = None) -> Tensor:
+def causal_attention(
+    q: Tensor, k: Tensor, v: Tensor, starts: Tensor | None = None, mask: Mask | None = None
+) -> Tensor:
     """q (B, T, H, D), k and v (B, T, K, D) -> (B, T, H*D); query head h reads key/value head h // G.
 
-    starts: (B, T) int64, the first token that each one sees; by default the row's first.
+    starts: (B, T) int64, the first token that each one sees; by default the row's first. mask: drops some of the
+    attention weights, (B*K, G*tile, T) at a time.
     """
     b, t, h, d = q.shape
     n_kv = k.shape[2]
-    if q.device.type == "cpu":
+    if q.device.type == "cpu" or mask is not None:  # torch's kernels draw masks of their own
         grouped = q.transpose(1, 2).reshape(b * n_kv, h // n_kv, t, d)
         flat_k, flat_v = (x.transpose(1, 2).reshape(b * n_kv, t, d) for x in (k, v))
-        out = _CausalAttention.apply(grouped, flat_k, flat_v, starts)
+        out = _CausalAttention.apply(grouped, flat_k, flat_v, starts, mask)
         return out.view(b, h, t, d).transpose(1, 2).reshape(b, t, h * d)
     return masked_attention(q, k, v, starts)
 

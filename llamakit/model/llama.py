@@ -42,8 +42,10 @@ class Block(nn.Module):
         q = apply_rope(q.view(b, t, -1, self.config.head_dim), rotations)
         k = apply_rope(k.view(b, t, -1, self.config.head_dim), rotations)
         v = v.view(b, t, -1, self.config.head_dim)
-        mixed = causal_attention(q, k, v, starts) if cache is None else cached_attention(q, k, v, cache, self.index)
-        return self.attn_output(mixed)
+        if cache is not None:
+            return self.attn_output(cached_attention(q, k, v, cache, self.index))
+        mask = self._attention_mask if self.dropout is not None and self.training else None
+        return self.attn_output(causal_attention(q, k, v, starts, mask))
 
     def feed_forward(self, x: Tensor) -> Tensor:
         """(B, T, C) -> (B, T, C), the norm included."""
@@ -60,6 +62,11 @@ class Block(nn.Module):
         """(B, T, C) -> (B, T, C). starts: (B, T) int64, the first token that each one sees, without a cache."""
         x = x + self._dropped(self.attention(x, rotations, cache, starts), 1)
         return x + self._dropped(self.feed_forward(x), 2)
+
+    def _attention_mask(self, weights: Tensor, tile: int) -> Tensor:
+        """Of a tile of attention weights, (B*K, G*tile, T); numbered behind the masks of all blocks' places."""
+        assert self.dropout is not None, "it is asked for where there is dropout"
+        return self.dropout.mask(weights, 2 * self.config.n_layer + 1 + self.index + tile * self.config.n_layer)
 
     def _dropped(self, x: Tensor, place: int) -> Tensor:
         """In training, with some of it dropped at random: place 1 is the attention's result, 2 the feed-forward's."""
@@ -87,7 +94,7 @@ class Llama(nn.Module):
         self.dropout: Dropout | None = None
 
     def drop(self, dropout: Dropout) -> None:
-        """In training drop some of the embeddings, and of what each unit adds, at random."""
+        """In training drop some of the embeddings, of the attention weights and of what each unit adds, at random."""
         self.dropout = dropout
         for block in self.blk:
             assert isinstance(block, Block)

@@ -70,7 +70,7 @@ class TrainConfig(LoopOptions):
     tie: bool = True
     """use the embeddings as the output matrix too"""
     dropout: float = 0.0
-    """share of embeddings and of each unit's outputs dropped at random in training"""
+    """share of embeddings, attention weights and each unit's outputs dropped at random in training, as in llama2.c"""
     norm_rms_eps: float = 1e-5
     """epsilon of the norms"""
     rope_freq_base: float = 10000.0

@@ -77,6 +77,36 @@ def test_attention_and_its_gradient_are_those_of_torch(t, dtype):
         assert torch.allclose(a.double(), b, atol=tolerance * 4)
 
 
+@pytest.mark.parametrize("keep", [0, 1024])
+def test_dropped_attention_weights_and_their_gradient(keep, monkeypatch):
+    """As torch differentiates the same written out: softmax, times the mask, times the values."""
+    from llamakit.model import attention
+
+    monkeypatch.setattr(attention, "_KEEP_SOFTMAX_CTX", keep)
+    torch.manual_seed(0)
+    t, drawn = 200, torch.zeros(2, 2, 3, 200, 200, dtype=torch.float64)
+
+    def mask(weights, tile):
+        generator = torch.Generator().manual_seed(tile)
+        found = torch.empty_like(weights).bernoulli_(0.7, generator=generator) / 0.7
+        start, stop = tile * 128, weights.shape[2]
+        drawn[..., start:stop, :stop] = found.view(2, 2, 3, stop - start, stop)
+        return found
+
+    shapes = [(2, t, 6, 8), (2, t, 2, 8), (2, t, 2, 8)]
+    inputs = [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in shapes]
+    out = causal_attention(*inputs, None, mask)
+    mine = torch.autograd.grad(out.square().sum(), inputs)
+    q, k, v = (x.transpose(1, 2) for x in inputs)
+    scores = q.view(2, 2, 3, t, 8) @ k.view(2, 2, 1, t, 8).transpose(3, 4) / 8**0.5
+    weights = scores.masked_fill(torch.ones(t, t, dtype=torch.bool).triu(1), -torch.inf).softmax(-1) * drawn
+    expected = (weights @ v.view(2, 2, 1, t, 8)).view(2, 6, t, 8).transpose(1, 2).reshape(2, t, 48)
+    theirs = torch.autograd.grad(expected.square().sum(), inputs)
+    assert (drawn > 0).double().mean() == pytest.approx(0.7 * (128 * 128 + 72 * 200) / t**2, abs=0.01)  # two tiles
+    for a, b in zip((out, *mine), (expected, *theirs), strict=True):
+        assert torch.allclose(a, b, atol=1e-10)
+
+
 def test_recomputing_the_softmax_gives_the_same_gradient(monkeypatch):
     from llamakit.model import attention
 
