@@ -421,56 +421,71 @@ static void token_layer(job *j, int index, const desk *d, int64_t *counters) {
     wait_for_all(&j->team, next[3]);
 }
 
-static void group_products(job *j, const products *p, const float *x, int64_t ld, const float *norm, const desk *d,
-                           int64_t *counters) {
+static void group_products(const job *j, team *all, const products *p, const float *x, int64_t ld, const float *norm,
+                           const desk *d, int64_t *counters) {
     prepare_groups(j, p, x, ld, norm, d, counters);
-    multiply_prepared(j, &j->team, p, d, counters + 1);
+    multiply_prepared(j, all, p, d, counters + 1);
+    wait_for_all(all, NULL);
+}
+
+/* A job with the tokens alone that have logits, whose rows are at the front. */
+static job outputs_of(const job *j, batch *tokens) {
+    job own = *j;
+    *tokens = *j->tokens;
+    tokens->n_tokens = tokens->n_outputs;
+    own.tokens = tokens;
+    own.n_groups = (tokens->n_outputs + GROUP - 1) / GROUP;
+    own.width = group_width(tokens->n_outputs);
+    return own;
+}
+
+static void move_outputs_to_front(job *j, const desk *d) {
+    const batch *b = j->tokens;
+    for (int o = 0; d->thread == 0 && o < b->n_outputs; o++) { /* they rise: none is overwritten before it is moved */
+        memmove(j->x + o * j->ld_embd, j->x + b->outputs[o] * j->ld_embd, sizeof(float) * (size_t)j->ld_embd);
+        memmove(j->mixed + o * j->ld_q, j->mixed + b->outputs[o] * j->ld_q, sizeof(float) * (size_t)j->ld_q);
+    }
     wait_for_all(&j->team, NULL);
 }
 
+/* In the last layer only keys and values are wanted of a token without logits. */
 static void group_layer(job *j, int index, const desk *d, int64_t *counters) {
     const layer *l = j->model->layers + index;
     const products qkv = of_qkv(j, l), attention = onto_x(j, &l->attn_output, &l->low_output);
     const products hidden = of_hidden(j, l), down = onto_x(j, &l->down, &l->low_down);
-    group_products(j, &qkv, j->x, j->ld_embd, l->attn_norm, d, counters);
+    const int is_last = index + 1 == j->model->n_layer;
+    team *all = &j->team;
+    batch outputs;
+    group_products(j, all, &qkv, j->x, j->ld_embd, l->attn_norm, d, counters);
     turn_tokens(j, index, counters + 3);
-    wait_for_all(&j->team, NULL);
+    wait_for_all(all, NULL);
+    if (is_last && j->tokens->n_outputs == 0) return;
     attend_groups(j, index, d, counters + 4);
-    wait_for_all(&j->team, NULL);
-    group_products(j, &attention, j->mixed, j->ld_q, NULL, d, counters + 5);
-    group_products(j, &hidden, j->x, j->ld_embd, l->ffn_norm, d, counters + 8);
-    group_products(j, &down, j->hidden, j->ld_ff, NULL, d, counters + 11);
+    wait_for_all(all, NULL);
+    if (is_last) move_outputs_to_front(j, d);
+    const job own = is_last ? outputs_of(j, &outputs) : *j;
+    group_products(&own, all, &attention, j->mixed, j->ld_q, NULL, d, counters + 5);
+    group_products(&own, all, &hidden, j->x, j->ld_embd, l->ffn_norm, d, counters + 8);
+    group_products(&own, all, &down, j->hidden, j->ld_ff, NULL, d, counters + 11);
 }
 
-/* Logits of several tokens, in groups: what they are computed from moves to the front. */
-static void finish_groups(job *j, const desk *d, int64_t *counters) {
-    batch tokens = *j->tokens;
-    tokens.n_tokens = tokens.n_outputs;
-    job own = *j;
-    own.tokens = &tokens;
-    own.n_groups = (tokens.n_outputs + GROUP - 1) / GROUP;
-    own.width = group_width(tokens.n_outputs);
-    products logits = of_logits(j);
-    logits.ld[0] = tiles_of(logits.w[0]) * TILE;
-    if (d->thread == 0) /* outputs rise: none is overwritten before it is moved */
-        for (int o = 0; o < tokens.n_outputs; o++)
-            memmove(j->x + o * j->ld_embd, j->x + tokens.outputs[o] * j->ld_embd, sizeof(float) * (size_t)j->ld_embd);
-    wait_for_all(&j->team, NULL);
-    prepare_groups(&own, &logits, j->x, j->ld_embd, j->model->output_norm, d, counters);
-    multiply_prepared(&own, &j->team, &logits, d, counters + 1);
-}
-
-/* Logits, of a lone token by the short way. */
+/* Logits of the tokens that have some, whose rows are at the front; of a lone one by the short way. */
 static void finish(job *j, const desk *d) {
     const llama *m = j->model;
-    if (j->tokens->n_outputs > 1) {
-        finish_groups(j, d, j->counters + (int64_t)PHASES * m->n_layer);
-        return;
+    const int n = j->tokens->n_outputs;
+    products logits = of_logits(j);
+    if (n == 1) {
+        const products first = of_qkv(j, m->layers);
+        normalize(j->x, m->output_norm, m->n_embd, m->rms_eps, d->normed);
+        multiply_token(j, &logits, d->normed, d, first_of(j, &first, d->thread));
+    } else if (n > 1) {
+        batch outputs;
+        const job own = outputs_of(j, &outputs);
+        int64_t *counters = j->counters + (int64_t)PHASES * m->n_layer;
+        logits.ld[0] = tiles_of(logits.w[0]) * TILE;
+        prepare_groups(&own, &logits, j->x, j->ld_embd, m->output_norm, d, counters);
+        multiply_prepared(&own, &j->team, &logits, d, counters + 1);
     }
-    if (j->tokens->n_outputs == 0) return;
-    const products logits = of_logits(j), first = of_qkv(j, m->layers);
-    normalize(j->x + j->tokens->outputs[0] * j->ld_embd, m->output_norm, m->n_embd, m->rms_eps, d->normed);
-    multiply_token(j, &logits, d->normed, d, first_of(j, &first, d->thread));
 }
 
 static void work(void *data) {

@@ -115,9 +115,7 @@ class _CausalAttention(torch.autograd.Function):
         return dq, dk, dv, None, None
 
 
-def causal_attention(
-    q: Tensor, k: Tensor, v: Tensor, starts: Tensor | None = None, mask: Mask | None = None
-) -> Tensor:
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, starts: Tensor | None = None, mask: Mask | None = None) -> Tensor:
     """q (B, T, H, D), k and v (B, T, K, D) -> (B, T, H*D); query head h reads key/value head h // G.
 
     starts: (B, T) int64, the first token that each one sees; by default the row's first. mask: drops some of the
