@@ -16,7 +16,7 @@ from llamakit.model import KVCache, ModelConfig, attach, detach, layers, load_mo
 from llamakit.model.attention import causal_attention
 from llamakit.model.device import can_prepack
 from llamakit.model.elementwise import Lazy, gated_silu
-from llamakit.model.layers import QuantizedLinear, RMSNorm
+from llamakit.model.layers import Dropout, QuantizedLinear, RMSNorm
 from llamakit.model.load import linear_layers, load_config
 from llamakit.quant import QTensor
 from llamakit.quant.encode import quantize
@@ -75,6 +75,21 @@ def test_attention_and_its_gradient_are_those_of_torch(t, dtype):
     assert torch.allclose(out.double(), expected, atol=tolerance)
     for a, b in zip(mine, theirs, strict=True):
         assert torch.allclose(a.double(), b, atol=tolerance * 4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rate", [0.05, 0.3])
+def test_dropout_keeps_the_share_that_it_should(rate, dtype):
+    """Also at every fourth place, and one after another: four are drawn with one word."""
+    dropout = Dropout(rate)
+    dropout.rows = range(2)
+    mask = dropout.mask(torch.empty(2, 301, 333, dtype=dtype), 1).double()
+    for places in (mask, *(mask.flatten()[i::4] for i in range(4))):
+        assert (places == 0).double().mean() == pytest.approx(rate, abs=0.006)
+    assert mask.max() == pytest.approx(1 / (1 - rate), rel=0.01) and mask.unique().numel() == 2
+    pairs = torch.stack([mask.flatten()[:-1], mask.flatten()[1:]])
+    assert abs(float(torch.corrcoef(pairs)[0, 1])) < 0.01
+    assert not torch.equal(mask[0], mask[1])
 
 
 @pytest.mark.parametrize("keep", [0, 1024])
