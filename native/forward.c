@@ -1,9 +1,9 @@
 /* A batch of tokens through a whole Llama in one call: embedding, layers, the logits that are asked for.
 
    One token takes the short way: every thread normalizes and quantizes it for itself, and the threads meet four times a
-   layer. More tokens are shared out in groups of 8, a few in one of 2 or 4; a single group is multiplied with the tiles as they are packed, more
-   of them with tiles that are unpacked once. Shapes: see engine.h; M tokens, rows padded to 64 numbers that are
-   zero. */
+   layer. More tokens are shared out in groups of 8, a few in one of 2 or 4; a single group is multiplied with the tiles as
+   they are packed, more of them with tiles that are unpacked once. Shapes: see engine.h; M tokens, rows padded to 64
+   numbers that are zero. */
 #include <stddef.h>
 
 #include "attention.h"

@@ -17,8 +17,8 @@ enum { GROUP = 8 }; /* tokens of a panel product */
 /* Tokens of a group where there are n in all: those that are missing up to 2, 4 or 8 are computed for nothing. */
 static inline int group_width(int64_t n) { return n <= 2 ? 2 : n <= 4 ? 4 : GROUP; }
 
-/* Activations of m tokens, m = 1 or a group's, as the products read them: four (two, one) columns of each token side by side.
-   q [n_in / 4][m][4]; d, sums (d times the sum of 32) [n_in / 32][m]; zeros32 and zeros16 (-128 times the sum of 32, 16);
+/* Activations of m tokens, m = 1 or a group's, as the products read them: four (two, one) columns of each token side by
+   side. q [n_in / 4][m][4]; d, sums (d times the sum of 32) [n_in / 32][m]; zeros32 and zeros16 (-128 times the sum of 32, 16);
    halves [n_in / 2][m][2] bfloat16; x [n_in][m]. */
 typedef struct {
     int8_t *q;
@@ -101,8 +101,8 @@ INLINE void put_activations(const float *x, int64_t first, int64_t last, int nee
         for (int64_t i = first; i < last; i++) to->x[i * m + token] = x[i];
 }
 
-/* Every tile is read once: while one is multiplied, the lines of the next (`ahead`) are on their way to the L2 cache, one
-   for each that is multiplied. All of them at once would wait for each other: a core has a dozen on their way at most. */
+/* Every tile is read once: while one is multiplied, the lines of the next (`ahead`) are on their way to the L2 cache,
+   one for each that is multiplied. All of them at once would wait for each other: a core has a dozen on their way at most. */
 INLINE void fetch(const uint8_t *at) { __builtin_prefetch(at, 0, 2); }
 
 /* A tile unpacked: w [n_in / 4][16][4] with scales and mins [groups][16]; or floats [n_in][16], or pairs of bfloat16 as

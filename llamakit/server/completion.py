@@ -64,7 +64,7 @@ class Completion:
             async for index, report in running.texts():
                 texts[index].add(report)
             with_tokens = body.flag("return_tokens")
-            values = [chosen(text.end(with_tokens=with_tokens), fields) for text in texts]
+            values = [_chosen(text.end(with_tokens=with_tokens), fields) for text in texts]
             return JSONResponse(values if isinstance(body.get("prompt"), list) and len(values) > 1 else values[0])
         except BaseException:
             running.cancel()
@@ -134,7 +134,7 @@ class _Text:
         return {"id": id} | entry(self._service.tokenizer, id, logprob)
 
 
-def chosen(value: dict[str, Any], fields: Sequence[str]) -> dict[str, Any]:
+def _chosen(value: dict[str, Any], fields: Sequence[str]) -> dict[str, Any]:
     """`response_fields`: of a last word the fields named, `generation_settings/seed` one within another; all for none.
 
     As in llama-server each stands under the whole of its name, and one that there is not is left out.
@@ -159,6 +159,6 @@ async def _pieces(
             text = texts[index]
             text.add(report)
             is_last = isinstance(report, Done)
-            yield server_sent(chosen(text.end(content=report.text), fields) if is_last else text.piece(report))
+            yield server_sent(_chosen(text.end(content=report.text), fields) if is_last else text.piece(report))
     except (ApiError, LlamakitError) as error:
         yield server_sent(error_value(path, error if isinstance(error, ApiError) else api_error(error)))

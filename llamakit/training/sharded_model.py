@@ -17,7 +17,7 @@ from llamakit.model.trained import TiedLinear, TrainedEmbedding
 from llamakit.training.blueprint import ROPE_FREQS, Blueprint, assemble
 from llamakit.training.distributed import Dist
 from llamakit.training.optim import like_rows, row_range
-from llamakit.training.sharding import gather_one_at_a_time, recomputed_once
+from llamakit.training.sharding import prepare_backward
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -41,9 +41,7 @@ def build_sharded(
         model.output = TiedLinear(model.token_embd)
     mesh = init_device_mesh(device.type, (dist.world,))
     _wrap(model, mesh, dtype)
-    if device.type == "cpu":
-        gather_one_at_a_time(model)
-    model.recompute = recomputed_once
+    prepare_backward(model, device)
     for name, parameter in named.items():
         if parameter.is_meta:
             leaf: Any = model.get_submodule(name.removesuffix(".weight"))

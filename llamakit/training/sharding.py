@@ -72,11 +72,9 @@ def load_sharded(
         fully_shard(part, mesh=mesh, reshard_after_forward=True, ignored_params=everywhere)
     # The loss applies the output matrix to as many chunks as a rank has: it is gathered and freed around them.
     fully_shard(model.output, mesh=mesh, reshard_after_forward=False, ignored_params=everywhere)
-    model.recompute = recomputed_once
     model.output.set_reshard_after_backward(False)  # pyright: ignore[reportCallIssue]
     fully_shard(model, mesh=mesh, ignored_params=everywhere)  # without a root each part would keep its last gather
-    if device.type == "cpu":
-        gather_one_at_a_time(model)
+    prepare_backward(model, device)
     for name, module in matrices.items():
         if name == "output" and config.tied_output:
             module.weight = nn.Parameter(model.token_embd.weight.data, requires_grad=False)  # pyright: ignore
@@ -86,18 +84,23 @@ def load_sharded(
     return model
 
 
-def gather_one_at_a_time(model: nn.Module) -> None:
-    """Gather a part for the backward pass when it is needed, not while the one before it computes: on a CPU the cores
-    that compute do that, and nothing is won for the memory. torch has a list of what a part gathers ahead, where none
-    means the next: here a part has itself in it, which is there already."""
+def prepare_backward(model: Llama, device: torch.device) -> None:
+    """How the parts of a wrapped model come back for its backward pass: computed again once where --checkpointing asks
+    for it and, on a CPU, each gathered when it is needed.
+
+    There gathering ahead takes the cores that compute, and wins nothing for its memory. torch has a list of what a part
+    gathers ahead, where none means the next: here a part has itself in it, which is there already.
+    """
     from torch.distributed.fsdp import FSDPModule
 
-    for part in model.modules():
-        if isinstance(part, FSDPModule):
-            part.set_modules_to_backward_prefetch([part])
+    model.recompute = _recomputed_once
+    if device.type == "cpu":
+        for part in model.modules():
+            if isinstance(part, FSDPModule):
+                part.set_modules_to_backward_prefetch([part])
 
 
-def recomputed_once(module: nn.Module, x: Tensor, *arguments: Tensor | None) -> Tensor:
+def _recomputed_once(module: nn.Module, x: Tensor, *arguments: Tensor | None) -> Tensor:
     """torch's own checkpointing, which FSDP2 knows: a block is gathered for the backward pass, computed again, and
     freed only behind it."""
     from torch.utils.checkpoint import checkpoint

@@ -207,8 +207,8 @@ def test_a_batch_gives_each_sequence_the_logits_that_it_has_alone(options, isa):
     prompts = [IDS[:5], IDS[:1], IDS * 5, IDS[7:30]]
     ours, alone = ([runner.context(400) for _ in prompts] for _ in range(2))
     for tokens in (prompts, [[5], [6, 7], [8], [9]], [[5], [6]], [[7], [8], [9]], [[4, 5]]):
-        batch = runner.feed_batch(list(zip(ours, tokens, strict=False)))
-        for logits, context, ids in zip(batch, alone, tokens, strict=False):
+        batch = runner.feed_batch(list(zip(ours[: len(tokens)], tokens, strict=True)))
+        for logits, context, ids in zip(batch, alone[: len(tokens)], tokens, strict=True):
             assert (logits == runner.feed(context, ids)).all()
     assert [c.n_past for c in ours] == [c.n_past for c in alone] == [10, 5, 307, 24]
 
